@@ -1,0 +1,284 @@
+"""MoBA attention: validate → choose a backend → route → attend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba import backends
+from moba.config import BACKENDS, Router, require_one_of, validate_selection
+from moba.layout import Sequences
+from moba.routing import Routing, Selection
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    scale: float | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    router: Router = "mean",
+    routing: Routing | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_routing: bool = False,
+) -> Any:
+    """Mixture of Block Attention over a batch.
+
+    Every query attends causally to its own block and to the topk - 1 past blocks whose mean key has the largest inner
+    product with it: out_t = softmax(scale · q_t Kᵀ) V over the keys at positions <= t of those blocks.
+
+    Args:
+        q: [B, T, H, D]. The queries are the last T of the S positions: prefill, chunked prefill and decode alike.
+        k, v: [B, S, G, D], T <= S, G divides H, of q's dtype (fp16, bf16, fp32, fp64) and device. Any strides with a
+            contiguous last dimension; never copied or expanded.
+        block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
+        topk: blocks a query attends to, its own included, >= 1.
+        scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
+        keep_first, keep_recent: the first blocks, and the past blocks nearest to the own, that are always selected;
+            they take places of topk.
+        router: "mean", "recent" (sliding window), "sink" (first and recent blocks), or a function
+            (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], called in chunks of rows.
+        routing: attend over this routing instead of choosing one (replay).
+        key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
+            key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
+        backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
+        return_lse, return_routing: also return the log-sum-exp, the routing.
+
+    Returns:
+        out [B, T, H, D]; or a tuple of out, lse (fp32, natural log, [B, T, H]; fp64 for fp64) and the `Routing`, of
+        what was asked for, in that order. Differentiable in q, k and v through out and lse, not through the selection.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+
+    Numerics: softmax and sums in fp32 (fp64 for fp64 inputs); block means accumulated in fp32 and rounded once to k's
+        dtype; routing scores in fp32, never TF32. Same inputs, same outputs, bit for bit, on one device and version.
+    Source: MoBA (arXiv 2502.13189), section 2.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, ndim=4)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]} and {k.shape[0]}")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"queries are the last of the keys, so T must be at most S, got T={q.shape[1]}, S={k.shape[1]}"
+        )
+    for name, bound in (("key_start", key_start), ("key_end", key_end)):
+        _check_bound(name, bound, q)
+    if not (key_start is None and key_end is None):
+        _check_key_range(key_start, key_end, k.shape[1])
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end)
+    return _attention(
+        q, k, v, sequences, block_size, topk, scale, keep_first, keep_recent, router, routing, backend, return_lse,
+        return_routing,
+    )  # fmt: skip
+
+
+def moba_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    block_size: int,
+    topk: int,
+    scale: float | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    router: Router = "mean",
+    routing: Routing | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_routing: bool = False,
+) -> Any:
+    """Mixture of Block Attention over packed sequences, each attending only to itself.
+
+    Args:
+        q: [total, H, D], the sequences' queries one after another.
+        k, v: [total_k, G, D].
+        cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
+            cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
+        cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
+        block_size, topk, scale, keep_first, keep_recent, router, routing, backend, return_lse, return_routing:
+            as in `moba_attention`; a routing's blocks are numbered within each sequence.
+
+    Returns:
+        out [total, H, D]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+
+    Numerics and source: as in `moba_attention`.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, ndim=3)
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    _check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+    _check_cu_seqlens("cu_seqlens_k", cu_k, k)
+    if cu_k.numel() != cu_seqlens.numel():
+        raise ValueError(
+            f"cu_seqlens_k must have as many entries as cu_seqlens, got {cu_k.numel()} and {cu_seqlens.numel()}"
+        )
+    if cu_seqlens.device.type == "cpu" and bool((cu_k.diff() < cu_seqlens.diff()).any()):
+        raise ValueError("cu_seqlens_k must give every sequence at least as many keys as queries")
+    sequences = Sequences(1, q.shape[0], k.shape[0], cu_q=cu_seqlens.int(), cu_k=cu_k.int())
+    if routing is not None:
+        routing = Routing(routing.indices[None], routing.block_size)
+    results = _attention(
+        q[None], k[None], v[None], sequences, block_size, topk, scale, keep_first, keep_recent, router, routing,
+        backend, return_lse, return_routing,
+    )  # fmt: skip
+    if not isinstance(results, tuple):
+        return results[0]
+    return tuple(Routing(r.indices[0], r.block_size) if isinstance(r, Routing) else r[0] for r in results)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    block_size: int,
+    topk: int,
+    scale: float | None,
+    keep_first: int,
+    keep_recent: int,
+    router: Router,
+    routing: Routing | None,
+    backend: str,
+    return_lse: bool,
+    return_routing: bool,
+) -> Any:
+    validate_selection(block_size, topk, keep_first, keep_recent, router)
+    require_one_of("backend", backend, BACKENDS)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    is_whole = sequences.is_plain and block_size * topk >= sequences.num_keys
+    if backend == "auto" and is_whole and not (return_lse or return_routing) and _dense_fits(q, k, v):
+        return _dense(q, k, v, scale)
+
+    implementation = backends.resolve(backend, q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        if routing is None:
+            selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
+            with torch.no_grad():
+                indices = implementation.route(q, k, sequences, selection)
+        else:
+            indices = _replayed(routing, q, block_size, topk)
+        out, lse = implementation.attend(q, k, v, indices, sequences, block_size=block_size, scale=scale)
+
+    results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
+    return results if len(results) > 1 else out
+
+
+def _dense_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's dense attention needs no T × S mask for this, and no gradient is asked for."""
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return not needs_grad and q.shape[1] in (1, k.shape[1])
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:
+    """The indices of a routing given by the user, after checking that they belong to this call."""
+    if routing.block_size != block_size:
+        raise ValueError(f"routing was made with block_size={routing.block_size}, got block_size={block_size}")
+    indices, expected = routing.indices, (*q.shape[:3], topk)
+    if tuple(indices.shape) != expected or indices.dtype != torch.int32 or indices.device != q.device:
+        raise ValueError(
+            f"routing.indices must be int32 {expected} on {q.device}, "
+            f"got {indices.dtype} {tuple(indices.shape)} on {indices.device}"
+        )
+    return indices
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
+    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
+    layout = "[B, T, H, D]" if ndim == 4 else "[total, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            raise ValueError(
+                f"q, k and v must share one dtype of fp16, bf16, fp32, fp64; {name} is {x.dtype}, q {q.dtype}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device; {name} is on {x.device}, q on {q.device}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
+    head_dim = q.shape[-1]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
+        raise ValueError(f"q, k and v must have one head dim, got {head_dim}, {k.shape[-1]} and {v.shape[-1]}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"key/value heads must divide query heads, got {num_heads} query and {num_kv_heads} key/value heads"
+        )
+
+
+def _check_bound(name: str, bound: Tensor | None, q: Tensor) -> None:
+    if bound is None:
+        return
+    if not isinstance(bound, Tensor) or bound.dtype != torch.int32 or bound.shape != q.shape[:1]:
+        raise ValueError(f"{name} must be an int32 tensor [B] = [{q.shape[0]}], got {_describe(bound)}")
+    if bound.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} like q, got {bound.device}")
+
+
+def _check_key_range(key_start: Tensor | None, key_end: Tensor | None, num_keys: int) -> None:
+    """Check 0 <= key_start <= key_end <= S; on CPU tensors only, as reading them would make a GPU wait."""
+    bounds = [bound for bound in (key_start, key_end) if bound is not None]
+    if bounds[0].device.type != "cpu":
+        return
+    ordered = torch.stack([torch.zeros_like(bounds[0]), *bounds, torch.full_like(bounds[0], num_keys)])
+    if bool((ordered.diff(dim=0) < 0).any()):
+        got = ", ".join(
+            f"{name}={bound.tolist()}"
+            for name, bound in (("key_start", key_start), ("key_end", key_end))
+            if bound is not None
+        )
+        raise ValueError(f"0 <= key_start <= key_end <= S = {num_keys} must hold in every row, got {got}")
+
+
+def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor) -> None:
+    if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.ndim != 1 or cu.numel() < 1:
+        raise ValueError(f"{name} must be an int32 tensor [num_sequences + 1], got {_describe(cu)}")
+    if cu.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like q, got {cu.device}")
+    if cu.device.type == "cpu" and (cu[0] != 0 or bool((cu.diff() < 0).any()) or cu[-1] > x.shape[0]):
+        raise ValueError(f"{name} must ascend from 0 to at most {x.shape[0]}, got {cu.tolist()}")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

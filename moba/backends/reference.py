@@ -1,0 +1,100 @@
+"""The mask-based oracle: MoBA as the paper's equations 2-6 read. Slow and large on purpose; every dtype, fp64 included.
+
+Letters: T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba import routing
+from moba.layout import Sequences, Span
+from moba.routing import Selection, accumulation_dtype
+
+
+def unsupported(q: Tensor, k: Tensor) -> str | None:
+    """Why this backend cannot run on these tensors: None, it always can."""
+    return None
+
+
+def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
+    """Equations 3-6: score every block, keep the top-k. See `moba.backends` for the contract."""
+    indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
+    for span in sequences.spans():
+        q_rows = slice(span.q_start, span.q_start + span.q_len)
+        k_rows = slice(span.k_start, span.k_start + span.k_len)
+        indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], k[span.row, k_rows], span, selection)
+    return indices
+
+
+def _route_sequence(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor:
+    position = torch.arange(span.offset, span.k_len, device=q.device)[:, None, None]  # [T, 1, 1]
+    own = position // selection.block_size
+    means = routing.block_means(k, selection.block_size)  # [N, G, D], finished blocks only
+    block = torch.arange(means.shape[0], device=q.device)  # [N]
+
+    if selection.score is None:
+        score = torch.zeros(q.shape[0], q.shape[1], means.shape[0], device=q.device)
+    else:
+        score = selection.score(q, means).nan_to_num(nan=-torch.inf)  # [T, H, N]
+    kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
+    # Most significant last: of a query's candidates, kept ones first, then by score, then by lower index.
+    order = torch.argsort(score, dim=-1, descending=True, stable=True)
+    order = order.gather(-1, _stable_first(kept.expand_as(score).gather(-1, order)))
+    order = order.gather(-1, _stable_first((block < own).expand_as(score).gather(-1, order)))
+
+    chosen = order[..., : selection.topk - 1]
+    chosen = chosen.masked_fill(chosen >= own, -1)
+    with_own = torch.cat([chosen, own.expand(-1, q.shape[1], -1)], dim=-1)
+    return _ascending(with_own, selection.topk).to(torch.int32)
+
+
+def _stable_first(flag: Tensor) -> Tensor:
+    """Order that brings flagged entries to the front and keeps the order within both groups."""
+    return torch.argsort(flag.int(), dim=-1, descending=True, stable=True)
+
+
+def _ascending(chosen: Tensor, width: int) -> Tensor:
+    """Sort block numbers, move -1 to the end, pad with -1 to `width`."""
+    last = torch.iinfo(chosen.dtype).max
+    chosen = chosen.masked_fill(chosen < 0, last).sort(dim=-1).values
+    return torch.nn.functional.pad(chosen.masked_fill(chosen == last, -1), (0, width - chosen.shape[-1]), value=-1)
+
+
+def attention_mask(indices: Tensor, span: Span, block_size: int) -> Tensor:
+    """Which keys each query of one sequence attends to: those of its blocks, at positions up to its own.
+
+    Args:
+        indices: int [T, H, K], the routing of the sequence's queries.
+
+    Returns:
+        bool [H, T, S].
+    """
+    key = torch.arange(span.k_len, device=indices.device)
+    query = torch.arange(span.offset, span.k_len, device=indices.device)
+    num_blocks = -(-span.k_len // block_size)
+    chosen = routing.Routing(indices, block_size).block_mask(num_blocks)  # [T, H, N]
+    return chosen.transpose(0, 1)[..., key // block_size] & (key <= query[:, None])
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
+    group = q.shape[2] // k.shape[2]
+    wide = accumulation_dtype(q.dtype)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    for span in sequences.spans():
+        q_rows = slice(span.q_start, span.q_start + span.q_len)
+        k_rows = slice(span.k_start, span.k_start + span.k_len)
+        mask = attention_mask(indices[span.row, q_rows], span, block_size)
+        for head in range(q.shape[2]):
+            keys, values = k[span.row, k_rows, head // group], v[span.row, k_rows, head // group]
+            scores = scale * (q[span.row, q_rows, head].to(wide) @ keys.to(wide).T)
+            scores = scores.masked_fill(~mask[head], -torch.inf)
+            head_lse = torch.logsumexp(scores, dim=-1)
+            lse[span.row, q_rows, head] = head_lse
+            out[span.row, q_rows, head] = (torch.exp(scores - head_lse[:, None]) @ values.to(wide)).to(q.dtype)
+    return out, lse

@@ -1,0 +1,37 @@
+"""Merging partial attention results: softmax over a union of key sets from softmaxes over its parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba.routing import accumulation_dtype
+
+
+def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge P partial attentions of the same queries over disjoint sets of keys.
+
+    lse = log Σ_p exp(lse_p);  out = Σ_p exp(lse_p − lse) · out_p
+
+    Args:
+        outs: [P, ..., D] floating; each part is normalised by its own softmax.
+        lses: [P, ...] log-sum-exp of each part, natural log; -inf where a part has no key (its `out` is ignored).
+
+    Returns:
+        out [..., D] in the dtype of `outs`, zeros where no part has a key;
+        lse [...] in fp32 (fp64 for fp64), -inf there.
+
+    Raises:
+        ValueError: if the shapes do not match.
+
+    Numerics: weights and sums in fp32 (fp64 for fp64), rounded once. Differentiable.
+    """
+    if outs.ndim < 2 or outs.shape[:-1] != lses.shape:
+        raise ValueError(f"outs must be [P, ..., D] and lses [P, ...], got {tuple(outs.shape)} and {tuple(lses.shape)}")
+    wide = accumulation_dtype(outs.dtype)
+    lses = lses.to(wide)
+    lse = torch.logsumexp(lses, dim=0)
+    has_key = lses > -torch.inf
+    weights = torch.where(has_key, torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)), 0.0)
+    parts = torch.where(has_key[..., None], outs.to(wide), 0.0)
+    return (weights[..., None] * parts).sum(dim=0).to(outs.dtype), lse

@@ -1,0 +1,123 @@
+"""MoBAConfig: the one definition of block_size, topk and the choices around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+Router = str | Callable[[Tensor, Tensor], Tensor]
+
+ROUTERS = ("mean", "recent", "sink")
+DECODE_MODES = ("full", "moba")
+BACKENDS = ("auto", "reference", "pytorch", "triton")
+
+
+def require_int(name: str, value: Any, minimum: int) -> int:
+    """Return `value` if it is an int of at least `minimum`; raise a ValueError that names it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    return value
+
+
+def require_one_of(name: str, value: Any, valid: Sequence[str]) -> None:
+    """Raise a ValueError that names the argument and the valid values unless `value` is one of them."""
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+
+
+def validate_selection(block_size: int, topk: int, keep_first: int, keep_recent: int, router: Router) -> None:
+    """Check the arguments that decide which blocks a query attends to.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+    """
+    require_int("block_size", block_size, 1)
+    require_int("topk", topk, 1)
+    require_int("keep_first", keep_first, 0)
+    require_int("keep_recent", keep_recent, 0)
+    if keep_first + keep_recent > topk - 1:
+        raise ValueError(
+            f"keep_first + keep_recent must be at most topk - 1 = {topk - 1} (the own block takes one place), "
+            f"got keep_first={keep_first}, keep_recent={keep_recent}"
+        )
+    if not callable(router):
+        require_one_of("router", router, ROUTERS)
+
+
+@dataclass(frozen=True)
+class MoBAConfig:
+    """How a model uses Mixture of Block Attention.
+
+    Args:
+        block_size: tokens in a block, >= 1.
+        topk: blocks a query attends to, its own block included, >= 1.
+        keep_first: the first this many blocks of the sequence are always selected (attention sink).
+        keep_recent: this many past blocks nearest to the own block are always selected.
+            Kept blocks take places of topk: keep_first + keep_recent <= topk - 1.
+        full_layers: layers that use full attention: an int n means the last n, a tuple lists layer indices.
+        decode: attention of one-token steps after a prompt: "full" (the paper's choice) or "moba".
+        router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), or a function
+            (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], larger is better.
+        backend: "auto", "reference", "pytorch" or "triton".
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+    """
+
+    block_size: int
+    topk: int
+    _: KW_ONLY
+    keep_first: int = 0
+    keep_recent: int = 0
+    full_layers: int | tuple[int, ...] = 0
+    decode: str = "full"
+    router: Router = "mean"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        validate_selection(self.block_size, self.topk, self.keep_first, self.keep_recent, self.router)
+        require_one_of("decode", self.decode, DECODE_MODES)
+        require_one_of("backend", self.backend, BACKENDS)
+        if isinstance(self.full_layers, (list, tuple)):
+            layers = tuple(require_int("full_layers", i, 0) for i in self.full_layers)
+            object.__setattr__(self, "full_layers", layers)
+        else:
+            require_int("full_layers", self.full_layers, 0)
+
+    def is_full_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether layer `layer` of `num_layers` uses full attention."""
+        if isinstance(self.full_layers, tuple):
+            return layer in self.full_layers
+        return layer >= num_layers - self.full_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict; `from_dict` restores an equal config.
+
+        Raises:
+            ValueError: if the router is a function, which no file can hold.
+        """
+        if not isinstance(self.router, str):
+            raise ValueError(f"router={self.router!r} is a function and cannot be saved; use one of {ROUTERS}")
+        values = asdict(self)
+        if isinstance(self.full_layers, tuple):
+            values["full_layers"] = list(self.full_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoBAConfig:
+        """Restore a config from `to_dict`'s result.
+
+        Raises:
+            ValueError: if a key is unknown or a value is not valid.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted({"block_size", "topk"} - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"not a MoBAConfig: unknown keys {unknown}, missing keys {missing}; valid: {sorted(known)}"
+            )
+        return cls(**values)

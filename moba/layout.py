@@ -1,0 +1,87 @@
+"""Where each sequence lies inside padded or packed tensors: the one place that knows of padding and cu_seqlens.
+
+Backends see tensors [R, T, H, D] and [R, S, G, D]. A padded batch has one sequence a row (R = B); packed sequences
+share one row (R = 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """One sequence: `q_len` query rows from `q_start`, `k_len` key rows from `k_start`, both of tensor row `row`.
+
+    The queries are the last q_len of the sequence's k_len positions, so q_len <= k_len.
+    """
+
+    row: int
+    q_start: int
+    q_len: int
+    k_start: int
+    k_len: int
+
+    @property
+    def offset(self) -> int:
+        """Position in the sequence of its first query."""
+        return self.k_len - self.q_len
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of one call, kept as the tensors they were given in so that a GPU never waits for the host.
+
+    Args:
+        num_rows, num_queries, num_keys: R, T and S of the tensors.
+        key_start, key_end: int32 [R] or None; each row's real keys, its queries end at key_end (padded batch).
+        cu_q, cu_k: int32 [num_sequences + 1] or None; both given for packed sequences, where R = 1.
+    """
+
+    num_rows: int
+    num_queries: int
+    num_keys: int
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+    cu_q: Tensor | None = None
+    cu_k: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is one whole sequence: neither padding nor packing."""
+        return self.key_start is None and self.key_end is None and self.cu_q is None
+
+    def num_blocks(self, block_size: int) -> int:
+        """An upper bound, known without reading the device, of the number of blocks in any sequence."""
+        return -(-self.num_keys // block_size)
+
+    def spans(self) -> list[Span]:
+        """The sequences with at least one real query, in order. Waits for the device that holds the tensors."""
+        if self.cu_q is not None and self.cu_k is not None:
+            q, k = self.cu_q.tolist(), self.cu_k.tolist()
+            bounds = [(0, q[i], q[i + 1], k[i], k[i + 1]) for i in range(len(q) - 1)]
+        else:
+            starts = [0] * self.num_rows if self.key_start is None else self.key_start.tolist()
+            ends = [self.num_keys] * self.num_rows if self.key_end is None else self.key_end.tolist()
+            bounds = [(row, 0, self.num_queries, starts[row], ends[row]) for row in range(self.num_rows)]
+        spans = []
+        for row, q_start, q_end, k_start, k_end in bounds:
+            q_len = min(q_end - q_start, k_end - k_start)
+            if q_len > 0:
+                spans.append(Span(row, q_end - q_len, q_len, k_start, k_end - k_start))
+        return spans
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of every query row in its own sequence, negative for padded rows: int32 [R, T]."""
+        rows = torch.arange(self.num_queries, dtype=torch.int32, device=device)
+        if self.cu_q is not None and self.cu_k is not None:
+            sequence = torch.searchsorted(self.cu_q[1:], rows, right=True).clamp_(max=self.cu_q.numel() - 2)
+            k_len = (self.cu_k[1:] - self.cu_k[:-1])[sequence]
+            positions = (k_len - self.cu_q[1:][sequence] + rows).to(torch.int32)
+            return torch.where(rows < self.cu_q[-1], positions, -1)[None]
+        end = self.num_keys if self.key_end is None else self.key_end.to(device)[:, None]
+        start = 0 if self.key_start is None else self.key_start.to(device)[:, None]
+        return (end - start - self.num_queries + rows).to(torch.int32).expand(self.num_rows, -1)

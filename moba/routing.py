@@ -1,0 +1,249 @@
+"""Routing: which blocks each query attends to, and the rules that choose them.
+
+Letters: R tensor rows, T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moba.config import Router
+from moba.layout import Sequences, Span
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+
+_SCORES_PER_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rule that selects blocks: everything about routing that is not a tensor.
+
+    `topk` blocks a query, of which the own block is one, `keep_first` are the sequence's first and `keep_recent` the
+    nearest past ones; `score` ranks the other candidates, or is None where kept blocks fill every place.
+    """
+
+    block_size: int
+    topk: int
+    keep_first: int
+    keep_recent: int
+    score: ScoreFunction | None
+
+    @classmethod
+    def of(cls, block_size: int, topk: int, keep_first: int, keep_recent: int, router: Router) -> Selection:
+        """The rule for a named router or a user's function; "recent" and "sink" are kept blocks only."""
+        if router == "recent":
+            keep_recent = topk - 1 - keep_first
+        elif router == "sink":
+            keep_first = max(keep_first, min(1, topk - 1))
+            keep_recent = topk - 1 - keep_first
+        places = topk - 1 - keep_first - keep_recent
+        score = None if places == 0 else router if callable(router) else mean_key_scores
+        return cls(block_size, topk, keep_first, keep_recent, score)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The blocks every query attends to.
+
+    Attributes:
+        indices: int32 [B, T, H, K], or [total, H, K] of packed sequences. Ascending block numbers within the query's
+            own sequence, own block included and last, then -1 where fewer than K blocks exist. A padded query row
+            has -1 everywhere.
+        block_size: tokens in a block.
+    """
+
+    indices: Tensor
+    block_size: int
+
+    @property
+    def topk(self) -> int:
+        """Places a query has for blocks, its own included."""
+        return self.indices.shape[-1]
+
+    def own_block(self) -> Tensor:
+        """Each query's own block, -1 for padded rows: int32 [B, T, H] or [total, H]."""
+        return self.indices.amax(dim=-1)
+
+    def num_selected(self) -> Tensor:
+        """How many blocks each query attends to: int64 [B, T, H] or [total, H]."""
+        return (self.indices >= 0).sum(dim=-1)
+
+    def block_mask(self, num_blocks: int | None = None) -> Tensor:
+        """Which blocks each query attends to: bool [B, T, H, N] or [total, H, N]."""
+        count = int(self.indices.max().item()) + 1 if num_blocks is None and self.indices.numel() else num_blocks or 0
+        mask = torch.zeros(*self.indices.shape[:-1], count + 1, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(-1, self.indices.long() % (count + 1), True)[..., :count]
+
+
+def block_means(k: Tensor, block_size: int) -> Tensor:
+    """Mean key of every finished block of one sequence; a short last block is left out, as it is never scored.
+
+    mean(K_j) = 1/block_size · Σ_{i in block j} k_i
+
+    Args:
+        k: [..., S, G, D], floating.
+        block_size: tokens in a block.
+
+    Returns:
+        [..., S // block_size, G, D] in k's dtype.
+
+    Numerics: accumulated in fp32 (fp64 for fp64 keys) and rounded once to k's dtype.
+    Source: MoBA, eq. 6.
+    """
+    num_finished = k.shape[-3] // block_size
+    blocks = k[..., : num_finished * block_size, :, :].unflatten(-3, (num_finished, block_size))
+    return blocks.mean(dim=-3, dtype=accumulation_dtype(k.dtype)).to(k.dtype)
+
+
+def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:
+    """Score(t, j) = ⟨q_t, mean(K_j)⟩ for every query head against the means of its kv head.
+
+    Args:
+        q: [rows, H, D]. means: [N, G, D].
+
+    Returns:
+        [rows, H, N]. Numerics: fp32 products and sums (fp64 for fp64 inputs), never TF32.
+    Source: MoBA, eq. 6.
+    """
+    rows, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, _ = means.shape
+    wide = accumulation_dtype(q.dtype)
+    group = num_heads // num_kv_heads
+    q_by_kv_head = q.to(wide).view(rows, num_kv_heads, group, head_dim).permute(1, 0, 2, 3)
+    with full_fp32_matmul():
+        scores = q_by_kv_head.reshape(num_kv_heads, rows * group, head_dim) @ means.to(wide).permute(1, 2, 0)
+    return scores.view(num_kv_heads, rows, group, num_blocks).transpose(0, 1).reshape(rows, num_heads, num_blocks)
+
+
+@contextmanager
+def full_fp32_matmul() -> Iterator[None]:
+    """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def top_blocks(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest scores of each row, ties to the lower index; -inf entries come last.
+
+    torch.topk promises no order among equal scores, so rows where the last place is contested are sorted stably.
+
+    Args:
+        scores: [..., N], no NaN. count: 1 … N.
+
+    Returns:
+        int64 [..., count] in no particular order.
+    """
+    values, indices = scores.topk(count, dim=-1, sorted=False)
+    lowest = values.amin(dim=-1, keepdim=True)
+    contested = ((scores >= lowest).sum(dim=-1) > count) & (lowest.squeeze(-1) > -torch.inf)
+    if contested.any():
+        ranked = scores[contested].sort(dim=-1, descending=True, stable=True).indices
+        indices[contested] = ranked[..., :count]
+    return indices
+
+
+def kept_indices(positions: Tensor, selection: Selection) -> Tensor:
+    """The routing when kept blocks fill every place: the first, the nearest past, and the own block.
+
+    Args:
+        positions: int32 [...], each query's position in its sequence, negative for padded rows.
+
+    Returns:
+        int32 [..., K], ascending, -1 where fewer than K blocks exist.
+    """
+    own = torch.div(positions, selection.block_size, rounding_mode="floor")[..., None]
+    slot = torch.arange(selection.topk, dtype=torch.int32, device=positions.device)
+    recent = own - (selection.topk - 1 - slot)
+    chosen = torch.where(slot < selection.keep_first, slot, recent)
+    chosen = torch.where(own < selection.topk, torch.where(slot <= own, slot, -1), chosen)
+    return torch.where(own < 0, -1, chosen).to(torch.int32)
+
+
+def select_blocks(scores: Tensor, own: Tensor, selection: Selection) -> Tensor:
+    """Turn scores into a routing: kept blocks first, then the best-scoring candidates, then the own block.
+
+    Args:
+        scores: [rows, H, N] of every block number below the largest own block. own: int [rows], own block of each row.
+
+    Returns:
+        int32 [rows, H, min(K, N + 1)], ascending, -1 where fewer blocks exist.
+    """
+    num_blocks = scores.shape[-1]
+    block = torch.arange(num_blocks, device=scores.device)
+    own = own[:, None, None]
+    kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
+    limit = torch.finfo(scores.dtype).max
+    scores = torch.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
+    scores = scores.masked_fill(kept, torch.inf).masked_fill_(block >= own, -torch.inf)
+    places = min(selection.topk - 1, num_blocks)
+    past = top_blocks(scores, places) if places else own.new_empty(*scores.shape[:-1], 0)
+    past = past.masked_fill(past >= own, num_blocks + 1)
+    chosen = torch.cat([past, own.expand(*scores.shape[:-1], 1)], dim=-1).sort(dim=-1).values
+    return chosen.masked_fill(chosen > num_blocks, -1).to(torch.int32)
+
+
+def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor:
+    """Route one sequence in chunks of query rows, so that scores never take N × N/B memory.
+
+    Args:
+        q: [T, H, D] the sequence's queries. k: [S, G, D] its keys.
+
+    Returns:
+        int32 [T, H, K].
+    """
+    num_queries, num_heads, _ = q.shape
+    positions = torch.arange(span.offset, span.k_len, dtype=torch.int32, device=q.device)
+    if selection.score is None:
+        return kept_indices(positions, selection)[:, None].expand(-1, num_heads, -1)
+    indices = q.new_full((num_queries, num_heads, selection.topk), -1, dtype=torch.int32)
+    own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
+    means = block_means(k, selection.block_size)
+    start = 0
+    while start < num_queries:
+        num_candidates = means.shape[0]
+        rows = max(1, _SCORES_PER_CHUNK // max(1, num_heads * num_candidates))
+        stop = min(num_queries, start + rows)
+        num_candidates = (span.offset + stop - 1) // selection.block_size
+        scores = selection.score(q[start:stop], means[:num_candidates])
+        expected = (stop - start, num_heads, num_candidates)
+        if tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ValueError(
+                f"router must return floating scores [rows, H, N] = {expected}, "
+                f"got {scores.dtype} {tuple(scores.shape)}"
+            )
+        chosen = select_blocks(scores, own[start:stop], selection)
+        indices[start:stop, :, : chosen.shape[-1]] = chosen
+        start = stop
+    return indices
+
+
+def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
+    """The routing of every query, in plain torch: int32 [R, T, H, K].
+
+    Args:
+        q: [R, T, H, D]. k: [R, S, G, D], any strides with a contiguous last dimension.
+    """
+    if selection.score is None:
+        positions = sequences.positions(q.device)
+        return kept_indices(positions, selection)[:, :, None].expand(-1, -1, q.shape[2], -1)
+    indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
+    for span in sequences.spans():
+        rows = slice(span.q_start, span.q_start + span.q_len)
+        keys = k[span.row, span.k_start : span.k_start + span.k_len]
+        indices[span.row, rows] = route_span(q[span.row, rows], keys, span, selection)
+    return indices

@@ -1,0 +1,28 @@
+"""Shared fixtures. `--backend NAME` (repeatable) chooses the backends that the semantics tests run over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+CPU_BACKENDS = ("reference", "pytorch")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", action="append", help="backend for the semantics tests; may be given more than once")
+    parser.addoption("--device", default="cpu", help="device of the semantics tests' tensors")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or CPU_BACKENDS)
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

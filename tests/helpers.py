@@ -1,0 +1,41 @@
+"""Making inputs and comparing results."""
+
+from __future__ import annotations
+
+import torch
+
+
+def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, *, dtype=torch.float32, device="cpu", exact_for=None):
+    """Random q, k, v. With `exact_for=block_size`, small integers whose block means and scores are exact everywhere."""
+
+    def draw(*shape):
+        x = torch.randn(shape) if exact_for is None else torch.randint(-2, 3, shape).float()
+        return x.to(device=device, dtype=dtype)
+
+    q, k, v = draw(batch, queries, heads, head_dim), *(draw(batch, keys, kv_heads, head_dim) for _ in range(2))
+    if exact_for is not None:
+        k *= exact_for // (exact_for & -exact_for)  # the odd part: what a power of two would not divide exactly
+    return q, k, v
+
+
+def relative_error(actual, expected):
+    """‖actual − expected‖ / ‖expected‖ in fp64; NaN anywhere gives NaN."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_close(actual, expected, tolerance):
+    """Same non-finite places, finite values within `tolerance` (absolute and relative); names the worst index."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.shape == expected.shape
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite), "non-finite values at different places"
+    assert torch.equal(actual[~finite], expected[~finite]), "different non-finite values"
+    error = torch.where(finite, (actual - expected).abs() - tolerance * (1 + expected.abs()), 0.0)
+    if error.numel() and error.max() > 0:
+        worst = tuple(i.item() for i in torch.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(f"worst at {worst}: got {actual[worst]}, expected {expected[worst]}")
+
+
+# Bound on the elementwise error of one forward, per dtype: a few units in the last place of values of order one.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -1,0 +1,427 @@
+"""DESIGN's semantics, one meaning for every backend. A new backend joins through `--backend`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TOLERANCE, assert_close, make_qkv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import attend_batch, attend_sequence
+
+from moba import Routing, moba_attention, moba_attention_varlen
+from moba.backends import load, reference
+
+BOTH = {"return_lse": True, "return_routing": True}
+
+
+def needs_dtype(backend, dtype):
+    q = torch.zeros(1, 1, 1, 16, dtype=dtype)
+    if backend == "triton" and dtype == torch.float64:
+        assert "float64" in load(backend).unsupported(q, q)
+        pytest.skip("the triton backend refuses fp64 by design")
+
+
+def dense(q, k, v):
+    """Full causal attention in fp64 for queries that are the last of the keys."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+CASES = {
+    "plain": (1, 37, 37, 2, 2, 16, 8, 3),
+    "batch of two": (2, 40, 40, 2, 1, 16, 16, 2),
+    "nine heads of three": (1, 50, 50, 9, 3, 32, 16, 2),
+    "head dim 80": (1, 48, 48, 2, 1, 80, 16, 2),
+    "head dim 96": (1, 48, 48, 2, 2, 96, 16, 2),
+    "head dim 1": (1, 20, 20, 1, 1, 1, 4, 2),
+    "head dim 256": (1, 33, 33, 1, 1, 256, 16, 2),
+    "own block only": (1, 40, 40, 2, 1, 16, 16, 1),
+    "block of one": (1, 20, 20, 2, 1, 16, 1, 4),
+    "block of seven": (1, 45, 45, 2, 1, 16, 7, 3),
+    "block longer than the sequence": (1, 20, 20, 2, 1, 16, 64, 3),
+    "topk above the number of blocks": (1, 40, 40, 2, 1, 16, 16, 9),
+    "chunk of a prefill": (1, 13, 45, 4, 2, 16, 8, 3),
+    "one query": (2, 1, 45, 4, 2, 16, 8, 3),
+    "one key": (1, 1, 1, 4, 2, 16, 8, 3),
+    "many blocks": (1, 130, 130, 1, 1, 16, 4, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_definition(backend, device, case, dtype):
+    needs_dtype(backend, dtype)
+    *shape, block_size, topk = CASES[case]
+    q, k, v = make_qkv(*shape, dtype=dtype, device=device, exact_for=block_size)
+    options = {"block_size": block_size, "topk": topk}
+    expected_out, expected_lse, expected_indices = attend_batch(q.cpu(), k.cpu(), v.cpu(), **options)
+    out, lse, routing = moba_attention(q, k, v, **options, backend=backend, **BOTH)
+    assert torch.equal(routing.indices.cpu(), expected_indices)
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(out, expected_out, TOLERANCE[dtype])
+    assert_close(lse, expected_lse, max(TOLERANCE[dtype] * 1e-3, 2e-5 if dtype != torch.float64 else 1e-12))
+
+
+def test_full_topk_is_dense(backend, device):
+    q, k, v = make_qkv(2, 40, 40, 4, 2, 32, device=device)
+    assert_close(moba_attention(q, k, v, block_size=8, topk=5, backend=backend), dense(q, k, v), 2e-5)
+
+
+def test_auto_takes_dense_only_where_it_is_the_same_function(device):
+    q, k, v = make_qkv(1, 40, 40, 4, 2, 32, device=device)
+    assert_close(moba_attention(q, k, v, block_size=8, topk=5), dense(q, k, v), 2e-5)
+    assert_close(moba_attention(q[:, -1:], k, v, block_size=8, topk=5), dense(q[:, -1:], k, v), 2e-5)
+    sparse = moba_attention(q, k, v, block_size=8, topk=4)
+    assert_close(sparse, moba_attention(q, k, v, block_size=8, topk=4, backend="reference"), 2e-5)
+    q.requires_grad_()
+    trained = moba_attention(q, k, v, block_size=8, topk=5)
+    assert torch.equal(trained, moba_attention(q, k, v, block_size=8, topk=5, backend="pytorch"))
+
+
+def test_topk_one_is_own_block_only(backend, device):
+    q, k, v = make_qkv(1, 24, 24, 2, 2, 16, device=device)
+    out = moba_attention(q, k, v, block_size=8, topk=1, backend=backend)
+    for start in range(0, 24, 8):
+        rows = slice(start, start + 8)
+        assert_close(out[:, rows], dense(q[:, rows], k[:, rows], v[:, rows]), 2e-5)
+
+
+def test_causal(backend, device):
+    q, k, v = make_qkv(1, 40, 40, 2, 1, 16, device=device)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    before = moba_attention(q, k, v, **options)
+    k[:, 21:], v[:, 21:] = torch.randn_like(k[:, 21:]), torch.randn_like(v[:, 21:])
+    after = moba_attention(q, k, v, **options)
+    assert torch.equal(before[:, :21], after[:, :21])
+    assert not torch.equal(before[:, 21:], after[:, 21:])
+
+
+def test_ties_go_to_the_lower_block(backend, device):
+    q, k, v = make_qkv(1, 64, 64, 2, 1, 16, device=device)
+    k = torch.ones_like(k)
+    _, routing = moba_attention(q, k, v, block_size=8, topk=3, backend=backend, return_routing=True)
+    assert routing.indices[0, 63].tolist() == [[0, 1, 7]] * 2
+    assert routing.indices[0, 12].tolist() == [[0, 1, -1]] * 2
+
+
+@pytest.mark.parametrize(("first", "recent"), [(1, 0), (0, 1), (2, 1), (1, 2)])
+def test_kept_blocks(backend, device, first, recent):
+    q, k, v = make_qkv(1, 60, 60, 2, 1, 16, device=device, exact_for=6)
+    options = {"block_size": 6, "topk": 4, "keep_first": first, "keep_recent": recent}
+    out, lse, routing = moba_attention(q, k, v, **options, backend=backend, **BOTH)
+    expected_out, expected_lse, expected = attend_batch(q.cpu(), k.cpu(), v.cpu(), **options)
+    assert torch.equal(routing.indices.cpu(), expected)
+    assert_close(out, expected_out, 2e-5)
+    assert_close(lse, expected_lse, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("router", "same_as"),
+    [
+        ("recent", {"keep_recent": 3}),
+        ("sink", {"keep_first": 1, "keep_recent": 2}),
+        (lambda q, means: moba_scores(q, means), {}),
+        (lambda q, means: -moba_scores(q, means), None),
+    ],
+    ids=["recent", "sink", "function", "another function"],
+)
+def test_routers(backend, device, router, same_as):
+    q, k, v = make_qkv(1, 60, 60, 4, 2, 16, device=device, exact_for=6)
+    options = {"block_size": 6, "topk": 4, "backend": backend}
+    out, routing = moba_attention(q, k, v, **options, router=router, return_routing=True)
+    if same_as is None:
+        same_as = {"routing": moba_attention(-q, k, v, **options, return_routing=True)[1]}
+    expected_out, expected = moba_attention(q, k, v, **options, **same_as, return_routing=True)
+    assert torch.equal(routing.indices, expected.indices)
+    assert torch.equal(out, expected_out)
+
+
+def moba_scores(q, means):
+    """The default rule, written as a user would write it."""
+    means = means.repeat_interleave(q.shape[1] // means.shape[1], dim=1)
+    return torch.einsum("thd,nhd->thn", q, means)
+
+
+def test_left_padding_is_no_padding(backend, device):
+    q, k, v = make_qkv(3, 30, 30, 2, 1, 16, device=device)
+    pad = torch.tensor([0, 11, 30], dtype=torch.int32, device=device)
+    q[1, :11], k[1, :11], v[1, :11] = torch.nan, torch.nan, torch.nan
+    out, lse, routing = moba_attention(q, k, v, block_size=8, topk=2, key_start=pad, backend=backend, **BOTH)
+    for row, start in enumerate(pad.tolist()):
+        alone = moba_attention(q[row, start:][None], k[row, start:][None], v[row, start:][None], block_size=8, topk=2,
+                               backend=backend, **BOTH)  # fmt: skip
+        assert torch.equal(out[row, start:], alone[0][0])
+        assert torch.equal(lse[row, start:], alone[1][0])
+        assert torch.equal(routing.indices[row, start:], alone[2].indices[0])
+        assert (out[row, :start] == 0).all()
+        assert (lse[row, :start] == -torch.inf).all()
+        assert (routing.indices[row, :start] == -1).all()
+
+
+def test_preallocated_cache(backend, device):
+    q, k, v = make_qkv(2, 5, 64, 2, 1, 16, device=device)
+    start = torch.tensor([0, 6], dtype=torch.int32, device=device)
+    end = torch.tensor([40, 33], dtype=torch.int32, device=device)
+    for row in range(2):
+        k[row, end[row] :], v[row, end[row] :] = torch.nan, torch.nan
+    options = {"block_size": 8, "topk": 3, "backend": backend, "return_lse": True}
+    out, lse = moba_attention(q, k, v, key_start=start, key_end=end, **options)
+    for row in range(2):
+        real = slice(start[row], end[row])
+        alone, alone_lse = moba_attention(q[row][None], k[row, real][None], v[row, real][None], **options)
+        assert_close(out[row], alone[0], 2e-6)
+        assert_close(lse[row], alone_lse[0], 2e-6)
+
+
+def test_packed_is_separate_sequences(backend, device):
+    lengths = [17, 0, 40, 1, 8]
+    q, k, v = make_qkv(1, sum(lengths) + 3, sum(lengths) + 3, 4, 2, 16, device=device)
+    q, k, v = q[0], k[0], v[0]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    options = {"block_size": 8, "topk": 2, "backend": backend, **BOTH}
+    out, lse, routing = moba_attention_varlen(q, k, v, cu_seqlens=cu, **options)
+    for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        rows = slice(start, end)
+        alone = moba_attention(q[rows][None], k[rows][None], v[rows][None], **options)
+        assert_close(out[rows], alone[0][0], 2e-6)
+        assert_close(lse[rows], alone[1][0], 2e-6)
+        assert torch.equal(routing.indices[rows], alone[2].indices[0])
+    assert (out[sum(lengths) :] == 0).all()
+    assert (routing.indices[sum(lengths) :] == -1).all()
+
+
+def test_packed_chunks(backend, device):
+    q_lengths, k_lengths = [3, 8, 1], [20, 8, 33]
+    q, k, v = make_qkv(1, sum(q_lengths), sum(k_lengths), 2, 1, 16, device=device, exact_for=8)
+    q, k, v = q[0], k[0], v[0]
+    cu_q = torch.tensor([0, 3, 11, 12], dtype=torch.int32, device=device)
+    cu_k = torch.tensor([0, 20, 28, 61], dtype=torch.int32, device=device)
+    out = moba_attention_varlen(q, k, v, cu_seqlens=cu_q, cu_seqlens_k=cu_k, block_size=8, topk=2, backend=backend)
+    for i in range(3):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        expected, _, _ = attend_sequence(q[rows].cpu(), k[keys].cpu(), v[keys].cpu(), block_size=8, topk=2)
+        assert_close(out[rows], expected, 2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 19])
+def test_chunked_prefill_and_decode_are_prefill(backend, device, chunk):
+    q, k, v = make_qkv(2, 45, 45, 4, 2, 16, device=device, exact_for=8)
+    options = {"block_size": 8, "topk": 3, "backend": backend, **BOTH}
+    whole = moba_attention(q, k, v, **options)
+    for start in range(0, 45, chunk):
+        end = min(45, start + chunk)
+        part = moba_attention(q[:, start:end], k[:, :end], v[:, :end], **options)
+        assert_close(part[0], whole[0][:, start:end], 2e-6)
+        assert_close(part[1], whole[1][:, start:end], 2e-6)
+        assert torch.equal(part[2].indices, whole[2].indices[:, start:end])
+
+
+def test_replayed_routing_is_fresh_routing(backend, device):
+    q, k, v = make_qkv(2, 45, 45, 4, 2, 16, device=device)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    out, routing = moba_attention(q, k, v, **options, return_routing=True)
+    assert torch.equal(moba_attention(q, k, v, **options, routing=routing), out)
+    other = moba_attention(torch.randn_like(q), k, v, **options, return_routing=True)[1]
+    assert not torch.equal(moba_attention(q, k, v, **options, routing=other), out)
+    cu = torch.tensor([0, 20, 45], dtype=torch.int32, device=device)
+    packed = q[0], k[0], v[0]
+    out, routing = moba_attention_varlen(*packed, cu_seqlens=cu, **options, return_routing=True)
+    assert torch.equal(moba_attention_varlen(*packed, cu_seqlens=cu, **options, routing=routing), out)
+
+
+def test_one_routing_gives_one_result(backend, device):
+    """Feeding the reference's routing separates arithmetic from ties."""
+    q, k, v = make_qkv(1, 70, 70, 4, 2, 32, device=device)
+    expected, routing = moba_attention(q, k, v, block_size=8, topk=3, backend="reference", return_routing=True)
+    assert_close(moba_attention(q, k, v, block_size=8, topk=3, routing=routing, backend=backend), expected, 2e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 9)])
+def test_no_queries(backend, device, queries, keys):
+    q, k, v = make_qkv(2, queries, keys, 4, 2, 16, device=device)
+    out, lse, routing = moba_attention(q, k, v, block_size=8, topk=3, backend=backend, **BOTH)
+    assert out.shape == (2, 0, 4, 16)
+    assert lse.shape == (2, 0, 4)
+    assert routing.indices.shape == (2, 0, 4, 3)
+    packed = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device),
+                                   block_size=8, topk=3, backend=backend)  # fmt: skip
+    assert packed.shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("view", ["transposed", "sliced heads", "expanded batch"])
+def test_strides(backend, device, view):
+    q, k, v = make_qkv(2, 40, 40, 4, 2, 16, device=device)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    if view == "transposed":
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    elif view == "sliced heads":
+        views = [torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in (q, k, v)]
+    else:
+        q, k, v = (x[:1].repeat(2, 1, 1, 1) for x in (q, k, v))
+        views = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)]
+    assert torch.equal(moba_attention(*views, **options), moba_attention(q, k, v, **options))
+
+
+def gradients(q, k, v, d_out, d_lse=None, **options):
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = moba_attention(q, k, v, **options, return_lse=True)
+    roots, grads = ([out], [d_out]) if d_lse is None else ([out, lse], [d_out, d_lse])
+    return torch.autograd.grad(roots, (q, k, v), grads)
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out and lse"])
+@pytest.mark.parametrize("case", ["plain", "nine heads of three", "head dim 80", "chunk of a prefill", "block of seven",
+                                  "own block only", "one query", "many blocks"])  # fmt: skip
+def test_gradients_match_the_fp64_reference(backend, device, case, with_lse):
+    *shape, block_size, topk = CASES[case]
+    q, k, v = make_qkv(*shape, device=device, exact_for=block_size)
+    options = {"block_size": block_size, "topk": topk, "scale": 0.1}
+    d_out = torch.randn_like(q)
+    d_lse = torch.randn(q.shape[:3], device=device) if with_lse else None
+    wide = [x.double() for x in (q, k, v, d_out)]
+    expected = gradients(*wide, d_lse.double() if with_lse else None, **options, backend="reference")
+    for actual, wanted in zip(gradients(q, k, v, d_out, d_lse, **options, backend=backend), expected, strict=True):
+        assert_close(actual, wanted, 5e-5)
+
+
+def test_gradients_of_padded_and_packed_sequences(backend, device):
+    q, k, v = make_qkv(2, 30, 30, 4, 2, 16, device=device, exact_for=8)
+    d_out = torch.randn_like(q)
+    pad = torch.tensor([0, 11], dtype=torch.int32, device=device)
+    options = {"block_size": 8, "topk": 2, "key_start": pad}
+    expected = gradients(*(x.double() for x in (q, k, v, d_out)), **options, backend="reference")
+    for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend=backend), expected, strict=True):
+        assert_close(actual, wanted, 5e-5)
+        assert (actual[1, :11] == 0).all()
+
+
+def test_unchosen_blocks_get_exact_zero_gradients(backend, device):
+    q, k, v = make_qkv(1, 4, 64, 2, 1, 16, device=device)
+    _, d_k, d_v = gradients(q, k, v, torch.randn_like(q), block_size=8, topk=2, backend=backend)
+    _, routing = moba_attention(q, k, v, block_size=8, topk=2, backend=backend, return_routing=True)
+    unchosen = ~routing.block_mask(8).any(dim=2).any(dim=1)[0]
+    assert unchosen.any()
+    for grad in (d_k, d_v):
+        by_block = grad[0].unflatten(0, (8, 8))
+        assert (by_block[unchosen] == 0).all()
+        assert (by_block[~unchosen] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("keep_first", [0, 1])
+def test_gradcheck(keep_first):
+    q, k, v = (x.double().requires_grad_() for x in make_qkv(1, 9, 11, 2, 1, 3))
+    routing = moba_attention(q, k, v, block_size=3, topk=2, keep_first=keep_first, backend="reference",
+                             return_routing=True)[1]  # fmt: skip
+
+    def attention(q, k, v):
+        return moba_attention(q, k, v, block_size=3, topk=2, routing=routing, backend="reference", return_lse=True)
+
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_repeatable(backend, device, dtype):
+    q, k, v = make_qkv(1, 150, 150, 4, 2, 16, dtype=dtype, device=device)
+    d_out = torch.randn_like(q)
+    options = {"block_size": 16, "topk": 3, "backend": backend}
+    first = (moba_attention(q, k, v, **options), *gradients(q, k, v, d_out, **options))
+    for _ in range(3):
+        again = (moba_attention(q, k, v, **options), *gradients(q, k, v, d_out, **options))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_routing_is_not_changed_by_reduced_precision_matmuls(backend, device):
+    q, k, v = make_qkv(1, 200, 200, 2, 1, 64, device=device)
+    options = {"block_size": 8, "topk": 4, "backend": backend, "return_routing": True}
+    expected = moba_attention(q, k, v, **options)[1].indices
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(moba_attention(q, k, v, **options)[1].indices, expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def test_autocast(backend, device):
+    q, k, v = make_qkv(1, 40, 40, 2, 1, 16, device=device)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = moba_attention(q, k, v, **options)
+    assert torch.equal(out, moba_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options))
+
+
+def test_close_scores_may_differ_only_within_summation_error(backend, device):
+    """On real inputs a selection may differ from fp64's only where the fp64 scores are closer than ε."""
+    q, k, v = make_qkv(1, 512, 512, 2, 1, 64, device=device)
+    options = {"block_size": 8, "topk": 5, "return_routing": True}
+    chosen = moba_attention(q, k, v, **options, backend=backend)[1].block_mask(64)[0].cpu()
+    expected = moba_attention(q.cpu(), k.cpu(), v.cpu(), **options, backend="reference")[1].block_mask(64)[0]
+    means = k[0, :, 0].cpu().double().unflatten(0, (64, 8)).mean(1).float().double()
+    scores = q[0].cpu().double() @ means.T
+    epsilon = 64 * 2**-24 * (q[0].cpu().double().abs() @ means.abs().T).max()
+    for row, head in (chosen != expected).any(-1).nonzero().tolist():
+        gap = scores[row, head][chosen[row, head]].min() - scores[row, head][expected[row, head]].min()
+        assert gap.abs() <= epsilon
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "queries": st.integers(1, 40),
+        "extra_keys": st.integers(0, 40),
+        "group": st.integers(1, 3),
+        "kv_heads": st.integers(1, 2),
+        "block_size": st.integers(1, 20),
+        "topk": st.integers(1, 6),
+        "seed": st.integers(0, 10_000),
+        "data": st.sampled_from(["normal", "integers", "constant"]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, kept=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_routing_properties(backend, device, shape, kept):
+    """Causal, ascending, unique, own block last, min(topk, b + 1) of them, kept ones present; the oracle's if exact."""
+    torch.manual_seed(shape["seed"])
+    topk, block_size = shape["topk"], shape["block_size"]
+    first = min(kept[0], topk - 1)
+    recent = min(kept[1], topk - 1 - first)
+    heads, keys = shape["group"] * shape["kv_heads"], shape["queries"] + shape["extra_keys"]
+    exact_for = None if shape["data"] == "normal" else block_size
+    q, k, v = make_qkv(1, shape["queries"], keys, heads, shape["kv_heads"], 16, device=device, exact_for=exact_for)
+    if shape["data"] == "constant":
+        k = torch.ones_like(k)
+    options = {"block_size": block_size, "topk": topk, "keep_first": first, "keep_recent": recent}
+    indices = moba_attention(q, k, v, **options, backend=backend, return_routing=True)[1].indices[0].cpu()
+    own = torch.arange(keys - shape["queries"], keys) // block_size
+    for row, blocks_of_heads in enumerate(indices.tolist()):
+        for blocks in blocks_of_heads:
+            count = min(topk, own[row].item() + 1)
+            chosen = blocks[:count]
+            assert blocks[count:] == [-1] * (topk - count)
+            assert chosen == sorted(set(chosen))
+            assert chosen[0] >= 0
+            assert chosen[-1] == own[row]
+            assert set(range(min(first, own[row] + 1))) <= set(chosen)
+            assert set(range(max(0, own[row] - recent), own[row])) <= set(chosen)
+    if shape["data"] != "normal":
+        expected = attend_batch(q.cpu(), k.cpu(), v.cpu(), **options)[2][0]
+        assert torch.equal(indices, expected)
+
+
+def test_reference_mask_holds_the_routing():
+    q, k, v = make_qkv(1, 20, 20, 2, 1, 16)
+    out, routing = moba_attention(q, k, v, block_size=4, topk=2, backend="reference", return_routing=True)
+    from moba.layout import Span
+
+    mask = reference.attention_mask(routing.indices[0], Span(0, 0, 20, 0, 20), 4)
+    assert mask.shape == (2, 20, 20)
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                              attn_mask=mask[None], enable_gqa=True)  # fmt: skip
+    assert_close(out, expected.transpose(1, 2), 2e-5)
+    assert isinstance(routing, Routing)
