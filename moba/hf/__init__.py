@@ -1,0 +1,75 @@
+"""transformers: MoBA as an attention implementation, and the config that a model carries.
+
+register_moba(MoBAConfig(block_size=512, topk=3))
+model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from moba.config import MoBAConfig
+from moba.hf.attention import moba_attention_forward
+from moba.hf.layout import layout_mask
+
+__all__ = ["get_moba_config", "register_moba", "set_moba_config"]
+
+
+def register_moba(config: MoBAConfig | None = None) -> None:
+    """Make `attn_implementation="moba"` and `"moba_naive"` known to transformers.
+
+    "moba" runs the config's backend, "moba_naive" the mask-based reference. Both work with `from_pretrained` and with
+    `model.set_attn_implementation`. A later call replaces the config for models loaded before, too.
+
+    Args:
+        config: used by every model that does not carry its own (see `set_moba_config`). None: each model must.
+
+    Raises:
+        ValueError: if config is neither a MoBAConfig nor None.
+    """
+    if config is not None and not isinstance(config, MoBAConfig):
+        raise ValueError(f"config must be a MoBAConfig, got {config!r}")
+    for name, backend in (("moba", None), ("moba_naive", "reference")):
+        AttentionInterface.register(name, partial(moba_attention_forward, default=config, backend=backend))
+        AttentionMaskInterface.register(name, layout_mask)
+
+
+def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
+    """Write the config into `model.config.moba`, which `save_pretrained` saves and which overrides `register_moba`'s.
+
+    Args:
+        config: None takes the model's own config away again.
+
+    Raises:
+        ValueError: if the config cannot be saved (its router is a function) or names a layer the model does not have.
+    """
+    model_config = _text_config(model)
+    if config is None:
+        if hasattr(model_config, "moba"):
+            del model_config.moba
+        return
+    if not isinstance(config, MoBAConfig):
+        raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
+    layers = config.full_layers
+    num_layers = model_config.num_hidden_layers
+    if (max(layers, default=-1) >= num_layers) if isinstance(layers, tuple) else layers > num_layers:
+        raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
+    model_config.moba = config.to_dict()
+
+
+def get_moba_config(model: PreTrainedModel) -> MoBAConfig | None:
+    """The config that the model carries, or None.
+
+    Raises:
+        ValueError: if `model.config.moba` is not a valid MoBAConfig.
+    """
+    values = getattr(_text_config(model), "moba", None)
+    return None if values is None else MoBAConfig.from_dict(values)
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config that the language model's layers hold: a part of it in models of several modalities."""
+    return model.config.get_text_config(decoder=True)

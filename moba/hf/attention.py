@@ -1,0 +1,196 @@
+"""The attention function that transformers' models call, layer by layer.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from moba.attention import moba_attention, moba_attention_varlen
+from moba.config import MoBAConfig
+from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
+
+# What models pass along that does not change the attention itself.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def moba_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    default: MoBAConfig | None,
+    backend: str | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """MoBA, or full attention where the config says so, for one layer of a transformers model.
+
+    A call with one query and several keys is a decode step and follows `config.decode`; a prompt's last chunk of one
+    token cannot be told from one.
+
+    Args:
+        module: the attention layer; its `config.moba` overrides `default`.
+        query: [B, H, T, D]. key, value: [B, G, S, D], rotated, the cache already applied.
+        attention_mask: what `layout_mask` made of the padding mask.
+        default: the config given to `register_moba`.
+        backend: takes the place of the config's backend unless None.
+        dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
+        kwargs: anything else must be None, False or known not to change the attention.
+
+    Returns:
+        [B, T, H, D] and None for the attention weights.
+
+    Raises:
+        ValueError: naming what MoBA cannot honour.
+    """
+    _refuse(module, dropout, is_causal, kwargs)
+    config = layer_config(module, default)
+    backend = backend or config.backend
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    layout = _layout(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, module)
+    is_decode = q.shape[1] == 1 and k.shape[1] > 1
+
+    if not _is_full_layer(module, config) and not (is_decode and config.decode == "full"):
+        options = {
+            "block_size": config.block_size,
+            "topk": config.topk,
+            "keep_first": config.keep_first,
+            "keep_recent": config.keep_recent,
+            "router": config.router,
+            "backend": backend,
+        }
+        return _attend(q, k, v, layout, scaling, options), None
+
+    if layout is None and q.shape[1] in (1, k.shape[1]):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    if is_decode and isinstance(layout, PaddedRows):
+        column = torch.arange(k.shape[1], device=k.device)
+        real = (column >= layout.key_start[:, None]) & (column < layout.query_end[:, None])
+        return sdpa_attention_forward(module, query, key, value, real[:, None, None], scaling=scaling)
+    # One block that holds every key is full attention, and needs no T × S mask for padding, packing or chunks.
+    whole = {"block_size": max(k.shape[1], 1), "topk": 1, "backend": backend}
+    return _attend(q, k, v, layout, scaling, whole), None
+
+
+def layer_config(module: nn.Module, default: MoBAConfig | None) -> MoBAConfig:
+    """The config that holds for a layer: `module.config.moba`, or else `default`."""
+    own = getattr(getattr(module, "config", None), "moba", None)
+    if own is not None:
+        return MoBAConfig.from_dict(own)
+    if default is None:
+        raise ValueError("no MoBA config: give register_moba one, or write it to the model with set_moba_config")
+    return default
+
+
+def _is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
+    if not config.full_layers:
+        return False
+    layer: int | None = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ValueError(
+            f"full_layers={config.full_layers!r} cannot be honoured: {type(module).__name__} has no layer_idx"
+        )
+    model_config: Any = module.config
+    return config.is_full_layer(layer, model_config.num_hidden_layers)
+
+
+def _refuse(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    """Raise for everything that would change the attention and that MoBA does not know."""
+    if dropout:
+        raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.attention_dropout=0.0")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError("is_causal=False: MoBA is causal and cannot serve encoders or cross-attention")
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and value is not False:
+            got = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: MoBA cannot honour what this model passes, got {got}")
+
+
+def _layout(
+    q: Tensor,
+    k: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    module: nn.Module,
+) -> PaddedRows | PackedRows | tuple[Tensor, Tensor] | None:
+    """How the rows are laid out; a pair of cu_seqlens where the caller gave them. Padding masks, then cu_seqlens, then
+    positions are believed, as transformers' own varlen attention does; a contradiction is refused.
+    """
+    layout = decode_layout(attention_mask)
+    if cu_q is not None or cu_k is not None:
+        if isinstance(layout, PaddedRows):
+            raise ValueError("cu_seq_lens_q cannot be combined with an attention_mask that has padding")
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q needs sequences packed into one row, got a batch of {q.shape[0]}")
+        if cu_q is None or cu_k is None:
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
+        return cu_q.int(), cu_k.int()
+    # The positions are the same for every layer, and reading them makes a GPU wait: the first layer looks.
+    is_first = getattr(module, "layer_idx", 0) in (0, None)
+    if position_ids is not None and is_first and q.shape[1] > 1 and not isinstance(layout, PackedRows):
+        _check_positions(position_ids, layout, q.shape[1], k.shape[1])
+    return layout
+
+
+def _check_positions(position_ids: Tensor, layout: PaddedRows | None, num_queries: int, num_keys: int) -> None:
+    if position_ids.ndim != 2 or position_ids.shape[1] != num_queries:
+        raise ValueError(f"position_ids must be [B, T] with T = {num_queries}, got {tuple(position_ids.shape)}")
+    ascends = position_ids.diff(dim=1) == 1
+    if layout is not None:
+        token = torch.arange(num_queries - 1, device=position_ids.device)
+        token = token + (layout.query_end - num_queries)[:, None]
+        ascends = ascends | (token < layout.key_start[:, None]) | (token + 1 >= layout.real_end[:, None])
+    require(
+        ascends.all(),
+        "position_ids must ascend by one over each row's real tokens; sequences packed into a row are recognised "
+        "without an attention_mask, or by cu_seq_lens_q and cu_seq_lens_k (the only way under torch.compile)",
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
+    scale: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    if layout is None:
+        return moba_attention(q, k, v, scale=scale, **options)
+    if isinstance(layout, PaddedRows):
+        return moba_attention(q, k, v, key_start=layout.key_start, key_end=layout.query_end, scale=scale, **options)
+    if isinstance(layout, PackedRows):
+        rows = [
+            moba_attention_varlen(q[row], k[row], v[row], cu_seqlens=cu, scale=scale, **options)
+            for row, cu in enumerate(layout.cu_seqlens)
+        ]
+        return torch.stack(rows)
+    cu_q, cu_k = layout
+    return moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, scale=scale, **options)[None]

@@ -1,0 +1,184 @@
+"""Where each row's sequences lie, told by transformers' mask interface once per forward pass.
+
+transformers asks the mask function registered under an attention's name for a mask, and hands the result to every
+layer. Ours answers with a few integers a row instead of a T × S mask. They travel as one int32 tensor of four
+dimensions, which transformers passes on untouched, also between devices and through `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Each row holds one sequence: int32 [B] each.
+
+    Attributes:
+        key_start: the row's first real key; left padding lies before it.
+        real_end: one past its last real key; right padding lies behind it.
+        query_end: one past the key of the last query. Keys behind it are a static cache's empty places.
+    """
+
+    key_start: Tensor
+    real_end: Tensor
+    query_end: Tensor
+
+    def encode(self) -> Tensor:
+        """As the mask that transformers passes on: [B, 1, 3, 1]."""
+        return torch.stack([self.key_start, self.real_end, self.query_end], dim=1)[:, None, :, None]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Each row holds several sequences, one after another.
+
+    Attributes:
+        cu_seqlens: int32 [B, num_sequences + 1]; rows with fewer sequences repeat their length.
+    """
+
+    cu_seqlens: Tensor
+
+    def encode(self) -> Tensor:
+        """As the mask that transformers passes on: [B, 1, 1, num_sequences + 1]."""
+        return self.cu_seqlens[:, None, None, :]
+
+
+def decode_layout(mask: Any) -> PaddedRows | PackedRows | None:
+    """Read what `layout_mask` wrote; None where every row is one whole sequence.
+
+    Raises:
+        ValueError: for a mask that did not come from `layout_mask`, such as a 4-D mask given by the user.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[1] != 1:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be a padding mask [B, S] with 1 for real tokens; MoBA cannot honour other masks or "
+            f"attention biases, got {got}"
+        )
+    if mask.shape[2:] == (3, 1):
+        return PaddedRows(*(part.contiguous() for part in mask[:, 0, :, 0].unbind(dim=1)))
+    return PackedRows(mask[:, 0, 0])
+
+
+def layout_mask(
+    batch_size: int,
+    kv_length: int,
+    q_length: int | None = None,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    cache_position: Tensor | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of MoBA's attention names: the layout of the rows, encoded, or None where all is real.
+
+    Args:
+        batch_size, kv_length, q_length: B, S and T.
+        q_offset: keys before the first query; a tensor with a static cache.
+        mask_function: causal, or what transformers builds for packed sequences.
+        attention_mask: bool [B, at most S], padding mask.
+        local_size: width of a sliding window or chunk.
+        cache_position: stands for q_length and q_offset in transformers before 5.2.
+        kwargs: what other mask functions need (dtype, config, …).
+
+    Raises:
+        ValueError: for what MoBA cannot honour: sliding windows and chunks, masks of the user's own making,
+            bidirectional attention, padding between real tokens.
+    """
+    if local_size is not None or kv_offset:
+        raise ValueError(
+            f"sliding_window: MoBA cannot honour the sliding window or chunk of {local_size} tokens of this model; "
+            "set config.sliding_window=None if its layers may attend to everything"
+        )
+    if use_vmap:
+        raise ValueError("attention_mask: MoBA cannot honour the extra mask functions that this model applies")
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+    assert q_length is not None
+    if attention_mask is not None:
+        return _padded(attention_mask, batch_size, q_length, q_offset, kv_length)
+    if mask_function is not causal_mask_function and q_length == kv_length:
+        return _packed(mask_function, batch_size, q_length, device)
+    if isinstance(q_offset, int) and q_offset + q_length == kv_length:
+        return None
+    return _static_cache(batch_size, q_length, q_offset, device).encode()
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise a ValueError with `message` unless the one-element `condition` holds.
+
+    Under torch.compile, which cannot branch on data, the check becomes an assertion inside the graph.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def _static_cache(batch_size: int, q_length: int, q_offset: int | Tensor, device: Any) -> PaddedRows:
+    end = torch.as_tensor(q_offset + q_length, dtype=torch.int32, device=device).expand(batch_size)
+    return PaddedRows(torch.zeros_like(end), end, end)
+
+
+def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor, kv_length: int) -> Tensor | None:
+    num_seen = mask.shape[1]
+    if isinstance(q_offset, int) and num_seen < q_offset + q_length:
+        raise ValueError(
+            f"attention_mask must cover the {q_offset} cached and the {q_length} new tokens, got {num_seen} columns"
+        )
+    mask = mask.bool()
+    is_static = not isinstance(q_offset, int) or kv_length > q_offset + q_length
+    if not is_static and not torch.compiler.is_compiling() and mask.all():
+        return None
+    end = _static_cache(batch_size, q_length, q_offset, mask.device).query_end
+    column = torch.arange(num_seen, dtype=torch.int32, device=mask.device)
+    mask = mask & (column < end[:, None])
+    count = mask.sum(dim=1, dtype=torch.int32)
+    key_start = torch.where(mask, column, num_seen).amin(dim=1)
+    key_start = torch.where(count > 0, key_start, end).to(torch.int32)
+    real_end = torch.where(mask, column + 1, 0).amax(dim=1)
+    real_end = torch.where(count > 0, real_end, end).to(torch.int32)
+    require(
+        (real_end - key_start == count).all(),
+        "attention_mask must mark each row's real tokens in one run; MoBA cannot honour padding between them "
+        "(for generation, pad on the left)",
+    )
+    return PaddedRows(key_start, real_end, end).encode()
+
+
+def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> Tensor | None:
+    """Find the sequences that a mask function keeps apart by asking, for every token, about its neighbours only."""
+    if torch.compiler.is_compiling():
+        # How many sequences there are is data, so a graph cannot depend on it; the layers assert that there is one.
+        return None
+    batch = torch.arange(batch_size, device=device)[:, None]
+    token = torch.arange(q_length, device=device)[None]
+    head = torch.zeros_like(token[:, :1])
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(batch, head, query, key).expand(batch_size, query.shape[1])
+
+    before, after = token[:, :-1], token[:, 1:]
+    require(
+        sees(token, token).all() & ~sees(before, after).any(),
+        "is_causal: MoBA is causal and cannot honour the bidirectional or partial attention that this model asks for",
+    )
+    is_start = torch.nn.functional.pad(~sees(after, before), (1, 0), value=True)
+    most = int(is_start.sum(dim=1).max())
+    if most == 1:
+        return None
+    starts = torch.where(is_start, token, q_length).sort(dim=1).values[:, :most]
+    return PackedRows(torch.nn.functional.pad(starts, (0, 1), value=q_length).to(torch.int32)).encode()
