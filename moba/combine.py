@@ -33,5 +33,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(lses, dim=0)
     has_key = lses > -torch.inf
     weights = torch.where(has_key, torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)), 0.0)
-    parts = torch.where(has_key[..., None], outs.to(wide), 0.0)
-    return (weights[..., None] * parts).sum(dim=0).to(outs.dtype), lse
+    out = torch.zeros(outs.shape[1:], dtype=wide, device=outs.device)
+    for part, weight, is_used in zip(outs, weights, has_key, strict=True):
+        out.addcmul_(part.to(wide).masked_fill(~is_used[..., None], 0.0), weight[..., None])
+    return out.to(outs.dtype), lse

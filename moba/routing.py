@@ -81,6 +81,22 @@ class Routing:
         return mask.scatter_(-1, self.indices.long() % (count + 1), True)[..., :count]
 
 
+def by_block(past: Tensor, own: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """The by-block view of past blocks: for each block, the places of the routing that chose it.
+
+    Args:
+        past: int32 [T, H, P], the past-block places of a sequence's routing; entries outside 0 … own - 1 are ignored.
+        own: int64 [T], each query's own block.
+        num_blocks: N, at least the largest own block.
+
+    Returns:
+        entries int64 [E], flat places of `past`, by block, ascending within each; counts int64 [N].
+    """
+    entries = ((past >= 0) & (past < own[:, None, None])).flatten().nonzero()[:, 0]
+    blocks, order = torch.sort(past.flatten()[entries], stable=True)
+    return entries[order], torch.bincount(blocks, minlength=num_blocks)
+
+
 def block_means(k: Tensor, block_size: int) -> Tensor:
     """Mean key of every finished block of one sequence; a short last block is left out, as it is never scored.
 
