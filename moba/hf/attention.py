@@ -5,6 +5,7 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MoBAConfig
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
+from moba.routing import Routing
 
 # What models pass along that does not change the attention itself.
 HARMLESS = frozenset(
@@ -40,6 +42,7 @@ def moba_attention_forward(
     *,
     default: MoBAConfig | None,
     backend: str | None,
+    observe: Callable[[nn.Module, Routing], None] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -59,6 +62,7 @@ def moba_attention_forward(
         attention_mask: what `layout_mask` made of the padding mask.
         default: the config given to `register_moba`.
         backend: takes the place of the config's backend unless None.
+        observe: called with the module and its routing when this call is MoBA (see `moba.record`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
         kwargs: anything else must be None, False or known not to change the attention.
 
@@ -84,7 +88,13 @@ def moba_attention_forward(
             "router": config.router,
             "backend": backend,
         }
-        return _attend(q, k, v, layout, scaling, options), None
+        if observe is None:
+            return _attend(q, k, v, layout, scaling, options), None
+        if not (layout is None or isinstance(layout, PaddedRows)):
+            raise ValueError("the routing of packed sequences cannot be recorded; give one sequence a row")
+        out, routing = _attend(q, k, v, layout, scaling, {**options, "return_routing": True})
+        observe(module, routing)
+        return out, None
 
     if layout is None and q.shape[1] in (1, k.shape[1]):
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
@@ -181,7 +191,8 @@ def _attend(
     layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
     scale: float | None,
     options: dict[str, Any],
-) -> Tensor:
+) -> Any:
+    """The output, or with `return_routing` among the options also the routing, over rows in any layout."""
     if layout is None:
         return moba_attention(q, k, v, scale=scale, **options)
     if isinstance(layout, PaddedRows):

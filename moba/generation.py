@@ -1,0 +1,114 @@
+"""Generating text in the open: prefill in chunks, then one token after another, each handed on as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba.config import MoBAConfig
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Any,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chunk_tokens: int = 1024,
+    on_prefill: Callable[[int], None] = lambda num_done: None,
+) -> Iterator[int]:
+    """Read a prompt and yield new tokens until the model ends its text or `max_new_tokens` are made.
+
+    The prompt is read in chunks against the cache, which is the same computation as reading it at once.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: int64 [T] token ids, T >= 1.
+        max_new_tokens: at most this many tokens; the token that ends the text is not yielded.
+        temperature: 0 takes the likeliest token, otherwise tokens are drawn at this temperature.
+        seed: of the draws.
+        chunk_tokens: tokens read in one forward pass.
+        on_prefill: called with the number of prompt tokens read so far, after each chunk.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    prompt = prompt.to(model.device)
+    logits = torch.empty(0)
+    for start, stop in chunk_bounds(prompt.numel(), chunk_tokens):
+        logits = _step(model, prompt[start:stop], cache)
+        on_prefill(stop)
+    ends = _end_ids(model)
+    for num_made in range(1, max_new_tokens + 1):
+        if temperature:
+            token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        else:
+            token = logits.argmax(dim=-1, keepdim=True)
+        if token.item() in ends:
+            return
+        yield int(token.item())
+        if num_made < max_new_tokens:
+            logits = _step(model, token, cache)
+
+
+def _step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """Read tokens against the cache; the fp32 logits [vocabulary] that follow the last of them."""
+    output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[0, -1].float()
+
+
+def chunk_bounds(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Start and stop of each chunk.
+
+    A last chunk of one token would pass for a decode step, so it joins the one before.
+
+    Raises:
+        ValueError: if there is no token or chunks are shorter than two tokens.
+    """
+    if num_tokens < 1:
+        raise ValueError("the prompt must have at least one token, got none")
+    if chunk_tokens < 2:
+        raise ValueError(f"chunk_tokens must be at least 2, got {chunk_tokens}")
+    starts = list(range(0, num_tokens, chunk_tokens))
+    if len(starts) > 1 and num_tokens - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_tokens], strict=True))
+
+
+def _end_ids(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+def num_keys_read(config: MoBAConfig | None, num_layers: int, num_prompt: int, num_new: int = 0) -> tuple[int, int]:
+    """How many keys one head reads over all layers, for a prompt and the tokens made after it.
+
+    A query at position t reads (min(topk, b + 1) - 1) · block_size + t mod block_size + 1 keys, with b its own block,
+    and t + 1 with full attention.
+
+    Args:
+        config: None counts full attention.
+        num_layers: layers of the model.
+        num_prompt: prompt tokens.
+        num_new: forward passes of one token after it.
+
+    Returns:
+        keys read, and keys that full attention reads.
+    """
+    position = torch.arange(num_prompt + num_new)
+    dense = position + 1
+    total = num_layers * int(dense.sum())
+    if config is None:
+        return total, total
+    own = position // config.block_size
+    sparse = (own + 1).clamp(max=config.topk).sub(1) * config.block_size + position % config.block_size + 1
+    if config.decode == "full":
+        sparse[num_prompt:] = dense[num_prompt:]
+    num_full = sum(config.is_full_layer(layer, num_layers) for layer in range(num_layers))
+    return num_full * int(dense.sum()) + (num_layers - num_full) * int(sparse.sum()), total
