@@ -6,10 +6,22 @@ from typing import Any
 
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.combine import combine
+from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.config import MoBAConfig
+from moba.module import MoBAttention
 from moba.routing import Routing
 
-__all__ = ["MoBAConfig", "Routing", "combine", "moba_attention", "moba_attention_varlen", "register_moba"]
+__all__ = [
+    "MoBAConfig",
+    "MoBAttention",
+    "Routing",
+    "combine",
+    "moba_attention",
+    "moba_attention_varlen",
+    "moba_attn_varlen",
+    "moba_attn_varlen_naive",
+    "register_moba",
+]
 
 
 def __getattr__(name: str) -> Any:

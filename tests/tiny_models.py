@@ -1,0 +1,48 @@
+"""Small random models of several families, built from configs: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Weights far larger than usual, so that attention is far from uniform and the tokens it reads decide the logits.
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+# What a family needs beside SHAPE; "Mistral" has a sliding window by default.
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": None},
+    "SmolLM3": {},
+    "Gemma": {},
+    "Olmo2": {},
+    "Phi3": {"sliding_window": None},
+}
+
+
+def tiny_config(family: str = "Llama", **changes):
+    return getattr(transformers, f"{family}Config")(**{**SHAPE, **FAMILIES.get(family, {}), **changes})
+
+
+def tiny_model(family: str = "Llama", **changes):
+    torch.manual_seed(1)
+    return getattr(transformers, f"{family}ForCausalLM")(tiny_config(family, **changes)).eval()
+
+
+def random_tokens(batch: int, length: int):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(2, SHAPE["vocab_size"], (batch, length), generator=generator)
