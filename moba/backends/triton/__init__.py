@@ -1,0 +1,32 @@
+"""MoBA in Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer; on CPU tensors in Triton's interpreter.
+
+Reading order: primitives.py (letters, where sequences and blocks lie), route.py (block means, scores, selection),
+by_block.py (each block's queries), then the attention kernels. See `moba.backends` for the contract.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from moba.backends.triton.route import route as route
+
+MIN_CAPABILITY = (8, 0)
+MAX_HEAD_DIM = 256
+
+
+def unsupported(q: Tensor, k: Tensor) -> str | None:
+    """Why this backend cannot run on these tensors, or None if it can."""
+    if q.dtype == torch.float64:
+        return "Triton kernels take float16, bfloat16 and float32, not float64"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    if triton.knobs.runtime.interpret:
+        return None if q.device.type in ("cpu", "cuda") else f"tensors are on {q.device}, not on a CPU or a CUDA device"
+    if q.device.type != "cuda" or torch.version.cuda is None:
+        return f"needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1); tensors are on {q.device}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability < MIN_CAPABILITY:
+        return f"needs compute capability {MIN_CAPABILITY} or newer, {q.device} has {capability}"
+    return None

@@ -1,0 +1,74 @@
+"""Tile sizes, warps and pipeline stages of every kernel: a committed table, so that nothing is tuned at run time.
+
+A kernel's rows stand from special to general; the first that fits the device, head dim and block size is taken. No row
+changes a result: what must be the same everywhere (selections, the order of a sum) never depends on this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# Compute capabilities (major · 10 + minor) that kernels are compiled for ahead of time.
+ARCHITECTURES = (80, 86, 89, 90, 100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        config: keyword arguments of the launch: the kernel's tile sizes, `num_warps`, `num_stages`.
+        arch: compute capabilities it is for, None for all.
+        max_head_dim: largest head dim, padded to a power of two, it is for.
+        max_block_size: largest block size it is for, None for all.
+        element_bytes: sizes of q's elements it is for, None for all.
+    """
+
+    config: Mapping[str, int]
+    arch: tuple[int, ...] | None = None
+    max_head_dim: int = 256
+    max_block_size: int | None = None
+    element_bytes: int | None = None
+
+    def fits(self, arch: int, head_dim: int, block_size: int, element_bytes: int) -> bool:
+        """Whether this row is for such a launch."""
+        return (
+            (self.arch is None or arch in self.arch)
+            and head_dim <= self.max_head_dim
+            and (self.max_block_size is None or block_size <= self.max_block_size)
+            and (self.element_bytes is None or element_bytes == self.element_bytes)
+        )
+
+
+TABLE: dict[str, tuple[Row, ...]] = {}
+
+
+def lookup(kernel: str, arch: int, *, head_dim: int, block_size: int, element_bytes: int) -> Mapping[str, int]:
+    """The launch configuration of a kernel: the first row of its table that fits.
+
+    Args:
+        kernel: a key of `TABLE`.
+        arch: compute capability, major · 10 + minor. See `arch_of`.
+        head_dim: as padded to a power of two.
+        element_bytes: size of an element of q.
+    """
+    for row in TABLE[kernel]:
+        if row.fits(arch, head_dim, block_size, element_bytes):
+            return row.config
+    raise AssertionError(f"the last row of {kernel!r} must fit everything")
+
+
+@lru_cache
+def arch_of(device: torch.device) -> int:
+    """The device's compute capability as one of `ARCHITECTURES`: the newest that is not newer; the oldest for a CPU.
+
+    Unknown minor versions share the chip limits of the older entry, so a configuration for that one fits.
+    """
+    if device.type != "cuda":
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((arch for arch in ARCHITECTURES if arch <= 10 * major + minor), default=ARCHITECTURES[0])
