@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import interpreter
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.repair()
 
 CPU_BACKENDS = ("reference", "pytorch")
 

@@ -1,0 +1,46 @@
+"""Triton 3.6's CPU interpreter, repaired where it does not do what a GPU does."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def repair() -> None:
+    """Change the interpreter of this process.
+
+    - A loop bound read from memory is a one-element array, which NumPy >= 2.4 does not turn into an int.
+    - fp32 to bf16 is truncated, where a GPU rounds to nearest even.
+    - A matrix product of bf16 takes the bits as integers.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def convert_bf16_exactly(data, source, target, rounding_mode):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = data.view(np.uint32)
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            return np.where(np.isnan(data), 0x7FFF, rounded).astype(np.uint16)
+        return convert(data, source, target, rounding_mode)
+
+    def dot_of_values(self, a, b, d, *options):
+        def values(handle):
+            if handle.dtype.scalar != tl.bfloat16:
+                return handle
+            data = convert_bf16_exactly(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+            return interpreter.TensorHandle(data, tl.float32)
+
+        return dot(self, values(a), values(b), d, *options)
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter._convert_float = convert_bf16_exactly
+    builder.create_dot = dot_of_values
