@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
@@ -24,10 +22,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`register_moba` is fetched when it is asked for, so that `import moba` does not import transformers."""
-    if name == "register_moba":
-        from moba.hf import register_moba
+def register_moba(config: MoBAConfig | None = None) -> None:
+    """Make `attn_implementation="moba"` and `"moba_naive"` known to transformers, as `moba.hf.register_moba` says.
 
-        return register_moba
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Raises:
+        ImportError: without transformers, which is imported here and not by `import moba`.
+    """
+    try:
+        from moba import hf
+    except ModuleNotFoundError as error:
+        raise ImportError("register_moba needs transformers >= 5: pip install 'moba[hf]'") from error
+    hf.register_moba(config)

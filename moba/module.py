@@ -24,7 +24,7 @@ class MoBAttention(nn.Module):
         num_heads: query heads H.
         num_kv_heads: key/value heads G, which divide H; num_heads by default.
         head_dim: D, even where there is a rotary embedding; hidden_size / num_heads by default.
-        config: block_size, topk and the rest. Its `full_layers` must be 0, as this is one layer of the model: see `full`.
+        config: block_size, topk and the rest. `full_layers` must be 0, as this is one layer of the model; see `full`.
         rope_base: base of the rotary embedding (the two halves of a head are rotated against each other, as in Llama);
             None for none.
         bias: whether the projections have one.

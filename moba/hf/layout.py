@@ -101,7 +101,7 @@ def layout_mask(
     if local_size is not None or kv_offset:
         raise ValueError(
             f"sliding_window: MoBA cannot honour the sliding window or chunk of {local_size} tokens of this model; "
-            "set config.sliding_window=None if its layers may attend to everything"
+            "change its config (sliding_window=None, full_attention layers) if it may attend to everything"
         )
     if use_vmap:
         raise ValueError("attention_mask: MoBA cannot honour the extra mask functions that this model applies")

@@ -1,0 +1,378 @@
+"""MoBA inside transformers' models: one forward pass, with padding, packing, layers, training and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from tiny_models import FAMILIES, random_tokens, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from moba import MoBAConfig, register_moba
+from moba.hf import get_moba_config, set_moba_config
+
+LENGTH, BLOCK, TOPK = 70, 8, 3
+NAMES = ("moba", "moba_naive")
+SPARSE = {"block_size": BLOCK, "topk": TOPK, "backend": "pytorch", "decode": "moba"}
+# fp32 logits of up to about ten through three layers of random weights.
+CLOSE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_moba(MoBAConfig(**SPARSE))
+
+
+def logits(model, tokens, attention="moba", **inputs):
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        return model(tokens, **inputs).logits
+
+
+def differ(a, b):
+    return (a - b).abs().max() > 0.05
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_match_the_reference(family):
+    model = tiny_model(family)
+    tokens = random_tokens(2, LENGTH)
+    sparse = logits(model, tokens)
+    assert_close(sparse, logits(model, tokens, "moba_naive"), CLOSE)
+    assert differ(sparse, logits(model, tokens, "sdpa"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_enough_blocks_are_dense_attention(family):
+    model = tiny_model(family)
+    register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), backend="pytorch"))
+    tokens = random_tokens(2, LENGTH)
+    assert_close(logits(model, tokens), logits(model, tokens, "sdpa"), CLOSE)
+
+
+def test_the_model_honours_scaling():
+    model, tokens = tiny_model("Granite", attention_multiplier=0.7), random_tokens(1, LENGTH)
+    register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), backend="pytorch"))
+    assert model.model.layers[0].self_attn.scaling == 0.7
+    assert_close(logits(model, tokens), logits(model, tokens, "sdpa"), CLOSE)
+
+
+def padded(tokens, pads, side):
+    """The rows with `pads[i]` padding tokens of garbage at one side, and their mask."""
+    longest = tokens.shape[1] + max(pads)
+    ids, mask = torch.full((len(pads), longest), 3), torch.zeros(len(pads), longest, dtype=torch.long)
+    for row, pad in enumerate(pads):
+        length = longest - pad
+        real = slice(pad, None) if side == "left" else slice(0, length)
+        ids[row, real] = random_tokens(len(pads), longest)[row, :length]
+        mask[row, real] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("full_layers", [0, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_the_rows_alone(llama, side, full_layers):
+    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+    pads = [0, 13, 29, 1]
+    ids, mask = padded(random_tokens(4, 30), pads, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = logits(llama, ids, attention_mask=mask, position_ids=positions)
+    assert torch.isfinite(out).all()
+    for row in range(4):
+        real = mask[row].bool()
+        assert_close(out[row, real], logits(llama, ids[row, real][None])[0], CLOSE)
+
+
+def test_right_padding_without_positions_is_no_padding(llama):
+    ids, mask = padded(random_tokens(2, 40), [0, 17], "right")
+    out = logits(llama, ids, attention_mask=mask)
+    assert_close(out[1, :40], logits(llama, ids[1:, :40])[0], CLOSE)
+
+
+def test_a_row_of_padding_only_is_finite(llama):
+    ids, mask = padded(random_tokens(2, 40), [0, 5], "left")
+    mask[1] = 0
+    out = logits(llama, ids, attention_mask=mask)
+    assert torch.isfinite(out).all()
+    assert_close(out[0], logits(llama, ids[:1])[0], CLOSE)
+
+
+LENGTHS = [17, 1, 40, 12]
+
+
+def separately(model, tokens, lengths):
+    return torch.cat([logits(model, part) for part in tokens.split(lengths, dim=1)], dim=1)
+
+
+def positions_of(lengths):
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+@pytest.mark.parametrize("full_layers", [0, 2])
+@pytest.mark.parametrize("how", ["positions", "cu_seqlens", "both", "no positions"])
+def test_packed_is_separate(llama, how, full_layers):
+    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+    tokens = random_tokens(1, sum(LENGTHS))
+    cu = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
+    by_cu = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}
+    inputs = {} if how == "positions" else by_cu
+    if how != "no positions":
+        inputs = {**inputs, "position_ids": positions_of(LENGTHS)}
+    out = logits(llama, tokens, use_cache=False, **inputs)
+    if how == "no positions":
+        # Only the rotary embedding, which is relative, sees the difference.
+        assert_close(out, separately(llama, tokens, LENGTHS), 1e-3)
+    else:
+        assert_close(out, separately(llama, tokens, LENGTHS), CLOSE)
+
+
+def test_rows_packed_each_in_its_own_way(llama):
+    tokens = random_tokens(3, 60)
+    lengths = [[60], [25, 35], [10, 20, 30]]
+    out = logits(llama, tokens, position_ids=torch.cat([positions_of(n) for n in lengths]), use_cache=False)
+    for row in range(3):
+        assert_close(out[row], separately(llama, tokens[row : row + 1], lengths[row])[0], CLOSE)
+
+
+def test_a_models_own_layers_stay_full(llama):
+    tokens = random_tokens(1, LENGTH)
+    full, sparse = logits(llama, tokens, "sdpa"), logits(llama, tokens)
+    results = {}
+    for full_layers in (3, (0, 1, 2), 1, (2,), (0,)):
+        register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+        results[full_layers] = logits(llama, tokens)
+    assert_close(results[3], full, CLOSE)
+    assert_close(results[0, 1, 2], full, CLOSE)
+    assert_close(results[1], results[(2,)], CLOSE)
+    assert differ(results[1], full)
+    assert differ(results[1], sparse)
+    assert differ(results[1], results[(0,)])
+
+
+def test_layers_are_chosen_by_their_place(llama):
+    """With only the first layer sparse, the model is dense from its output on."""
+    tokens = random_tokens(1, LENGTH)
+    seen = {}
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output, i=i: seen.__setitem__(i, output))
+        for i, layer in enumerate(llama.model.layers)
+    ]
+    try:
+        logits(llama, tokens, "sdpa")
+        dense = dict(seen)
+        register_moba(MoBAConfig(**SPARSE, full_layers=1))
+        logits(llama, tokens)
+        assert differ(seen[0], dense[0])
+        register_moba(MoBAConfig(**SPARSE, full_layers=(0,)))
+        logits(llama, tokens)
+        assert_close(seen[0], dense[0], CLOSE)
+        assert differ(seen[1], dense[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_registering_again_replaces_the_config(llama):
+    tokens = random_tokens(1, LENGTH)
+    before = logits(llama, tokens)
+    register_moba(MoBAConfig(BLOCK, 1, backend="pytorch"))
+    assert differ(logits(llama, tokens), before)
+
+
+def test_the_config_is_saved_with_the_model(tmp_path):
+    model, tokens = tiny_model(), random_tokens(1, LENGTH)
+    config = MoBAConfig(16, 2, keep_first=1, full_layers=(1,), decode="moba", backend="reference")
+    assert get_moba_config(model) is None
+    before = logits(model, tokens)
+    set_moba_config(model, config)
+    own = logits(model, tokens)
+    assert differ(own, before)
+    model.save_pretrained(tmp_path)
+
+    register_moba()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="moba")
+    assert get_moba_config(loaded) == config
+    assert_close(logits(loaded, tokens), own, CLOSE)
+
+    set_moba_config(loaded, None)
+    assert get_moba_config(loaded) is None
+    with pytest.raises(ValueError, match="no MoBA config"):
+        logits(loaded, tokens)
+    register_moba(MoBAConfig(**SPARSE))
+    assert_close(logits(loaded, tokens), before, CLOSE)
+
+
+def test_from_pretrained_takes_both_names(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tokens = random_tokens(1, LENGTH)
+    sparse, naive = (AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=n) for n in NAMES)
+    with torch.no_grad():
+        assert_close(sparse(tokens).logits, naive(tokens).logits, CLOSE)
+        assert differ(sparse(tokens).logits, logits(sparse, tokens, "sdpa"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_matches_the_reference(checkpointing):
+    tokens = random_tokens(2, LENGTH)
+    gradients = {}
+    for name in NAMES:
+        model = tiny_model()
+        model.set_attn_implementation(name)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients[name] = [p.grad for p in model.parameters()]
+    for a, b in zip(gradients["moba"], gradients["moba_naive"], strict=True):
+        assert_close(a, b, CLOSE)
+        assert a.abs().sum() > 0
+
+
+def test_training_step_lowers_the_loss():
+    model, tokens = tiny_model(), random_tokens(2, LENGTH)
+    register_moba(MoBAConfig(**SPARSE, full_layers=1))
+    model.set_attn_implementation("moba")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_autocast_and_bfloat16(full_layers):
+    register_moba(MoBAConfig(BLOCK, 9, full_layers=full_layers, backend="pytorch"))
+    model, tokens = tiny_model(initializer_range=0.1), random_tokens(1, LENGTH)
+    expected = logits(model, tokens, "sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # bf16 keeps 8 bits: three layers of roundings of 2^-8 each, on logits of order one.
+        assert_close(logits(model, tokens).float(), expected, 0.05)
+    assert_close(logits(model.to(torch.bfloat16), tokens).float(), expected, 0.05)
+
+
+def test_compile():
+    llama = tiny_model(num_hidden_layers=1)
+    llama.set_attn_implementation("moba")
+    tokens = random_tokens(2, 30)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    torch.compiler.reset()
+    compiled = torch.compile(llama, backend="eager")
+    with torch.no_grad():
+        assert_close(compiled(tokens).logits, llama(tokens).logits, CLOSE)
+        assert_close(compiled(tokens, attention_mask=mask).logits, llama(tokens, attention_mask=mask).logits, CLOSE)
+        with pytest.raises(RuntimeError, match="position_ids must ascend"):
+            compiled(tokens[:1], position_ids=positions_of([10, 20]), use_cache=False)
+    torch.compiler.reset()
+
+
+def test_a_float_mask_of_the_user(llama):
+    with pytest.raises(ValueError, match="attention_mask"):
+        logits(llama, random_tokens(1, 20), attention_mask=torch.zeros(1, 1, 20, 20))
+    with pytest.raises(ValueError, match="attention_mask"):
+        logits(llama, random_tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
+
+
+def test_holes_in_the_mask(llama):
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 7] = 0
+    with pytest.raises(ValueError, match="attention_mask must mark each row's real tokens in one run"):
+        logits(llama, random_tokens(2, 20), attention_mask=mask)
+
+
+def test_positions_that_jump(llama):
+    tokens = random_tokens(2, 40)
+    packed = torch.cat([positions_of([15, 25]), positions_of([40])])
+    with pytest.raises(ValueError, match="position_ids must ascend"):
+        logits(llama, tokens, position_ids=packed, attention_mask=torch.ones_like(tokens))
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with pytest.raises(ValueError, match="position_ids must ascend"):
+        logits(llama, tokens, position_ids=packed, attention_mask=mask)
+    cu = torch.tensor([0, 15, 40], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        logits(llama, tokens, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        logits(llama, tokens, attention_mask=mask, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    with pytest.raises(ValueError, match="cu_seq_lens_k"):
+        logits(llama, tokens[:1], cu_seq_lens_q=cu)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("output_attentions", {"output_attentions": True}),
+        ("is_causal", {"is_causal": False}),
+        ("softcap", {"softcap": 30.0}),
+        ("s_aux", {"s_aux": torch.zeros(4)}),
+        ("position_bias", {"position_bias": torch.zeros(1, 4, 20, 20)}),
+        ("sliding_window", {"sliding_window": 16}),
+        ("block_table", {"block_table": torch.zeros(1, 4)}),
+        ("anything_else", {"anything_else": 0}),
+    ],
+)
+def test_refuses_what_it_cannot_honour(llama, name, inputs):
+    with pytest.raises(ValueError, match=name):
+        logits(llama, random_tokens(1, 20), **inputs)
+
+
+def test_refuses_sliding_windows():
+    assert MistralConfig().sliding_window is not None
+    with pytest.raises(ValueError, match="sliding_window"):
+        logits(tiny_model("Mistral", sliding_window=16), random_tokens(1, 20))
+
+
+def test_refuses_dropout_in_training_only():
+    model, tokens = tiny_model(attention_dropout=0.1), random_tokens(1, 20)
+    logits(model, tokens)
+    model.train()
+    with pytest.raises(ValueError, match=r"dropout=0\.1"):
+        logits(model, tokens)
+
+
+def test_refuses_bidirectional_models():
+    model = tiny_model()
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="is_causal"):
+        logits(model, random_tokens(1, 20))
+
+
+def test_refuses_bad_configs(llama):
+    with pytest.raises(ValueError, match="config"):
+        register_moba({"block_size": 8, "topk": 3})
+    with pytest.raises(ValueError, match="config"):
+        set_moba_config(llama, {"block_size": 8, "topk": 3})
+    with pytest.raises(ValueError, match="router"):
+        set_moba_config(llama, MoBAConfig(8, 3, router=lambda q, means: q))
+    for full_layers in (4, (0, 3)):
+        with pytest.raises(ValueError, match="full_layers"):
+            set_moba_config(llama, MoBAConfig(8, 3, full_layers=full_layers))
+    with pytest.raises(ValueError, match="unknown keys"):
+        logits(AutoModelForCausalLM.from_config(tiny_config(moba={"block_size": 8, "topk": 3, "windows": 1})),
+               random_tokens(1, 20))  # fmt: skip
+    assert get_moba_config(llama) is None
+
+
+def test_a_named_backend_that_cannot_run_raises(llama):
+    register_moba(MoBAConfig(8, 3, backend="triton"))
+    with pytest.raises(ValueError, match="triton"):
+        logits(llama, random_tokens(1, 20))
+
+
+def test_importing_moba_does_not_import_transformers():
+    code = "import sys; from moba import *; assert register_moba and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

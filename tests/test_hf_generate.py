@@ -1,0 +1,153 @@
+"""Generation with MoBA through transformers: caches, decode steps, chunks of a prompt, beams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from tiny_models import random_tokens, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from moba import MoBAConfig, register_moba
+
+SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
+CLOSE = 1e-4
+PROMPT, NEW = 45, 12
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_moba(MoBAConfig(**SPARSE))
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3"])
+def model(request):
+    return tiny_model(request.param)
+
+
+def use(model, attention="moba"):
+    model.set_attn_implementation(attention)
+    return model
+
+
+def generate(model, tokens, attention="moba", **options):
+    options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": NEW, **options}
+    return use(model, attention).generate(tokens, **options)
+
+
+def greedy_without_cache(model, tokens, steps=NEW):
+    use(model)
+    with torch.no_grad():
+        for _ in range(steps):
+            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def caches(model):
+    yield "dynamic", DynamicCache(config=model.config)
+    yield "static", StaticCache(config=model.config, max_cache_len=80)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}], ids=str)
+def test_generate_is_recomputing_every_step(model, options):
+    tokens = random_tokens(2, PROMPT)
+    assert torch.equal(generate(model, tokens, **options), greedy_without_cache(model, tokens))
+
+
+@pytest.mark.parametrize("chunks", [[45], [16, 16, 13], [20, 1, 24], [44, 1], [1] * 45])
+@pytest.mark.parametrize("full_layers", [0, 2])
+def test_chunks_of_a_prompt_are_the_prompt(model, chunks, full_layers):
+    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+    tokens = random_tokens(2, PROMPT)
+    use(model)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        for _, cache in caches(model):
+            parts = [model(part, past_key_values=cache).logits for part in tokens.split(chunks, dim=1)]
+            assert_close(torch.cat(parts, dim=1), expected, CLOSE)
+
+
+@pytest.mark.parametrize("full_layers", [0, 2])
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_left_padded_rows_decode_like_the_rows_alone(model, decode, full_layers):
+    register_moba(MoBAConfig(**{**SPARSE, "decode": decode}, full_layers=full_layers))
+    tokens = random_tokens(3, PROMPT)
+    mask = torch.ones_like(tokens)
+    for row, pad in enumerate([0, 9, 30]):
+        mask[row, :pad] = 0
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}):
+        together = generate(model, tokens, attention_mask=mask, **options)
+        for row, pad in enumerate([0, 9, 30]):
+            alone = generate(model, tokens[row : row + 1, pad:])
+            assert torch.equal(together[row, PROMPT:], alone[0, PROMPT - pad :])
+
+
+def steps(model, tokens, cache, attention="moba"):
+    """Logits of one token after another after the first 30 at once."""
+    use(model, attention)
+    parts = tokens.split([30] + [1] * (tokens.shape[1] - 30), dim=1)
+    with torch.no_grad():
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)[:, 30:]
+
+
+def test_full_decode_reads_the_cache_that_moba_filled(model):
+    """Each step's first layer is dense; the prompt's deeper keys are what the sparse prefill made of them."""
+    tokens = random_tokens(2, PROMPT)
+    register_moba(MoBAConfig(**{**SPARSE, "decode": "full"}))
+    full = {name: steps(model, tokens, cache) for name, cache in caches(model)}
+    assert_close(full["dynamic"], full["static"], CLOSE)
+    mixed = DynamicCache(config=model.config)
+    with torch.no_grad():
+        use(model)(tokens[:, :30], past_key_values=mixed)
+        use(model, "sdpa")
+        parts = [model(part, past_key_values=mixed).logits for part in tokens[:, 30:].split(1, dim=1)]
+    assert_close(full["dynamic"], torch.cat(parts, dim=1), CLOSE)
+    register_moba(MoBAConfig(**SPARSE))
+    sparse = steps(model, tokens, DynamicCache(config=model.config))
+    assert (sparse - full["dynamic"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_beam_search_matches_the_reference(model, decode):
+    register_moba(MoBAConfig(**{**SPARSE, "decode": decode}))
+    tokens = random_tokens(2, PROMPT)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expected = generate(model, tokens, "moba_naive", **options)
+    assert torch.equal(generate(model, tokens, **options), expected)
+    assert torch.equal(generate(model, tokens, cache_implementation="static", **options), expected)
+
+
+def test_sampling_matches_the_reference(model):
+    tokens = random_tokens(1, PROMPT)
+    outputs = []
+    for attention in ("moba", "moba_naive"):
+        torch.manual_seed(3)
+        outputs.append(generate(model, tokens, attention, do_sample=True))
+    assert torch.equal(*outputs)
+
+
+def test_static_cache_larger_than_needed_without_a_mask(model):
+    tokens = random_tokens(2, PROMPT)
+    use(model)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        cache = StaticCache(config=model.config, max_cache_len=200)
+        assert_close(model(tokens, past_key_values=cache).logits, expected, CLOSE)
+
+
+def test_right_padding_cannot_be_continued(model):
+    tokens = random_tokens(2, PROMPT)
+    mask = torch.ones_like(tokens)
+    mask[1, 40:] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        generate(model, tokens, attention_mask=mask)
+
+
+def test_a_mask_must_cover_the_cache(model):
+    tokens = random_tokens(1, PROMPT)
+    cache = DynamicCache(config=model.config)
+    use(model)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask must cover the 45 cached and the 5 new tokens, got 5"):
+            model(tokens[:, :5], past_key_values=cache, attention_mask=torch.ones(1, 5))
