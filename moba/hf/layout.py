@@ -107,6 +107,8 @@ def layout_mask(
         raise ValueError("attention_mask: MoBA cannot honour the extra mask functions that this model applies")
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
+        if not torch.compiler.is_compiling():
+            q_offset = int(q_offset)
     assert q_length is not None
     if attention_mask is not None:
         return _padded(attention_mask, batch_size, q_length, q_offset, kv_length)
