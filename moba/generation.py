@@ -12,6 +12,39 @@ from moba.config import MoBAConfig
 
 
 @torch.inference_mode()
+def prefill(
+    model: Any,
+    prompt: Tensor,
+    *,
+    chunk_tokens: int = 1024,
+    on_progress: Callable[[int], None] = lambda num_read: None,
+) -> tuple[Tensor, Any]:
+    """Read a prompt in chunks against a cache: the same computation as reading it at once, in less memory.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: int64 [T] token ids, T >= 1.
+        chunk_tokens: tokens read in one forward pass, >= 2.
+        on_progress: called with the number of prompt tokens read so far, after each chunk.
+
+    Returns:
+        fp32 logits [vocabulary] that follow the prompt, and the cache.
+
+    Raises:
+        ValueError: if there is no token or chunks are shorter than two tokens.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    prompt = prompt.to(model.device)
+    logits = torch.empty(0)
+    for start, stop in chunk_bounds(prompt.numel(), chunk_tokens):
+        logits = _step(model, prompt[start:stop], cache)
+        on_progress(stop)
+    return logits, cache
+
+
+@torch.inference_mode()
 def generate_tokens(
     model: Any,
     prompt: Tensor,
@@ -20,41 +53,35 @@ def generate_tokens(
     temperature: float = 0.0,
     seed: int = 0,
     chunk_tokens: int = 1024,
-    on_prefill: Callable[[int], None] = lambda num_done: None,
+    on_progress: Callable[[int], None] = lambda num_read: None,
 ) -> Iterator[int]:
     """Read a prompt and yield new tokens until the model ends its text or `max_new_tokens` are made.
 
-    The prompt is read in chunks against the cache, which is the same computation as reading it at once.
-
     Args:
-        model: a causal language model of transformers.
-        prompt: int64 [T] token ids, T >= 1.
-        max_new_tokens: at most this many tokens; the token that ends the text is not yielded.
+        model, prompt, chunk_tokens, on_progress: as for `prefill`.
+        max_new_tokens: at most this many tokens; the token that ends the text is yielded too.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn at this temperature.
         seed: of the draws.
-        chunk_tokens: tokens read in one forward pass.
-        on_prefill: called with the number of prompt tokens read so far, after each chunk.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    prompt = prompt.to(model.device)
-    logits = torch.empty(0)
-    for start, stop in chunk_bounds(prompt.numel(), chunk_tokens):
-        logits = _step(model, prompt[start:stop], cache)
-        on_prefill(stop)
-    ends = _end_ids(model)
+    logits, cache = prefill(model, prompt, chunk_tokens=chunk_tokens, on_progress=on_progress)
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    ends = end_tokens(model)
     for num_made in range(1, max_new_tokens + 1):
         if temperature:
             token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
         else:
             token = logits.argmax(dim=-1, keepdim=True)
-        if token.item() in ends:
+        made = int(token.item())
+        yield made
+        if made in ends or num_made == max_new_tokens:
             return
-        yield int(token.item())
-        if num_made < max_new_tokens:
-            logits = _step(model, token, cache)
+        logits = _step(model, token, cache)
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
 def _step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
@@ -79,11 +106,6 @@ def chunk_bounds(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
     if len(starts) > 1 and num_tokens - starts[-1] == 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], num_tokens], strict=True))
-
-
-def _end_ids(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
 def num_keys_read(config: MoBAConfig | None, num_layers: int, num_prompt: int, num_new: int = 0) -> tuple[int, int]:

