@@ -17,7 +17,8 @@ from moba.layout import Sequences, Span
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
-_SCORES_PER_CHUNK = 1 << 24
+# Small enough for a chunk of scores to stay in a core's cache.
+_SCORES_PER_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def top_blocks(scores: Tensor, count: int) -> Tensor:
     """The `count` largest scores of each row, ties to the lower index; -inf entries come last.
 
-    torch.topk promises no order among equal scores, so rows where the last place is contested are sorted stably.
+    torch.topk promises no order among equal scores, so rows whose last place is contested are sorted stably.
 
     Args:
         scores: [..., N], no NaN. count: 1 … N.
@@ -164,9 +165,12 @@ def top_blocks(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 [..., count] in no particular order.
     """
-    values, indices = scores.topk(count, dim=-1, sorted=False)
-    lowest = values.amin(dim=-1, keepdim=True)
-    contested = ((scores >= lowest).sum(dim=-1) > count) & (lowest.squeeze(-1) > -torch.inf)
+    num_blocks = scores.shape[-1]
+    values, indices = scores.topk(min(count + 1, num_blocks), dim=-1)
+    indices = indices[..., :count]
+    if count == num_blocks:
+        return indices
+    contested = (values[..., count - 1] == values[..., count]) & (values[..., count] > -torch.inf)
     if contested.any():
         ranked = scores[contested].sort(dim=-1, descending=True, stable=True).indices
         indices[contested] = ranked[..., :count]

@@ -23,7 +23,7 @@ from moba.routing import accumulation_dtype, by_block
 from moba.routing import route as route
 
 # Working memory of a pass: its parts, and the gathered tiles of one step. Small enough to stay near the cores' caches.
-PASS_BYTES = 64 << 20
+PASS_BYTES = 24 << 20
 STEP_BYTES = 16 << 20
 
 
@@ -99,9 +99,10 @@ class _Pass(NamedTuple):
     def num_parts(self) -> int:
         return self.num_past + (1 if self.offset % self.block_size == 0 else 2)
 
-    def new_parts(self, *size: int, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    def new_parts(self, *size: int, fill: float | None = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """Room for every row's results in each part, then one row to drop results into: [parts * rows + 1, ...]."""
-        return self.q.new_full((self.num_parts * self.num_rows + 1, *size), fill, dtype=dtype)
+        parts = self.q.new_empty((self.num_parts * self.num_rows + 1, *size), dtype=dtype)
+        return parts if fill is None else parts.fill_(fill)
 
     def by_part(self, parts: Tensor) -> Tensor:
         """The same as [parts, T, H/G, ...]."""
@@ -255,7 +256,7 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
 
 def _forward_pass(part: _Pass, scale: float) -> tuple[Tensor, Tensor]:
     """out [T, H/G, D] and lse [T, H/G] of a pass."""
-    outs = part.new_parts(part.q.shape[2])
+    outs = part.new_parts(part.q.shape[2], fill=None)
     lses = part.new_parts(fill=-torch.inf, dtype=accumulation_dtype(part.q.dtype))
     q_rows = part.q.flatten(0, 1)
     k_blocks, v_blocks = part.finished_blocks(part.k), part.finished_blocks(part.v)
