@@ -38,7 +38,7 @@ def load_model(
     else:
         _require_gguf_reader()
         source, options = str(file.parent), {"gguf_file": file.name}
-        # Newer transformers would leave weights packed, which needs downloaded kernels and rules out training and saving.
+        # Newer transformers would leave weights packed: that needs kernels to download, and rules out training.
         unpack = getattr(transformers, "GgufConfig", None)
         settings = {"quantization_config": unpack(dequantize=True)} if unpack else {}
     try:
