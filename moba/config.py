@@ -113,11 +113,14 @@ class MoBAConfig:
         Raises:
             ValueError: if a key is unknown or a value is not valid.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - _FIELDS)
         missing = sorted({"block_size", "topk"} - set(values))
         if unknown or missing:
             raise ValueError(
-                f"not a MoBAConfig: unknown keys {unknown}, missing keys {missing}; valid: {sorted(known)}"
+                f"not a MoBAConfig: unknown keys {unknown}, missing keys {missing}; valid: {sorted(_FIELDS)}"
             )
         return cls(**values)
+
+
+# Read once: torch.compile, which traces `from_dict` in a model's layers, cannot read a dataclass's fields.
+_FIELDS = frozenset(f.name for f in fields(MoBAConfig))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from tiny_models import FAMILIES, random_tokens, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, StaticCache
 
 from moba import MoBAConfig, register_moba
 from moba.hf import get_moba_config, set_moba_config
@@ -262,6 +262,35 @@ def test_autocast_and_bfloat16(full_layers):
         # bf16 keeps 8 bits: three layers of roundings of 2^-8 each, on logits of order one.
         assert_close(logits(model, tokens).float(), expected, 0.05)
     assert_close(logits(model.to(torch.bfloat16), tokens).float(), expected, 0.05)
+
+
+@pytest.mark.parametrize("own_config", [False, True])
+@pytest.mark.parametrize("inputs", ["plain", "padded", "static cache"])
+def test_the_layers_trace_into_one_graph(monkeypatch, inputs, own_config):
+    """With attention itself replaced by something that torch.compile can trace, nothing else breaks the graph."""
+
+    def attention(q, k, v, **options):
+        if (start := options.get("key_start")) is not None:
+            q = q + start[:, None, None, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr("moba.hf.attention.moba_attention", attention)
+    model, tokens = tiny_model(num_hidden_layers=2), random_tokens(2, 20)
+    model.set_attn_implementation("moba")
+    if own_config:
+        set_moba_config(model, MoBAConfig(**SPARSE, full_layers=1))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    torch.compiler.reset()
+
+    def options():
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        return {"plain": {}, "padded": {"attention_mask": mask}, "static cache": {"past_key_values": cache}}[inputs]
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(tokens, **options()).logits
+        assert_close(compiled, model(tokens, **options()).logits, CLOSE)
 
 
 def test_compile():
