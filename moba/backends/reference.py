@@ -71,11 +71,12 @@ def attention_mask(indices: Tensor, span: Span, block_size: int) -> Tensor:
     Returns:
         bool [H, T, S].
     """
-    key = torch.arange(span.k_len, device=indices.device)
-    query = torch.arange(span.offset, span.k_len, device=indices.device)
+    key = torch.arange(span.k_len, dtype=torch.int32, device=indices.device)
+    query = torch.arange(span.offset, span.k_len, dtype=torch.int32, device=indices.device)
     num_blocks = -(-span.k_len // block_size)
     chosen = routing.Routing(indices, block_size).block_mask(num_blocks)  # [T, H, N]
-    return chosen.transpose(0, 1)[..., key // block_size] & (key <= query[:, None])
+    chosen_key = chosen.transpose(0, 1).repeat_interleave(block_size, dim=-1)[..., : span.k_len]
+    return chosen_key & (key <= query[:, None])
 
 
 def attend(
@@ -89,12 +90,15 @@ def attend(
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
-        mask = attention_mask(indices[span.row, q_rows], span, block_size)
+        hidden = attention_mask(indices[span.row, q_rows], span, block_size).logical_not_()
         for head in range(q.shape[2]):
             keys, values = k[span.row, k_rows, head // group], v[span.row, k_rows, head // group]
-            scores = scale * (q[span.row, q_rows, head].to(wide) @ keys.to(wide).T)
-            scores = scores.masked_fill(~mask[head], -torch.inf)
-            head_lse = torch.logsumexp(scores, dim=-1)
-            lse[span.row, q_rows, head] = head_lse
-            out[span.row, q_rows, head] = (torch.exp(scores - head_lse[:, None]) @ values.to(wide)).to(q.dtype)
+            # Softmax in the one T × S tensor: every step overwrites it.
+            weights = (scale * q[span.row, q_rows, head].to(wide)) @ keys.to(wide).T
+            weights.masked_fill_(hidden[head], -torch.inf)
+            largest = weights.detach().amax(dim=-1, keepdim=True)
+            weights.sub_(largest).exp_()
+            total = weights.sum(dim=-1, keepdim=True)
+            out[span.row, q_rows, head] = (weights @ values.to(wide) / total).to(q.dtype)
+            lse[span.row, q_rows, head] = (largest + total.log())[:, 0]
     return out, lse

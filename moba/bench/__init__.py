@@ -1,0 +1,13 @@
+"""`moba bench`: measurements a sceptic can repeat. Each command checks correctness first and ends in one JSON line."""
+
+import typer
+
+from moba.bench.attention import attention
+
+app = typer.Typer(help="Measure MoBA beside dense attention on this machine.", no_args_is_help=True)
+app.command()(attention)
+
+
+@app.callback()
+def _bench() -> None:
+    """Keep `attention` a command of its own while it is the only one."""

@@ -1,0 +1,213 @@
+"""`moba bench attention`: MoBA beside dense attention, in one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moba.attention import moba_attention
+from moba.bench import machine
+from moba.bench.cases import Case, cpu_suite, cuda_suite, fixed_blocks_suite
+from moba.bench.check import check
+from moba.bench.measure import Measurement, measure
+from moba.bench.report import plot, table, to_markdown
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def attention(
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", or "auto".')] = "auto",
+    backend: Annotated[str, typer.Option(help="Backend to measure.")] = "auto",
+    tokens: Annotated[int | None, typer.Option(help="Measure one case of this many tokens, not the suite.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads of the one case.")] = 16,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads of the one case; as many by default.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Head dim of the one case.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Block size of the one case.")] = 512,
+    topk: Annotated[int, typer.Option(help="Top-k of the one case, the own block included.")] = 3,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")] = "bf16",
+    fixed_blocks: Annotated[
+        bool, typer.Option(help="The paper's Figure 2b: 64 blocks at every length, to 10M.")
+    ] = False,
+    flex: Annotated[bool, typer.Option(help="Also FlexAttention with the same routing, up to 32K tokens.")] = False,
+    repeats: Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
+) -> None:
+    """Time MoBA's forward, backward and routing, and its memory, beside dense attention.
+
+    Each case first compares sampled rows of the tensors it times with an fp64 computation; one that fails is reported
+    without times, and the command then exits with 1. The last line is the whole result as JSON.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if tokens is not None:
+        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype])]
+    elif fixed_blocks:
+        suite = fixed_blocks_suite()
+    else:
+        suite = cuda_suite() if where.type == "cuda" else cpu_suite()
+
+    console = Console(stderr=True)
+    header = machine.describe(where)
+    records = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(suite))
+        for case in suite:
+            progress.update(task, description=case.name)
+            records.append(run_case(case, where, backend, repeats, flex))
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+            progress.advance(task)
+
+    for name, value in header.items():
+        typer.echo(f"{name:>9}: {value}")
+    Console(width=200).print(table(records))
+    result = {"header": header, "records": records}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        out.with_suffix(".md").write_text(to_markdown(header, records))
+        plot(header, records, out.with_suffix(".png"))
+    typer.echo(json.dumps(result))
+    if any("failed" in record for record in records):
+        raise typer.Exit(1)
+
+
+def run_case(case: Case, device: torch.device, backend: str, repeats: int, flex: bool) -> dict[str, Any]:
+    """Measure one case: a record of times in ms and peaks in bytes, or of what failed the check."""
+    torch.manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(1, case.tokens, heads, case.head_dim, device=device, dtype=case.dtype)
+        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    )
+    record: dict[str, Any] = {
+        "case": case.name, "tokens": case.tokens, "heads": case.heads, "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim, "block_size": case.block_size, "topk": case.topk,
+        "dtype": str(case.dtype).removeprefix("torch."), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops,
+    }  # fmt: skip
+
+    def moba(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return moba_attention(q, k, v, block_size=case.block_size, topk=case.topk, backend=backend, **options)
+
+    if problem := _gate(case, q, k, v, d_out, moba):
+        record["failed"] = problem
+        return record
+
+    runs = max(1, repeats)
+    record["moba"] = _measure(moba, q, k, v, d_out, runs, case.backward)
+    record["moba"]["routing_ms"] = record["moba"]["forward_ms"] - _replay_ms(moba, q, k, v, runs)
+    if flex and case.tokens <= 32768 and device.type == "cuda":
+        from moba.bench.flex import flex_attention_of
+
+        with torch.no_grad():
+            routing = moba(q, k, v, return_routing=True)[1]
+        record["flex"] = _measure(flex_attention_of(routing, q, k), q, k, v, d_out, runs, case.backward)
+    if case.dense:
+        for name, dense in dense_baselines(device).items():
+            record[name] = _measure(dense, q, k, v, d_out, 1 if case.dense_flops > 2e14 else runs, case.backward)
+    if case.reference:
+        record["reference"] = _measure_reference(case, q, k, v, d_out, backward=device.type == "cuda")
+        if device.type == "cpu":
+            record["masked_sdpa"] = _measure_masked_sdpa(q, k, v)
+    return record
+
+
+def _gate(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, moba: Callable[..., Any]) -> str | None:
+    with torch.no_grad():
+        out, routing = moba(q, k, v, return_routing=True)
+    d_q = None
+    if case.backward:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        d_q = torch.autograd.grad(moba(*leaves), leaves, d_out)[0]
+    return check(q, k, v, out, routing, case.topk, d_out, d_q)
+
+
+def _replay_ms(moba: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, repeats: int) -> float:
+    """The forward's time over a routing that is given: what routing costs is the difference."""
+    with torch.no_grad():
+        routing = moba(q, k, v, return_routing=True)[1]
+        return measure(lambda: moba(q, k, v, routing=routing), q.device, warmups=1, repeats=repeats).ms
+
+
+def _measure(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    repeats: int,
+    backward: bool,
+) -> dict[str, Any]:
+    """forward_ms and train_ms (one forward and one backward) with their peaks, or "failed" where it does not run."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(q, k, v)
+
+    def train() -> object:
+        return torch.autograd.grad(function(*leaves), leaves, d_out)
+
+    warmups = 1 if q.device.type == "cpu" else 2
+    try:
+        result = _named("forward", measure(forward, q.device, warmups=warmups, repeats=repeats))
+        if backward:
+            result |= _named("train", measure(train, q.device, warmups=warmups, repeats=repeats))
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        return {"failed": str(error).splitlines()[0][:200]}
+    return result
+
+
+def _named(name: str, measurement: Measurement) -> dict[str, Any]:
+    return {f"{name}_ms": measurement.ms, f"{name}_peak_bytes": measurement.peak_bytes}
+
+
+def dense_baselines(device: torch.device) -> dict[str, Dense]:
+    """What a user would pick instead, by name, on [B, T, H, D] tensors."""
+    if device.type != "cuda":
+        return {"dense": lambda q, k, v: _sdpa(q, k, v)}
+
+    def through(backend: SDPBackend) -> Dense:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return _sdpa(q, k, v)
+
+        return attend
+
+    baselines = {"dense_fa2": through(SDPBackend.FLASH_ATTENTION), "dense_cudnn": through(SDPBackend.CUDNN_ATTENTION)}
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        return baselines
+    return baselines | {"dense_fa3": lambda q, k, v: flash_attn_func(q, k, v, causal=True)}
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _measure_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, backward: bool) -> dict[str, Any]:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return moba_attention(q, k, v, block_size=case.block_size, topk=case.topk, backend="reference")
+
+    return _measure(reference, q, k, v, d_out, 1, backward)
+
+
+def _measure_masked_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Dense attention with a boolean mask as large as the reference's: what makes the ratio to the reference honest."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril_()
+    with torch.no_grad():
+        return _named("forward", measure(lambda: _sdpa(q, k, v, mask), q.device, warmups=1, repeats=1))

@@ -1,0 +1,58 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Machine, versions, commit, command and time, for the header of a result."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def cpu_name() -> str:
+    """Model name, cores and the vector extensions that matter here."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
+    known = flags.group(1).split() if flags else []
+    extensions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in known]
+    return f"{name.group(1) if name else platform.machine()}, {os.cpu_count()} cores, {' '.join(extensions)}"
+
+
+def commit() -> str:
+    """The checkout's commit, marked where the work tree differs; "unknown" outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()
