@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from helpers import assert_close
 from tiny_models import FAMILIES, random_tokens, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig, StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from moba import MoBAConfig, register_moba
 from moba.hf import get_moba_config, set_moba_config
 
 LENGTH, BLOCK, TOPK = 70, 8, 3
+ZERO = torch.tensor([0])
 NAMES = ("moba", "moba_naive")
 SPARSE = {"block_size": BLOCK, "topk": TOPK, "backend": "pytorch", "decode": "moba"}
 # fp32 logits of up to about ten through three layers of random weights.
@@ -309,6 +311,30 @@ def test_compile():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("mask", [None, "all real", "padded"])
+def test_refuses_bidirectional_attention_among_tokens(llama, mask):
+    """As models for images and text ask for among an image's tokens."""
+    tokens = random_tokens(2, 20)
+    masks = {None: None, "all real": torch.ones_like(tokens), "padded": torch.ones_like(tokens).index_fill(1, ZERO, 0)}
+    llama.set_attn_implementation("moba")
+    together = torch.full_like(tokens, -1)
+    together[:, 5:9] = 0
+    inputs = {"inputs_embeds": llama.model.embed_tokens(tokens), "past_key_values": None, "config": llama.config}
+    with pytest.raises(ValueError, match=r"is_causal|mask that this model adds"):
+        create_causal_mask(**inputs, attention_mask=masks[mask], block_sequence_ids=together)
+    with pytest.raises(ValueError, match="extra mask functions"):
+        create_causal_mask(**inputs, attention_mask=masks[mask], or_mask_function=lambda b, h, q, k: q < k)
+
+
+def test_masks_of_the_wrong_shape(llama):
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, S\] with B = 2, got \(1, 20\)"):
+        logits(llama, random_tokens(2, 20), attention_mask=torch.ones(1, 20))
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        logits(llama, random_tokens(2, 20), attention_mask=torch.ones(2, 20, 20))
+    with pytest.raises(ValueError, match="attention_mask must cover"):
+        logits(llama, random_tokens(2, 20), attention_mask=torch.ones(2, 19))
+
+
 def test_a_float_mask_of_the_user(llama):
     with pytest.raises(ValueError, match="attention_mask"):
         logits(llama, random_tokens(1, 20), attention_mask=torch.zeros(1, 1, 20, 20))
@@ -373,11 +399,12 @@ def test_refuses_dropout_in_training_only():
         logits(model, tokens)
 
 
-def test_refuses_bidirectional_models():
+@pytest.mark.parametrize("inputs", [{}, {"attention_mask": torch.tensor([[0] + [1] * 19])}], ids=["plain", "padded"])
+def test_refuses_bidirectional_models(inputs):
     model = tiny_model()
     model.config.is_causal = False
-    with pytest.raises(ValueError, match="is_causal"):
-        logits(model, random_tokens(1, 20))
+    with pytest.raises(ValueError, match=r"is_causal|mask that this model adds"):
+        logits(model, random_tokens(1, 20), **inputs)
 
 
 def test_refuses_bad_configs(llama):
@@ -394,6 +421,10 @@ def test_refuses_bad_configs(llama):
         logits(AutoModelForCausalLM.from_config(tiny_config(moba={"block_size": 8, "topk": 3, "windows": 1})),
                random_tokens(1, 20))  # fmt: skip
     assert get_moba_config(llama) is None
+    llama.config.moba = MoBAConfig(8, 3)
+    with pytest.raises(ValueError, match=r"config\.moba must be the dict"):
+        logits(llama, random_tokens(1, 20))
+    set_moba_config(llama, None)
 
 
 def test_a_named_backend_that_cannot_run_raises(llama):

@@ -90,6 +90,20 @@ def steps(model, tokens, cache, attention="moba"):
         return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)[:, 30:]
 
 
+def test_a_row_of_padding_only_stays_finite(model):
+    register_moba(MoBAConfig(8, 3, full_layers=1, backend="pytorch"))
+    tokens = random_tokens(2, PROMPT)
+    mask = torch.ones(2, PROMPT + 2)
+    mask[1] = 0
+    use(model)
+    with torch.no_grad():
+        for _, cache in caches(model):
+            model(tokens, past_key_values=cache, attention_mask=mask[:, :PROMPT])
+            for end in (PROMPT + 1, PROMPT + 2):
+                step = model(tokens[:, :1], past_key_values=cache, attention_mask=mask[:, :end]).logits
+                assert torch.isfinite(step).all()
+
+
 def test_full_decode_reads_the_cache_that_moba_filled(model):
     """Each step's first layer is dense; the prompt's deeper keys are what the sparse prefill made of them."""
     tokens = random_tokens(2, PROMPT)

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import MoBAConfig
-from moba.hf.attention import moba_attention_forward
+from moba.hf.attention import moba_attention_forward, read_config
 from moba.hf.layout import layout_mask
 
 __all__ = ["get_moba_config", "register_moba", "set_moba_config"]
@@ -66,8 +66,7 @@ def get_moba_config(model: PreTrainedModel) -> MoBAConfig | None:
     Raises:
         ValueError: if `model.config.moba` is not a valid MoBAConfig.
     """
-    values = getattr(_text_config(model), "moba", None)
-    return None if values is None else MoBAConfig.from_dict(values)
+    return read_config(_text_config(model))
 
 
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba.attention import moba_attention, moba_attention_varlen
@@ -53,8 +55,8 @@ def moba_attention_forward(
 ) -> tuple[Tensor, None]:
     """MoBA, or full attention where the config says so, for one layer of a transformers model.
 
-    A call with one query and several keys is a decode step and follows `config.decode`; a prompt's last chunk of one
-    token cannot be told from one.
+    A call with one query and several keys is a decode step and follows `config.decode`. A prompt's last chunk cannot be
+    told from one if it has one token, and several tokens proposed at once (speculative decoding) look like a chunk.
 
     Args:
         module: the attention layer; its `config.moba` overrides `default`.
@@ -96,25 +98,41 @@ def moba_attention_forward(
         observe(module, routing)
         return out, None
 
-    if layout is None and q.shape[1] in (1, k.shape[1]):
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    if layout is None:
+        if q.shape[1] in (1, k.shape[1]):
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        last = causal_lower_right(q.shape[1], k.shape[1])
+        out = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=q.shape[2] != k.shape[2])
+        return out.transpose(1, 2), None
     if is_decode and isinstance(layout, PaddedRows):
         column = torch.arange(k.shape[1], device=k.device)
         real = (column >= layout.key_start[:, None]) & (column < layout.query_end[:, None])
         return sdpa_attention_forward(module, query, key, value, real[:, None, None], scaling=scaling)
-    # One block that holds every key is full attention, and needs no T × S mask for padding, packing or chunks.
+    # One block that holds every key is full attention, and needs no T × S mask for padding and packing.
     whole = {"block_size": max(k.shape[1], 1), "topk": 1, "backend": backend}
     return _attend(q, k, v, layout, scaling, whole), None
 
 
 def layer_config(module: nn.Module, default: MoBAConfig | None) -> MoBAConfig:
     """The config that holds for a layer: `module.config.moba`, or else `default`."""
-    own = getattr(getattr(module, "config", None), "moba", None)
-    if own is not None:
-        return MoBAConfig.from_dict(own)
-    if default is None:
+    config = read_config(getattr(module, "config", None)) or default
+    if config is None:
         raise ValueError("no MoBA config: give register_moba one, or write it to the model with set_moba_config")
-    return default
+    return config
+
+
+def read_config(model_config: Any) -> MoBAConfig | None:
+    """The MoBAConfig that a model's config carries, or None.
+
+    Raises:
+        ValueError: if its `moba` is not what `set_moba_config` writes.
+    """
+    values = getattr(model_config, "moba", None)
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f"config.moba must be the dict that set_moba_config writes, got {values!r}")
+    return MoBAConfig.from_dict(values)
 
 
 def _is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
@@ -162,9 +180,9 @@ def _layout(
         if cu_q is None or cu_k is None:
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
         return cu_q.int(), cu_k.int()
-    # The positions are the same for every layer, and reading them makes a GPU wait: the first layer looks.
-    is_first = getattr(module, "layer_idx", 0) in (0, None)
-    if position_ids is not None and is_first and q.shape[1] > 1 and not isinstance(layout, PackedRows):
+    # The positions are the same for every layer, and reading them makes a GPU wait: there only the first layer looks.
+    looks = q.device.type == "cpu" or getattr(module, "layer_idx", None) in (0, None)
+    if position_ids is not None and looks and q.shape[1] > 1 and not isinstance(layout, PackedRows):
         _check_positions(position_ids, layout, q.shape[1], k.shape[1])
     return layout
 
@@ -180,7 +198,8 @@ def _check_positions(position_ids: Tensor, layout: PaddedRows | None, num_querie
     require(
         ascends.all(),
         "position_ids must ascend by one over each row's real tokens; sequences packed into a row are recognised "
-        "without an attention_mask, or by cu_seq_lens_q and cu_seq_lens_k (the only way under torch.compile)",
+        "without attention_mask and with use_cache=False, or by cu_seq_lens_q and cu_seq_lens_k (the only way under "
+        "torch.compile)",
     )
 
 

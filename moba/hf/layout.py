@@ -107,13 +107,18 @@ def layout_mask(
         raise ValueError("attention_mask: MoBA cannot honour the extra mask functions that this model applies")
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
+        device = cache_position.device
         if not torch.compiler.is_compiling():
             q_offset = int(q_offset)
     assert q_length is not None
+    if mask_function is not causal_mask_function:
+        if attention_mask is not None or q_length != kv_length:
+            raise ValueError(
+                "attention_mask: MoBA cannot honour the mask that this model adds to causality and padding"
+            )
+        return _packed(mask_function, batch_size, q_length, device)
     if attention_mask is not None:
         return _padded(attention_mask, batch_size, q_length, q_offset, kv_length)
-    if mask_function is not causal_mask_function and q_length == kv_length:
-        return _packed(mask_function, batch_size, q_length, device)
     if isinstance(q_offset, int) and q_offset + q_length == kv_length:
         return None
     return _static_cache(batch_size, q_length, q_offset, device).encode()
@@ -136,6 +141,8 @@ def _static_cache(batch_size: int, q_length: int, q_offset: int | Tensor, device
 
 
 def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor, kv_length: int) -> Tensor | None:
+    if mask.ndim != 2 or mask.shape[0] != batch_size:
+        raise ValueError(f"attention_mask must be [B, S] with B = {batch_size}, got {tuple(mask.shape)}")
     num_seen = mask.shape[1]
     if isinstance(q_offset, int) and num_seen < q_offset + q_length:
         raise ValueError(
@@ -163,9 +170,6 @@ def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor
 
 def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> Tensor | None:
     """Find the sequences that a mask function keeps apart by asking, for every token, about its neighbours only."""
-    if torch.compiler.is_compiling():
-        # How many sequences there are is data, so a graph cannot depend on it; the layers assert that there is one.
-        return None
     batch = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(q_length, device=device)[None]
     head = torch.zeros_like(token[:, :1])
@@ -178,6 +182,9 @@ def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any
         sees(token, token).all() & ~sees(before, after).any(),
         "is_causal: MoBA is causal and cannot honour the bidirectional or partial attention that this model asks for",
     )
+    if torch.compiler.is_compiling():
+        # How many sequences there are is data, so a graph cannot depend on it; the layers assert that there is one.
+        return None
     is_start = torch.nn.functional.pad(~sees(after, before), (1, 0), value=True)
     most = int(is_start.sum(dim=1).max())
     if most == 1:
