@@ -214,9 +214,10 @@ def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
-    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

@@ -47,6 +47,22 @@ class Selection:
         score = None if places == 0 else router if callable(router) else mean_key_scores
         return cls(block_size, topk, keep_first, keep_recent, score)
 
+    def scores(self, q: Tensor, means: Tensor) -> Tensor:
+        """`score` of query rows [rows, H, D] against block means [N, G, D]: floating [rows, H, N].
+
+        Raises:
+            ValueError: if a user's function returns anything else.
+        """
+        assert self.score is not None
+        scores = self.score(q, means)
+        expected = (*q.shape[:2], means.shape[0])
+        if tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ValueError(
+                f"router must return floating scores [rows, H, N] = {expected}, "
+                f"got {scores.dtype} {tuple(scores.shape)}"
+            )
+        return scores
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -239,13 +255,7 @@ def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor
         rows = max(1, _SCORES_PER_CHUNK // max(1, num_heads * num_candidates))
         stop = min(num_queries, start + rows)
         num_candidates = (span.offset + stop - 1) // selection.block_size
-        scores = selection.score(q[start:stop], means[:num_candidates])
-        expected = (stop - start, num_heads, num_candidates)
-        if tuple(scores.shape) != expected or not scores.is_floating_point():
-            raise ValueError(
-                f"router must return floating scores [rows, H, N] = {expected}, "
-                f"got {scores.dtype} {tuple(scores.shape)}"
-            )
+        scores = selection.scores(q[start:stop], means[:num_candidates])
         chosen = select_blocks(scores, own[start:stop], selection)
         indices[start:stop, :, : chosen.shape[-1]] = chosen
         start = stop

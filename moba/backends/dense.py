@@ -24,7 +24,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> t
     Returns:
         out [C, H, M, D] in q's dtype, lse [C, H, M] in fp32 (fp64 for fp64).
     """
-    if q.device.type == "cpu":
+    if _has_flash_kernel(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
     wide = accumulation_dtype(q.dtype)
     scores = _scores(q, k, scale, is_causal)
@@ -53,7 +53,7 @@ def backward(
     Returns:
         d_q, d_k, d_v, shaped like q, k and v.
     """
-    if q.device.type == "cpu" and d_lse is None:
+    if _has_flash_kernel(q) and d_lse is None:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, is_causal, scale=scale
         )
@@ -68,6 +68,11 @@ def backward(
     d_k = d_scores.mT @ q.to(wide)
     d_v = weights.mT @ d_out
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _has_flash_kernel(q: Tensor) -> bool:
+    """Whether torch offers, on this device, a fused kernel that also gives the log-sum-exp."""
+    return q.device.type == "cpu"
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, is_causal: bool) -> Tensor:

@@ -37,7 +37,7 @@ def _route_sequence(q: Tensor, k: Tensor, span: Span, selection: Selection) -> T
     if selection.score is None:
         score = torch.zeros(q.shape[0], q.shape[1], means.shape[0], device=q.device)
     else:
-        score = selection.score(q, means).nan_to_num(nan=-torch.inf)  # [T, H, N]
+        score = selection.scores(q, means).nan_to_num(nan=-torch.inf)  # [T, H, N]
     kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
     # Most significant last: of a query's candidates, kept ones first, then by score, then by lower index.
     order = torch.argsort(score, dim=-1, descending=True, stable=True)

@@ -1,0 +1,108 @@
+"""What a user can get wrong is refused with a ValueError that names the argument, what it was and what is valid."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import make_qkv
+
+from moba import MoBAConfig, Routing, moba_attention, moba_attention_varlen
+
+Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
+VALID = {"block_size": 4, "topk": 2}
+ONES = torch.ones(2, dtype=torch.int32)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
+        ({"block_size": 4.0}, "block_size must be an integer >= 1, got 4.0"),
+        ({"block_size": True}, "block_size must be an integer >= 1, got True"),
+        ({"topk": 0}, "topk must be an integer >= 1, got 0"),
+        ({"keep_first": -1}, "keep_first must be an integer >= 0, got -1"),
+        ({"keep_first": 1, "keep_recent": 1}, "keep_first + keep_recent must be at most topk - 1 = 1"),
+        ({"router": "best"}, "router must be one of 'mean', 'recent', 'sink', got 'best'"),
+        ({"backend": "cuda"}, "backend must be one of 'auto', 'reference', 'pytorch', 'triton', got 'cuda'"),
+        ({"key_start": torch.ones(2)}, "key_start must be an int32 tensor [B] = [2], got torch.float32 (2,)"),
+        ({"key_end": int32(1, 2, 3)}, "key_end must be an int32 tensor [B] = [2], got torch.int32 (3,)"),
+        ({"key_start": [0, 1]}, "key_start must be an int32 tensor [B] = [2], got [0, 1]"),
+        ({"key_end": int32(17, 3)}, "0 <= key_start <= key_end <= S = 16 must hold in every row, got key_end=[17, 3]"),
+        ({"key_start": int32(5, 1), "key_end": int32(4, 3)}, "got key_start=[5, 1], key_end=[4, 3]"),
+        ({"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 8)}, "routing was made with block_size=8"),
+        (
+            {"routing": Routing(torch.zeros(2, 12, 4, 3, dtype=torch.int32), 4)},
+            "routing.indices must be int32 (2, 12, 4, 2)",
+        ),
+        ({"router": lambda q, means: torch.zeros(3, 1, 1)}, "router must return floating scores [rows, H, N]"),
+        ({"router": lambda q, means: torch.zeros(q.shape[0], 4, means.shape[0], dtype=torch.long)}, "torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("named", ["pytorch", "reference"])
+def test_options(named, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moba_attention(Q, K, V, **{"backend": named, **VALID, **options})
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        (Q[0], K, V, "q must be [B, T, H, D], got shape (12, 4, 8)"),
+        (Q.double(), K, V, "q, k and v must share one dtype"),
+        (Q.int(), K.int(), V.int(), "q, k and v must share one dtype of fp16, bf16, fp32, fp64; q is torch.int32"),
+        (Q, K[:1], V[:1], "q, k and v must have one batch size, got 2 and 1"),
+        (Q, K[:, :11], V[:, :11], "T must be at most S, got T=12, S=11"),
+        (Q[:, :, :3], K, V, "got 3 query and 2 key/value heads"),
+        (Q, K, V[..., :4], "q, k and v must have one head dim, got 8, 8 and 4"),
+        (Q, K, V[:, :15], "k and v must have one shape"),
+        (Q.repeat(1, 1, 1, 40), K.repeat(1, 1, 1, 40), V.repeat(1, 1, 1, 40), "head dim must be 1 to 256, got 320"),
+        (Q.mT.contiguous().mT, K, V, "the last dimension of q must be contiguous"),
+        (Q.to("meta"), K, V, "must be on one device"),
+    ],
+)
+def test_tensors(q, k, v, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moba_attention(q, k, v, **VALID)
+
+
+@pytest.mark.parametrize(
+    ("cu", "cu_k", "message"),
+    [
+        (int32(), None, "cu_seqlens must be an int32 tensor [num_sequences + 1]"),
+        (int32(1, 5), None, "cu_seqlens must ascend from 0 to at most 12, got [1, 5]"),
+        (int32(0, 7, 5), None, "cu_seqlens must ascend from 0"),
+        (int32(0, 13), None, "cu_seqlens must ascend from 0 to at most 12"),
+        ([0, 12], None, "got [0, 12]"),
+        (int32(0, 5, 12), int32(0, 16), "cu_seqlens_k must have as many entries as cu_seqlens, got 2 and 3"),
+        (int32(0, 5, 12), int32(0, 4, 16), "cu_seqlens_k must give every sequence at least as many keys as queries"),
+    ],
+)
+def test_packed(cu, cu_k, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moba_attention_varlen(Q[0], K[0], V[0], cu_seqlens=cu, cu_seqlens_k=cu_k, **VALID)
+
+
+def test_a_named_backend_runs_or_raises():
+    with pytest.raises(ValueError, match=r"backend='triton'.*(interpreter|not available)"):
+        moba_attention(Q, K, V, **VALID, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": "sparse"}, "decode must be one of 'full', 'moba', got 'sparse'"),
+        ({"full_layers": -1}, "full_layers must be an integer >= 0, got -1"),
+        ({"full_layers": (0, -2)}, "full_layers must be an integer >= 0, got -2"),
+        ({"full_layers": "last"}, "full_layers must be an integer >= 0, got 'last'"),
+        ({"backend": "flash"}, "backend must be one of"),
+    ],
+)
+def test_config(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoBAConfig(**VALID, **options)

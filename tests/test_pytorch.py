@@ -1,0 +1,105 @@
+"""What is the pytorch backend's own: passes and steps, memory, and the path of devices without a flash kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, make_qkv
+from test_semantics import CASES, gradients
+
+from moba import moba_attention
+from moba.backends import dense, pytorch
+from moba.bench.measure import measure
+
+
+@pytest.fixture
+def tiny_passes(monkeypatch):
+    monkeypatch.setattr(pytorch, "PASS_BYTES", 1)
+    monkeypatch.setattr(pytorch, "STEP_BYTES", 1)
+
+
+@pytest.mark.usefixtures("tiny_passes")
+@pytest.mark.parametrize("case", ["many blocks", "block of seven", "chunk of a prefill", "nine heads of three"])
+def test_many_passes_and_steps_change_nothing(case):
+    *shape, block_size, topk = CASES[case]
+    shape = [shape[0], shape[1] + 150, shape[2] + 150, *shape[3:]]
+    q, k, v = make_qkv(*shape, exact_for=block_size)
+    options = {"block_size": block_size, "topk": topk, "scale": 0.1}
+    out, lse = moba_attention(q, k, v, **options, backend="pytorch", return_lse=True)
+    expected_out, expected_lse = moba_attention(q, k, v, **options, backend="reference", return_lse=True)
+    assert_close(out, expected_out, 2e-5)
+    assert_close(lse, expected_lse, 2e-5)
+    d_out = torch.randn_like(q)
+    expected = gradients(q, k, v, d_out, **options, backend="reference")
+    for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend="pytorch"), expected, strict=True):
+        assert_close(actual, wanted, 5e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_plain_formula_equals_the_flash_kernel(monkeypatch, is_causal):
+    """Other devices take the formula; here both run on the CPU, forward and backward."""
+    q, k, v = (torch.randn(3, 2, 24, 16, dtype=torch.float64) for _ in range(3))
+    d_out = torch.randn_like(q)
+    out, lse = dense.forward(q, k, v, 0.3, is_causal)
+    grads = dense.backward(d_out, None, q, k, v, out, lse, 0.3, is_causal)
+    monkeypatch.setattr(dense, "_has_flash_kernel", lambda q: False)
+    assert_close(dense.forward(q, k, v, 0.3, is_causal)[0], out, 1e-12)
+    assert_close(dense.forward(q, k, v, 0.3, is_causal)[1], lse, 1e-12)
+    for formula, kernel in zip(dense.backward(d_out, None, q, k, v, out, lse, 0.3, is_causal), grads, strict=True):
+        assert_close(formula, kernel, 1e-12)
+
+
+def test_semantics_without_the_flash_kernel(monkeypatch):
+    monkeypatch.setattr(dense, "_has_flash_kernel", lambda q: False)
+    q, k, v = make_qkv(2, 45, 50, 4, 2, 16)
+    options = {"block_size": 8, "topk": 3}
+    d_out = torch.randn_like(q)
+    expected = gradients(q, k, v, d_out, **options, backend="reference")
+    for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend="pytorch"), expected, strict=True):
+        assert_close(actual, wanted, 5e-5)
+
+
+def test_memory_grows_with_the_sequence_not_its_square():
+    def peak(tokens):
+        q, k, v = make_qkv(1, tokens, tokens, 1, 1, 64)
+        return measure(
+            lambda: moba_attention(q, k, v, block_size=64, topk=4, backend="pytorch"), q.device, warmups=1, repeats=1
+        ).peak_bytes
+
+    peak(4096)
+    bytes_of_a_mask = 65536 * 65536 // 8
+    assert peak(65536) < bytes_of_a_mask / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_budget(dtype):
+    """Errors against fp64 are at most twice those of the reference, plain torch in the same dtype."""
+    q, k, v = make_qkv(1, 512, 512, 4, 2, 64, dtype=dtype)
+    d_out = torch.randn_like(q)
+    routing = moba_attention(q, k, v, block_size=32, topk=4, backend="reference", return_routing=True)[1]
+    options = {"block_size": 32, "topk": 4, "routing": routing}
+
+    def results(backend, q, k, v, d_out):
+        return moba_attention(q, k, v, **options, backend=backend), *gradients(
+            q, k, v, d_out, **options, backend=backend
+        )
+
+    exact = results("reference", *(x.double() for x in (q, k, v, d_out)))
+    plain = plain_attention(q, k, v, d_out, routing)
+    for name, ours, theirs, true in zip(("out", "d_q", "d_k", "d_v"), results("pytorch", q, k, v, d_out), plain, exact,
+                                        strict=True):  # fmt: skip
+        error, budget = ((x.double() - true).norm() / true.norm() for x in (ours, theirs))
+        assert error <= 2 * budget, f"{name}: {error:.2e} against {budget:.2e}"
+
+
+def plain_attention(q, k, v, d_out, routing):
+    """Masked softmax attention with every intermediate in the inputs' dtype, and its gradients by autograd."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x[0].transpose(0, 1) for x in leaves)
+    k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
+    position = torch.arange(q.shape[1])
+    chosen = routing.block_mask(-(-q.shape[1] // routing.block_size))[0].transpose(0, 1)
+    mask = chosen[..., position // routing.block_size] & (position <= position[:, None])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    out = (torch.softmax(scores, dim=-1) @ v).transpose(0, 1)[None]
+    return out, *torch.autograd.grad(out, leaves, d_out)
