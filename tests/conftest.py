@@ -32,3 +32,23 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+_skipped_without_reason = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped:").strip()
+        if reason in ("", "unconditional skip"):
+            _skipped_without_reason.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    if _skipped_without_reason:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for nodeid in _skipped_without_reason:
+        terminalreporter.write_line(f"FAILED {nodeid}: skipped without a stated reason", red=True)
