@@ -186,11 +186,18 @@ def parse_layers(text: str) -> int | tuple[int, ...]:
 
 
 def carried_config(model: str | None) -> dict[str, Any] | None:
-    """What a model folder's config.json says of MoBA, or None."""
-    path = Path(model or "") / "config.json"
+    """What a model folder's config.json says of MoBA, or None.
+
+    Raises:
+        ValueError: if the file is not JSON.
+    """
+    path = Path(model or "").expanduser() / "config.json"
     if model is None or not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model={model!r}: its config.json is not JSON: {error}") from None
     return values.get("moba") or values.get("text_config", {}).get("moba")
 
 

