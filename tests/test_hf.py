@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from tiny_models import FAMILIES, random_tokens, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, MistralConfig, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
-from moba import MoBAConfig, register_moba
+from moba import MoBAConfig, moba_attention, register_moba
 from moba.hf import get_moba_config, set_moba_config
 
 LENGTH, BLOCK, TOPK = 70, 8, 3
 ZERO = torch.tensor([0])
-NAMES = ("moba", "moba_naive")
+NAMES, PAIR = ("moba", "moba_naive"), ("moba", "sdpa")
 SPARSE = {"block_size": BLOCK, "topk": TOPK, "backend": "pytorch", "decode": "moba"}
 # fp32 logits of up to about ten through three layers of random weights.
 CLOSE = 1e-4
@@ -61,11 +61,55 @@ def test_enough_blocks_are_dense_attention(family):
     assert_close(logits(model, tokens), logits(model, tokens, "sdpa"), CLOSE)
 
 
-def test_the_model_honours_scaling():
+@pytest.mark.parametrize("full_layers", [0, 3])
+@pytest.mark.parametrize("how", ["plain", "padded", "positions", "cu_seqlens", "chunks", "steps", "padded steps"])
+def test_the_models_scaling_is_honoured_on_every_path(how, full_layers):
     model, tokens = tiny_model("Granite", attention_multiplier=0.7), random_tokens(1, LENGTH)
-    register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), backend="pytorch"))
     assert model.model.layers[0].self_attn.scaling == 0.7
-    assert_close(logits(model, tokens), logits(model, tokens, "sdpa"), CLOSE)
+    register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), full_layers=full_layers, backend="pytorch", decode="full"))
+    mask = torch.ones_like(tokens)
+    mask[:, :9] = 0
+    if how in ("plain", "padded"):
+        inputs = {"attention_mask": mask} if how == "padded" else {}
+        real = mask[0].bool() if how == "padded" else slice(None)
+        out, expected = (logits(model, tokens, name, **inputs)[:, real] for name in PAIR)
+    elif how in ("positions", "cu_seqlens"):
+        cu = torch.tensor([0, 30, LENGTH], dtype=torch.int32)
+        positions = {"position_ids": positions_of([30, LENGTH - 30]), "use_cache": False}
+        inputs = {**positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu} if how == "cu_seqlens" else positions
+        out, expected = logits(model, tokens, **inputs), logits(model, tokens, "sdpa", **positions)
+    else:
+        lengths = [30, 1, LENGTH - 31] if how == "chunks" else [LENGTH - 2, 1, 1]
+        out, expected = (in_parts(model, tokens, lengths, name, mask if "padded" in how else None) for name in PAIR)
+    assert_close(out, expected, CLOSE)
+
+
+def in_parts(model, tokens, lengths, attention, mask):
+    """Logits of the tokens read in parts against a cache; of the real ones under a mask."""
+    cache, parts, end = DynamicCache(config=model.config), [], 0
+    for part in tokens.split(lengths, dim=1):
+        end += part.shape[1]
+        inputs = {} if mask is None else {"attention_mask": mask[:, :end]}
+        parts.append(logits(model, part, attention, past_key_values=cache, **inputs))
+    out = torch.cat(parts, dim=1)
+    return out if mask is None else out[:, mask[0].bool()]
+
+
+@pytest.mark.parametrize(("name", "runs"), [("moba", "pytorch"), ("moba_naive", "reference")])
+@pytest.mark.parametrize("router", ["mean", "sink"])
+def test_the_whole_config_reaches_attention(monkeypatch, llama, name, runs, router):
+    seen = []
+
+    def attention(q, k, v, **options):
+        seen.append(options)
+        return moba_attention(q, k, v, **options)
+
+    monkeypatch.setattr("moba.hf.attention.moba_attention", attention)
+    chosen = {"block_size": 8, "topk": 4, "keep_first": 1, "keep_recent": 2, "router": router}
+    register_moba(MoBAConfig(**chosen, backend="pytorch"))
+    logits(llama, random_tokens(1, LENGTH), name)
+    expected = {**chosen, "backend": runs, "scale": llama.model.layers[0].self_attn.scaling}
+    assert seen == [expected] * 3
 
 
 def padded(tokens, pads, side):
