@@ -78,6 +78,8 @@ class Sequences:
         """Position of every query row in its own sequence, negative for padded rows: int32 [R, T]."""
         rows = torch.arange(self.num_queries, dtype=torch.int32, device=device)
         if self.cu_q is not None and self.cu_k is not None:
+            if self.cu_q.numel() == 1:
+                return torch.full_like(rows, -1)[None]
             sequence = torch.searchsorted(self.cu_q[1:], rows, right=True).clamp_(max=self.cu_q.numel() - 2)
             k_len = (self.cu_k[1:] - self.cu_k[:-1])[sequence]
             positions = (k_len - self.cu_q[1:][sequence] + rows).to(torch.int32)

@@ -26,11 +26,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moba.backends.triton.case import Case
 from moba.backends.triton.tuning import ARCHITECTURES
 
-MODULES = ("route", "by_block")
+MODULES = ("means", "route", "by_block")
 
 # Shared memory that one program may opt in to, in bytes.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -92,6 +93,8 @@ def _argument_type(value: Any, specialize: bool) -> tuple[str, bool]:
     """Triton's name for an argument's type, and whether the compiler may take it to be divisible by 16."""
     if isinstance(value, torch.Tensor):
         return POINTER_TYPES[value.dtype], True
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTER_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>", False
     if isinstance(value, bool):
         return "u1", False
     if isinstance(value, int):

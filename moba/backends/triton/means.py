@@ -1,0 +1,154 @@
+"""Block means: the mean key of every finished block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba.backends.triton.case import Case
+from moba.backends.triton.primitives import block_places, num_global_blocks
+from moba.layout import Sequences
+
+# Elements that a program holds as it sums. A mean's order of summation follows from these, block_size and D alone, so
+# they are no matter of tuning: a block's mean is the same bits wherever and whenever it is computed.
+ELEMENTS = 8192
+MAX_TOKENS = 128
+NUM_WARPS = 4
+
+
+@triton.jit
+def _sum_tokens(x, TOKENS: tl.constexpr):
+    """Sum of [M, TOKENS, D] over its tokens, first half to last half, so that the order is no choice of the compiler."""
+    for _ in tl.static_range(TOKENS.bit_length() - 1):
+        x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, x.shape[2]])
+        first, last = tl.split(tl.permute(x, 0, 2, 3, 1))
+        x = first + last
+    return tl.reshape(x, [x.shape[0], x.shape[2]])
+
+
+@triton.jit
+def _block_means_kernel(
+    k_ptr,
+    means_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    cu_k_ptr,
+    num_keys,
+    num_sequences,
+    blocks_per_row,
+    num_blocks,
+    block_size,
+    k_stride_r,
+    k_stride_s,
+    k_stride_g,
+    means_stride_n,
+    means_stride_g,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+):
+    """Program (i, g): TILE_BLOCKS blocks of kv head g."""
+    blocks = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    head = tl.program_id(1).to(tl.int64)
+    row, first_key, size = block_places(
+        blocks, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, block_size
+    )
+    is_finished = size == block_size
+    columns = tl.arange(0, PADDED_DIM)
+    base = k_ptr + row.to(tl.int64) * k_stride_r + head * k_stride_g
+    total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, PADDED_DIM], tl.float32)
+    for start in range(0, block_size, TILE_TOKENS):
+        tokens = start + tl.arange(0, TILE_TOKENS)
+        keys = (first_key[:, None] + tokens[None, :]).to(tl.int64)
+        pointers = base[:, None, None] + keys[:, :, None] * k_stride_s + columns[None, None, :]
+        mask = (is_finished[:, None] & (tokens < block_size)[None, :])[:, :, None]
+        if HEAD_DIM != PADDED_DIM:
+            mask = mask & (columns < HEAD_DIM)[None, None, :]
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    means = tl.div_rn(_sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * block_size)
+    pointers = means_ptr + head * means_stride_g + blocks.to(tl.int64)[:, None] * means_stride_n + columns[None, :]
+    mask = is_finished[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(pointers, means.to(means_ptr.dtype.element_ty), mask=mask)
+
+
+def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
+    """Mean key of every finished block of every sequence, by global block number. The host does not wait.
+
+    mean(K_j) = 1/block_size · Σ_{i in block j} k_i
+
+    Args:
+        k: [R, S, G, D], any strides with a contiguous last dimension.
+
+    Returns:
+        [num_global_blocks, G, D] in k's dtype. Rows of unfinished blocks, and of numbers that stand for no block, are
+        not written.
+
+    Numerics: summed in fp32 in an order that depends on block_size and D alone, divided, and rounded once.
+    Source: MoBA, eq. 6.
+    """
+    num_blocks = num_global_blocks(sequences, block_size)
+    # Head-major in memory: a query head streams the means of one kv head.
+    means = k.new_empty(k.shape[2], num_blocks, k.shape[3]).transpose(0, 1)
+    if means.numel():
+        arguments = means_arguments(k, means, sequences, block_size)
+        grid = (triton.cdiv(num_blocks, arguments["TILE_BLOCKS"]), k.shape[2])
+        _block_means_kernel[grid](**arguments)
+    return means
+
+
+def means_arguments(k: Tensor, means: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
+    """Arguments of one launch of the block means kernel."""
+    padded_dim = max(16, triton.next_power_of_2(k.shape[3]))
+    tokens = min(MAX_TOKENS, ELEMENTS // padded_dim)
+    tile_tokens = min(triton.next_power_of_2(block_size), tokens)
+    return {
+        "k_ptr": k,
+        "means_ptr": means,
+        "key_start_ptr": sequences.key_start,
+        "key_end_ptr": sequences.key_end,
+        "cu_k_ptr": sequences.cu_k,
+        "num_keys": sequences.num_keys,
+        "num_sequences": 0 if sequences.cu_k is None else sequences.cu_k.numel() - 1,
+        "blocks_per_row": sequences.num_blocks(block_size),
+        "num_blocks": means.shape[0],
+        "block_size": block_size,
+        "k_stride_r": k.stride(0),
+        "k_stride_s": k.stride(1),
+        "k_stride_g": k.stride(2),
+        "means_stride_n": means.stride(0),
+        "means_stride_g": means.stride(1),
+        "HEAD_DIM": k.shape[3],
+        "PADDED_DIM": padded_dim,
+        "TILE_BLOCKS": tokens // tile_tokens,
+        "TILE_TOKENS": tile_tokens,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """Block means of plain and packed keys."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (16, 64, 80, 96, 128, 256):
+            for block_size in (1, 16, 128, 2048):
+                for packed in (False, True):
+                    yield _aot_case(dtype, head_dim, block_size, packed)
+
+
+def _aot_case(dtype: torch.dtype, head_dim: int, block_size: int, packed: bool) -> Case:
+    k = torch.empty(1, 8192, 2, head_dim, dtype=dtype, device="meta")
+    cu = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
+    sequences = Sequences(1, 8192, 8192, cu_q=cu, cu_k=cu)
+    means = k.new_empty(2, num_global_blocks(sequences, block_size), head_dim).transpose(0, 1)
+    kind = "packed" if packed else "plain"
+    return Case(
+        f"block_means {str(dtype)[6:]} D={head_dim} block={block_size} {kind}",
+        _block_means_kernel,
+        means_arguments(k, means, sequences, block_size),
+        representative=packed and dtype == torch.bfloat16 and (head_dim, block_size) in ((80, 16), (128, 128)),
+    )

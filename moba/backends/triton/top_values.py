@@ -1,0 +1,115 @@
+"""Finding the largest values of rows that stream past, a tile at a time, with sorting networks held in registers.
+
+A *list* is a tuple of equally shaped tensors, descending: element i of every tensor position holds that position's i-th
+largest value. Lists of a row's columns are merged until one is left. Only minima and maxima of whole tensors occur, so
+that nothing depends on data and a thread never waits for another, as long as columns stay in their thread: a tile
+[M, C] is cut by its leading column bits, which matrix-product layouts keep in registers.
+
+Values must not be NaN: a minimum and a maximum would both return the other operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _halves(x):
+    """[M, C] -> its first and last C / 2 columns."""
+    x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
+    return tl.split(tl.permute(x, 0, 2, 1))
+
+
+@triton.jit
+def pieces(x, COUNT: tl.constexpr):
+    """[M, C] -> its COUNT groups of C / COUNT adjacent columns."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        first, last = _halves(x)
+        return pieces(first, COUNT // 2) + pieces(last, COUNT // 2)
+
+
+@triton.jit
+def _odd_even_merge(a, b, LENGTH: tl.constexpr):
+    """One list from two lists of LENGTH (Batcher's odd-even merging network)."""
+    if LENGTH == 1:
+        return tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0])
+    else:
+        even = _odd_even_merge(a[::2], b[::2], LENGTH // 2)
+        odd = _odd_even_merge(a[1::2], b[1::2], LENGTH // 2)
+        merged = (even[0],)
+        for i in tl.static_range(LENGTH - 1):
+            merged = merged + (tl.maximum(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
+        return merged + (odd[LENGTH - 1],)
+
+
+@triton.jit
+def sorted_list(tensors, LENGTH: tl.constexpr):
+    """The list of LENGTH unordered tensors."""
+    if LENGTH == 1:
+        return tensors
+    else:
+        first = sorted_list(tensors[: LENGTH // 2], LENGTH // 2)
+        last = sorted_list(tensors[LENGTH // 2 :], LENGTH // 2)
+        return _odd_even_merge(first, last, LENGTH // 2)
+
+
+@triton.jit
+def _bitonic_list(tensors, LENGTH: tl.constexpr):
+    """The list of LENGTH tensors that fall and then rise, or rise and then fall."""
+    if LENGTH == 1:
+        return tensors
+    else:
+        high = ()
+        low = ()
+        for i in tl.static_range(LENGTH // 2):
+            high = high + (tl.maximum(tensors[i], tensors[i + LENGTH // 2]),)
+            low = low + (tl.minimum(tensors[i], tensors[i + LENGTH // 2]),)
+        return _bitonic_list(high, LENGTH // 2) + _bitonic_list(low, LENGTH // 2)
+
+
+@triton.jit
+def merge_lists(a, b, LENGTH: tl.constexpr):
+    """The LENGTH largest of two lists."""
+    largest = ()
+    for i in tl.static_range(LENGTH):
+        largest = largest + (tl.maximum(a[i], b[LENGTH - 1 - i]),)
+    return _bitonic_list(largest, LENGTH)
+
+
+@triton.jit
+def _partner(x, DISTANCE: tl.constexpr):
+    """[M, C] with column c exchanged for column c ^ DISTANCE, by reductions, which cross threads without memory."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE])
+    high = tl.max(pairs, axis=2, keep_dims=True)
+    low = tl.min(pairs, axis=2, keep_dims=True)
+    return tl.reshape(tl.where(pairs == high, low, high), x.shape)
+
+
+@triton.jit
+def fold_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr):
+    """Merge the lists of a row's COLUMNS columns into those of TO columns, cutting by the leading column bits."""
+    if COLUMNS == TO:
+        return values
+    else:
+        first = ()
+        last = ()
+        for i in tl.static_range(LENGTH):
+            a, b = _halves(values[i])
+            first = first + (a,)
+            last = last + (b,)
+        return fold_columns(merge_lists(first, last, LENGTH), LENGTH, COLUMNS // 2, TO)
+
+
+@triton.jit
+def share_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, DISTANCE: tl.constexpr):
+    """Merge the lists of a row's COLUMNS columns into one, which every column then holds; DISTANCE starts at 1."""
+    if DISTANCE == COLUMNS:
+        return values
+    else:
+        partner = ()
+        for i in tl.static_range(LENGTH):
+            partner = partner + (_partner(values[i], DISTANCE),)
+        return share_columns(merge_lists(values, partner, LENGTH), LENGTH, COLUMNS, 2 * DISTANCE)

@@ -1,0 +1,216 @@
+"""Routing kernels against the reference: exactly, on integers. On a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_qkv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moba.backends import reference
+from moba.layout import Sequences
+from moba.routing import Selection, block_means, mean_key_scores
+
+triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
+if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
+    pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from moba.backends import triton as backend  # noqa: E402
+from moba.backends.triton import means, primitives, route  # noqa: E402, F401
+
+DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
+
+
+def inputs(batch, queries, keys, heads, kv_heads, head_dim, block_size, dtype=torch.float32):
+    return make_qkv(batch, queries, keys, heads, kv_heads, head_dim, dtype=dtype, device=DEVICE, exact_for=block_size)[
+        :2
+    ]
+
+
+def plain(q, k):
+    return Sequences(q.shape[0], q.shape[1], k.shape[1])
+
+
+def packed(q, k, q_lengths, k_lengths):
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE) for lengths in (q_lengths, k_lengths))
+    return Sequences(1, q.shape[1], k.shape[1], cu_q=cu_q, cu_k=cu_k)
+
+
+def padded(q, k, starts=None, ends=None):
+    starts, ends = (None if x is None else torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, ends))
+    return Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=starts, key_end=ends)
+
+
+def assert_same_routing(q, k, sequences, block_size, topk, keep_first=0, keep_recent=0):
+    selection = Selection.of(block_size, topk, keep_first, keep_recent, "mean")
+    actual = backend.route(q, k, sequences, selection)
+    expected = reference.route(q, k, sequences, selection)
+    assert actual.dtype == torch.int32
+    assert actual.shape == expected.shape
+    wrong = (actual != expected).any(-1)
+    assert not wrong.any(), (
+        f"first at {wrong.nonzero()[0].tolist()}: got {actual[wrong][0].tolist()}, expected {expected[wrong][0].tolist()}"
+    )
+    return actual
+
+
+CASES = {
+    "plain": (1, 90, 90, 2, 2, 16, 8, 3),
+    "batch of two": (2, 70, 70, 2, 1, 16, 8, 4),
+    "nine heads of three": (1, 150, 150, 9, 3, 32, 16, 3),
+    "head dim 80": (1, 80, 80, 2, 1, 80, 16, 2),
+    "head dim 256": (1, 70, 70, 1, 1, 256, 16, 2),
+    "head dim 1": (1, 20, 20, 1, 1, 1, 4, 2),
+    "block of one": (1, 150, 150, 1, 1, 16, 1, 8),
+    "block of seven": (1, 150, 150, 2, 1, 16, 7, 5),
+    "block longer than the sequence": (1, 20, 20, 2, 1, 16, 64, 3),
+    "topk above the number of blocks": (1, 40, 40, 2, 1, 16, 16, 9),
+    "topk of all but one": (1, 80, 80, 2, 1, 16, 8, 9),
+    "places for a list of 16": (1, 300, 300, 1, 1, 16, 4, 14),
+    "places beyond every list": (1, 160, 160, 1, 1, 16, 4, 20),
+    "one query": (2, 1, 145, 4, 2, 16, 8, 3),
+    "chunk of a prefill": (1, 13, 145, 4, 2, 16, 8, 3),
+    "several tiles of blocks": (1, 40, 700, 2, 1, 16, 2, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_plain_sequences(case, dtype):
+    *shape, block_size, topk = CASES[case]
+    q, k = inputs(*shape, block_size, dtype)
+    assert_same_routing(q, k, plain(q, k), block_size, topk)
+
+
+@pytest.mark.parametrize("kept", [(1, 0), (0, 1), (2, 3), (1, 5)])
+@pytest.mark.parametrize("topk", [7, 20])
+def test_kept_blocks_take_places(kept, topk):
+    q, k = inputs(1, 150, 150, 2, 1, 16, 4)
+    assert_same_routing(q, k, plain(q, k), 4, topk, *kept)
+
+
+def test_packed_sequences_of_chunks_and_nothing():
+    q_lengths, k_lengths = [3, 0, 40, 1, 0, 60], [20, 7, 41, 33, 0, 61]
+    q, k = inputs(1, sum(q_lengths) + 5, sum(k_lengths) + 9, 2, 1, 16, 8)
+    q[:, sum(q_lengths) :] = torch.nan
+    k[:, sum(k_lengths) :] = torch.nan
+    indices = assert_same_routing(q, k, packed(q, k, q_lengths, k_lengths), 8, 3, 1)
+    assert (indices[:, sum(q_lengths) :] == -1).all()
+
+
+def test_no_packed_sequence():
+    q, k = inputs(1, 3, 3, 2, 1, 16, 8)
+    assert (backend.route(q, k, packed(q, k, [], []), Selection.of(1, 2, 0, 0, "mean")) == -1).all()
+
+
+@pytest.mark.parametrize("bounds", [([0, 11, 60], None), (None, [60, 41, 7]), ([3, 0, 30], [60, 50, 30])])
+def test_padded_rows(bounds):
+    q, k = inputs(3, 60, 60, 2, 1, 16, 4)
+    sequences = padded(q, k, *bounds)
+    starts, ends = bounds[0] or [0] * 3, bounds[1] or [60] * 3
+    for row in range(3):
+        k[row, : starts[row]] = torch.nan
+        k[row, ends[row] :] = torch.nan
+        q[row, : 60 - (ends[row] - starts[row])] = torch.nan
+    assert_same_routing(q, k, sequences, 4, 4)
+
+
+@pytest.mark.parametrize("topk", [4, 8, 12, 20])
+@pytest.mark.parametrize("keys", ["constant", "two values", "zeros of both signs"])
+def test_ties_go_to_the_lower_block(keys, topk):
+    q, k = inputs(1, 160, 160, 2, 1, 16, 4)
+    if keys == "constant":
+        k = torch.ones_like(k)
+    elif keys == "two values":
+        k = torch.ones_like(k) * (torch.arange(160, device=DEVICE) // 4 % 3 == 0)[None, :, None, None]
+    else:
+        k = torch.zeros_like(k) * torch.where(torch.rand(160, device=DEVICE) < 0.5, -1.0, 1.0)[None, :, None, None]
+    assert_same_routing(q, k, plain(q, k), 4, topk)
+
+
+@pytest.mark.parametrize("topk", [3, 20])
+def test_scores_that_are_not_finite(topk):
+    """NaN and -inf rank below every number and tie; +inf ranks above."""
+    q, k = inputs(1, 160, 160, 1, 1, 16, 4)
+    q[..., 1:] = 0
+    q[..., 0] = q[..., 0].abs() + 1
+    for value, block in ((torch.nan, 3), (-torch.inf, 1), (torch.inf, 5), (torch.nan, 9), (torch.inf, 20)):
+        k[:, 4 * block : 4 * block + 4] = value
+    assert_same_routing(q, k, plain(q, k), 4, topk)
+    k[:] = torch.nan
+    assert_same_routing(q, k, plain(q, k), 4, topk)
+
+
+@pytest.mark.parametrize("view", ["transposed", "sliced heads", "expanded batch"])
+def test_strides(view):
+    q, k = inputs(2, 60, 60, 4, 2, 16, 8)
+    if view == "transposed":
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    elif view == "sliced heads":
+        views = [torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in (q, k)]
+    else:
+        views = [x[:1].expand(2, -1, -1, -1) for x in (q, k)]
+    assert_same_routing(*views, plain(q, k), 8, 3)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 200])
+def test_block_means(block_size):
+    k = torch.randn(2, 450, 2, 48, device=DEVICE).bfloat16()
+    sequences = padded(k, k, [0, 13], [450, 420])
+    actual = means.block_means(k, sequences, block_size).unflatten(0, (2, -1))
+    for row, (start, end) in enumerate(((0, 450), (13, 420))):
+        expected = block_means(k[row, start:end].double(), block_size)
+        assert_is_rounded(actual[row, : expected.shape[0]], expected)
+
+
+def assert_is_rounded(actual, expected):
+    """Within half a unit in the last place of bf16, and the error of an fp32 sum of values of order one."""
+    error = (actual.double() - expected).abs()
+    assert (error <= 2.0**-8 * expected.abs() * 1.001 + 1e-6).all()
+
+
+def test_a_block_mean_is_the_same_wherever_the_block_lies():
+    k = torch.randn(1, 333, 2, 40, device=DEVICE)
+    alone = means.block_means(k[:, 37:237], plain(k, k[:, 37:237]), 40)
+    both = means.block_means(k, packed(k, k, [37, 200, 96], [37, 200, 96]), 40)
+    begin = 37 // 40 + 1
+    assert torch.equal(both[begin : begin + 5], alone)
+
+
+def test_user_router_and_kept_blocks_only():
+    q, k = inputs(2, 60, 60, 2, 1, 16, 8)
+    for router in (lambda q, means: -mean_key_scores(q, means), "recent", "sink"):
+        selection = Selection.of(8, 4, 0, 0, router)
+        actual = backend.route(q, k, plain(q, k), selection)
+        assert torch.equal(actual, reference.route(q, k, plain(q, k), selection))
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30)), min_size=1, max_size=4),
+        "padding": st.integers(0, 4),
+        "group": st.integers(1, 3),
+        "kv_heads": st.integers(1, 2),
+        "block_size": st.integers(1, 20),
+        "topk": st.integers(1, 24),
+        "keep": st.tuples(st.integers(0, 3), st.integers(0, 3)),
+        "seed": st.integers(0, 10_000),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes)
+def test_packed_sequences_of_any_shape(shape):
+    torch.manual_seed(shape["seed"])
+    q_lengths = [queries for queries, _ in shape["lengths"]]
+    k_lengths = [queries + more for queries, more in shape["lengths"]]
+    topk = shape["topk"]
+    first = min(shape["keep"][0], topk - 1)
+    recent = min(shape["keep"][1], topk - 1 - first)
+    q, k = inputs(
+        1, sum(q_lengths) + shape["padding"], sum(k_lengths), shape["group"] * shape["kv_heads"], shape["kv_heads"], 16,
+        shape["block_size"],
+    )  # fmt: skip
+    assert_same_routing(q, k, packed(q, k, q_lengths, k_lengths), shape["block_size"], topk, first, recent)
