@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from moba import backends
 from moba.attention import moba_attention
+from moba.bench.machine import cpu_name
 from moba.routing import Routing
 
 PACKAGES = (
@@ -29,9 +29,6 @@ PACKAGES = (
     "typer",
     "rich",
 )
-
-# Instructions that decide how fast the CPU multiplies matrices, as Linux names them.
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 # Bound on ‖error‖ / ‖result‖ of output and gradients against fp64, in units of the dtype's spacing at one: sums of a
 # few hundred terms in fp32, and in half precision inputs to matrix products and results that are rounded once each.
@@ -51,7 +48,7 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """The devices that torch can use here, by name, with what is worth knowing of each; the CPU comes first."""
-    found = {"cpu": _describe_cpu()}
+    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         memory = f"{card.total_memory / 2**30:.0f} GiB"
@@ -59,16 +56,6 @@ def devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         found["mps"] = f"Apple GPU, macOS {platform.mac_ver()[0]}"
     return found
-
-
-def _describe_cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    known = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, {known}"
 
 
 @dataclass(frozen=True)

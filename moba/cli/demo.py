@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DEMO_FILE = "1963-Kennedy-1"
 DEMO_TITLE = "John F. Kennedy's State of the Union address of 1963"
-DEMO_QUESTION = "Summarise the address above in a few sentences."
+DEMO_QUESTION = "What is the main message of this address? Answer in one sentence."
 
 
 def demo_prompt() -> str:
