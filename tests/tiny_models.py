@@ -46,3 +46,15 @@ def tiny_model(family: str = "Llama", **changes):
 def random_tokens(batch: int, length: int):
     generator = torch.Generator().manual_seed(2)
     return torch.randint(2, SHAPE["vocab_size"], (batch, length), generator=generator)
+
+
+def logits(model, tokens, attention="moba", **inputs):
+    """The model's logits under an attention, which it keeps."""
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        return model(tokens, **inputs).logits
+
+
+def positions_of(lengths):
+    """position_ids [1, sum] of sequences packed into one row."""
+    return torch.cat([torch.arange(n) for n in lengths])[None]
