@@ -70,14 +70,22 @@ def shares_by_layer(routings: Mapping[int, Routing], row: int = 0) -> dict[int, 
     return {layer: choice_shares(choice_counts(routings[layer], num_blocks, row)) for layer in layers}
 
 
-def most_clear_cut(shares: Mapping[int, np.ndarray]) -> list[tuple[int, int]]:
-    """Of each quarter of the layers, the (layer, head) whose shares vary most over past blocks: the most to see."""
-    past = np.tril(np.ones(next(iter(shares.values())).shape[-2:], dtype=bool), k=-1)
+def farthest_reaching(shares: Mapping[int, np.ndarray]) -> list[tuple[int, int]]:
+    """Of each quarter of the layers, the (layer, head) whose queries choose the most distant blocks on average.
+
+    The first block, which many settings always keep, does not count.
+    """
+    num_blocks = next(iter(shares.values())).shape[-1]
+    block = np.arange(num_blocks)
+    distance = np.tril(block[:, None] - block, k=-1)
+    distance[:, 0] = 0
+    reach = {}
+    for layer, share in shares.items():
+        chosen = np.where(distance > 0, share, 0.0)
+        means = (chosen * distance).sum(axis=(1, 2)) / np.maximum(chosen.sum(axis=(1, 2)), 1e-9)
+        reach.update({(layer, head): float(mean) for head, mean in enumerate(means)})
     quarters = [part.tolist() for part in np.array_split(sorted(shares), min(4, len(shares)))]
-    if not past.any():
-        return [(layers[0], 0) for layers in quarters]
-    spread = {(layer, head): float(s[head][past].std()) for layer, s in shares.items() for head in range(s.shape[0])}
-    return [max((key for key in spread if key[0] in layers), key=lambda key: spread[key]) for layers in quarters]
+    return [max((key for key in reach if key[0] in layers), key=lambda key: reach[key]) for layers in quarters]
 
 
 def plot_routings(
@@ -94,7 +102,7 @@ def plot_routings(
     Args:
         routings: layer index -> routing [B, T, H, K] of that layer; all of one shape and block size.
         title: the first line of the figure.
-        detail: (layer, head) of each large map, at most four; by default the head with the most clear-cut choices of
+        detail: (layer, head) of each large map, at most four; by default the head that reaches farthest back in
             each quarter of the layers.
         row: the sequence of the batch.
 
@@ -110,7 +118,7 @@ def plot_routings(
     first = routings[layers[0]]
     num_tokens, num_heads = first.indices.shape[1:3]
     shares = shares_by_layer(routings, row)
-    detail = most_clear_cut(shares) if detail is None else list(detail)
+    detail = farthest_reaching(shares) if detail is None else list(detail)
     if not 1 <= len(detail) <= 4 or any(layer not in shares or not 0 <= head < num_heads for layer, head in detail):
         raise ValueError(
             f"detail must be 1 to 4 pairs (layer, head) of layers {layers}, heads 0-{num_heads - 1}, got {detail}"

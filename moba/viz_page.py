@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moba.routing import Routing
-from moba.viz import layers_and_blocks, most_clear_cut, shares_by_layer
+from moba.viz import farthest_reaching, layers_and_blocks, shares_by_layer
 
 _PLACE = "__DATA__"
 
@@ -50,7 +50,7 @@ def write_page(
         "block_size": first.block_size,
         "topk": first.topk,
         "bytes": narrow().nbytes,
-        "detail": most_clear_cut(shares_by_layer(routings, row))[-1],
+        "detail": farthest_reaching(shares_by_layer(routings, row))[-1],
         "tokens": list(tokens),
         "choices": [_packed(routings[layer].indices[row].permute(1, 2, 0).cpu().numpy(), narrow) for layer in layers],
     }

@@ -16,7 +16,7 @@ from moba import MoBAConfig, Routing, moba_attention, register_moba
 from moba.generation import chunk_bounds, num_keys_read, prefill
 from moba.hf import set_moba_config
 from moba.record import record_routings
-from moba.viz import choice_counts, choice_shares, most_clear_cut, plot_routings, save_routings
+from moba.viz import choice_counts, choice_shares, farthest_reaching, plot_routings, save_routings
 from moba.viz_page import write_page
 
 BLOCK, TOPK, TOKENS = 4, 3, 22
@@ -55,10 +55,12 @@ def test_shares_are_of_the_queries_that_a_block_has():
     assert (np.nansum(shares[:, 4], axis=-1) == TOPK).all()
 
 
-def test_the_head_with_most_to_see_is_found():
-    flat, clear = np.full((6, 6), 0.5), np.zeros((6, 6))
-    clear[:, 0] = 1.0
-    assert most_clear_cut({0: np.stack([flat, flat]), 1: np.stack([flat, clear])}) == [(0, 0), (1, 1)]
+def test_the_head_that_reaches_farthest_is_found():
+    near, first, far = (np.zeros((6, 6)) for _ in range(3))
+    near[1:, :-1] = np.eye(5)
+    first[:, 0] = 1.0
+    far[3:, 1] = 1.0
+    assert farthest_reaching({0: np.stack([first, near]), 1: np.stack([near, far])}) == [(0, 1), (1, 1)]
 
 
 def test_figure_shows_every_layer_and_head(routings):

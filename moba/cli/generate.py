@@ -195,10 +195,12 @@ def _print_comparison(runs: list[Run]) -> None:
     console = Console(highlight=False)
     console.print(table)
     moba, dense = (run.tokens for run in runs)
+    num_same = next(
+        (i for i, (a, b) in enumerate(zip(moba, dense, strict=False)) if a != b), min(len(moba), len(dense))
+    )
     if moba == dense:
         console.print(f"The texts agree: all {len(moba)} tokens are the same.")
     else:
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(moba, dense, strict=False)) if a != b), min(len(moba), len(dense))
+        console.print(
+            f"The texts agree for {num_same} tokens, then differ ({len(moba)} and {len(dense)} tokens in all)."
         )
-        console.print(f"The texts agree in their first {shared} tokens, of {len(moba)} and {len(dense)}.")
