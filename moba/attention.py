@@ -133,7 +133,7 @@ def moba_attention_varlen(
         raise ValueError(
             f"cu_seqlens_k must have as many entries as cu_seqlens, got {cu_k.numel()} and {cu_seqlens.numel()}"
         )
-    if cu_seqlens.device.type == "cpu" and bool((cu_k.diff() < cu_seqlens.diff()).any()):
+    if _is_readable(cu_seqlens) and bool((cu_k.diff() < cu_seqlens.diff()).any()):
         raise ValueError("cu_seqlens_k must give every sequence at least as many keys as queries")
     sequences = Sequences(1, q.shape[0], k.shape[0], cu_q=cu_seqlens.int(), cu_k=cu_k.int())
     if routing is not None:
@@ -258,9 +258,9 @@ def _check_bound(name: str, bound: Tensor | None, q: Tensor) -> None:
 
 
 def _check_key_range(key_start: Tensor | None, key_end: Tensor | None, num_keys: int) -> None:
-    """Check 0 <= key_start <= key_end <= S; on CPU tensors only, as reading them would make a GPU wait."""
+    """Check 0 <= key_start <= key_end <= S, where values can be read."""
     bounds = [bound for bound in (key_start, key_end) if bound is not None]
-    if bounds[0].device.type != "cpu":
+    if not _is_readable(bounds[0]):
         return
     ordered = torch.stack([torch.zeros_like(bounds[0]), *bounds, torch.full_like(bounds[0], num_keys)])
     if bool((ordered.diff(dim=0) < 0).any()):
@@ -277,8 +277,13 @@ def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must be an int32 tensor [num_sequences + 1], got {_describe(cu)}")
     if cu.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like q, got {cu.device}")
-    if cu.device.type == "cpu" and (cu[0] != 0 or bool((cu.diff() < 0).any()) or cu[-1] > x.shape[0]):
+    if _is_readable(cu) and (cu[0] != 0 or bool((cu.diff() < 0).any()) or cu[-1] > x.shape[0]):
         raise ValueError(f"{name} must ascend from 0 to at most {x.shape[0]}, got {cu.tolist()}")
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether values can be checked: reading a GPU's would make it wait, reading a traced graph's would break it."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _describe(x: object) -> str:

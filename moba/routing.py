@@ -262,6 +262,7 @@ def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor
     return indices
 
 
+@torch.compiler.disable
 def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
     """The routing of every query, in plain torch: int32 [R, T, H, K].
 

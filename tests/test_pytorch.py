@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import assert_close, make_qkv
 from test_semantics import CASES, gradients
 
@@ -57,6 +58,20 @@ def test_semantics_without_the_flash_kernel(monkeypatch):
     expected = gradients(q, k, v, d_out, **options, backend="reference")
     for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend="pytorch"), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
+
+
+def test_runs_inside_torch_compile():
+    """The backend's loops over data stay outside the graph; what is around them is compiled."""
+
+    def double(q, k, v):
+        return 2 * moba_attention(q, k, v, block_size=16, topk=3, backend="pytorch")
+
+    q, k, v = make_qkv(1, 100, 100, 2, 1, 16)
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(double, backend=graphs)
+    assert torch.equal(compiled(q, k, v), double(q, k, v))
+    assert torch.equal(compiled(k.expand_as(q).clone(), k, v), double(k.expand_as(q), k, v))
+    assert graphs.frame_count <= 2 * 3, "more than: before routing, between it and attention, after; for two layouts"
 
 
 def test_memory_grows_with_the_sequence_not_its_square():

@@ -14,10 +14,10 @@ contiguous last dimension) and the `Sequences` that lie in them:
 
 from __future__ import annotations
 
-import importlib
 import logging
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger("moba")
@@ -32,13 +32,24 @@ _announced: set[tuple[str, str]] = set()
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module.
+    """The backend's module, imported at its first use.
 
     Raises:
         ValueError: if what it needs is not installed.
     """
     try:
-        return importlib.import_module(f"moba.backends.{name}")
+        # Import statements, which torch.compile can trace.
+        if name == "triton":
+            from moba.backends import triton
+
+            return triton
+        if name == "pytorch":
+            from moba.backends import pytorch
+
+            return pytorch
+        from moba.backends import reference
+
+        return reference
     except ImportError as error:
         raise ValueError(f"backend={name!r} is not available here: {error}") from error
 
@@ -64,7 +75,7 @@ def resolve(name: str, q: Tensor, k: Tensor) -> ModuleType:
         return backend
     candidates = AUTO.get(q.device.type, AUTO_OTHERWISE)
     chosen = next((c for c in candidates if unavailable(c, q, k) is None), candidates[-1])
-    if (q.device.type, chosen) not in _announced:
+    if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
         _announced.add((q.device.type, chosen))
         logger.info('backend="auto" takes %r on %s', chosen, q.device)
     return load(chosen)

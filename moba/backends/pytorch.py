@@ -32,6 +32,7 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.disable
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:

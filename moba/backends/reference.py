@@ -18,6 +18,7 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.disable
 def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
     """Equations 3-6: score every block, keep the top-k. See `moba.backends` for the contract."""
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
@@ -79,6 +80,7 @@ def attention_mask(indices: Tensor, span: Span, block_size: int) -> Tensor:
     return chosen_key & (key <= query[:, None])
 
 
+@torch.compiler.disable
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
