@@ -32,6 +32,11 @@ class Case:
         )
 
     @property
+    def dense_shape(self) -> tuple[int, int, int, int, torch.dtype, bool]:
+        """What dense attention's time depends on."""
+        return self.tokens, self.heads, self.kv_heads, self.head_dim, self.dtype, self.backward
+
+    @property
     def moba_flops(self) -> float:
         """Operations of the forward's two products over the keys attended to: 4 · D a (query, key) pair."""
         size, total = self.block_size, 0
