@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ def test_operations_are_counted():
 
 
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
-    options = "--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32".split()
+    options = shlex.split("--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32")
     command = [sys.executable, "-m", "moba", "bench", "attention", *options, "--out", str(tmp_path / "result")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
