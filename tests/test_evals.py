@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from tiny_models import random_tokens, tiny_model
 
 from moba import MoBAConfig, register_moba
+from moba.cli.options import Backend, choose_config
 from moba.evals.language import append_copy, copy_recall, perplexity, summarise, token_losses
 from moba.hf import set_moba_config
 
@@ -109,3 +112,19 @@ def test_the_passage_must_lie_in_the_text(num_copied, distance):
 def test_losses_need_a_sequence(model, tokens):
     with pytest.raises(ValueError, match="tokens"):
         token_losses(model, tokens)
+
+
+def test_the_command_lines_default_is_the_choice_of_the_quality_table():
+    results = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "quality.json").read_text())
+    losses, share = {}, {}
+    for row in results["rows"]:
+        setting = json.dumps(row["config"])
+        losses.setdefault(setting, []).append(math.log(row["perplexity"]))
+        share[setting] = row["keys_read"]
+    documents = len(losses["null"])
+    means = {setting: sum(values) / documents for setting, values in losses.items() if len(values) == documents}
+    within = [setting for setting, mean in means.items() if mean <= means["null"] + math.log(1.05)]
+    sparsest = json.loads(min(within, key=lambda setting: share[setting]))
+    assert share[json.dumps(sparsest)] <= 0.35
+    default = choose_config(None, Backend.auto, None).config
+    assert MoBAConfig.from_dict(sparsest) == default

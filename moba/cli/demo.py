@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DEMO_FILE = "1963-Kennedy-1"
 DEMO_TITLE = "John F. Kennedy's State of the Union address of 1963"
-DEMO_QUESTION = "What is the main message of this address? Answer in one sentence."
+DEMO_QUESTION = "In one sentence, what does the President hope for?"
 
 
 def demo_prompt() -> str:

@@ -15,7 +15,7 @@ from moba.config import MoBAConfig
 
 # The sparsest setting whose perplexity at 8K tokens stays within 5 % of full attention's: docs/quality.md.
 DEFAULT_BLOCK_SIZE = 128
-DEFAULT_TOPK = 8
+DEFAULT_TOPK = 6
 
 
 class Attention(str, Enum):
