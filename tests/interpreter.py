@@ -11,6 +11,8 @@ def repair() -> None:
     - A loop bound read from memory is a one-element array, which NumPy >= 2.4 does not turn into an int.
     - fp32 to bf16 is truncated, where a GPU rounds to nearest even.
     - A matrix product of bf16 takes the bits as integers.
+    - An exclusive or along an axis, as sorting needs it, is a loop over elements.
+    - The maximum or minimum of NaN and a number is NaN, where a GPU returns the number.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -44,3 +46,14 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._convert_float = convert_bf16_exactly
     builder.create_dot = dot_of_values
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    reduce = interpreter.ReduceOps.apply_impl
+
+    def reduce_xor_at_once(self, input):
+        if self.combine_fn != tl.standard._xor_combine:
+            return reduce(self, input)
+        data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(data, input[0].dtype)
+
+    interpreter.ReduceOps.apply_impl = reduce_xor_at_once

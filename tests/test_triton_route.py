@@ -49,9 +49,9 @@ def assert_same_routing(q, k, sequences, block_size, topk, keep_first=0, keep_re
     assert actual.dtype == torch.int32
     assert actual.shape == expected.shape
     wrong = (actual != expected).any(-1)
-    assert not wrong.any(), (
-        f"first at {wrong.nonzero()[0].tolist()}: got {actual[wrong][0].tolist()}, expected {expected[wrong][0].tolist()}"
-    )
+    if wrong.any():
+        first = wrong.nonzero()[0].tolist()
+        raise AssertionError(f"first at {first}: got {actual[wrong][0].tolist()}, not {expected[wrong][0].tolist()}")
     return actual
 
 

@@ -1,6 +1,6 @@
-"""A row's flags as strings of 64 bits: packing, counting, and finding the bit of a given rank without a loop.
+"""Flags of a row as strings of bits: packing, counting, and finding the bit of a given rank without a loop.
 
-A *string* is uint64; bit b of a row's strings, counted through all of them, stands for column b of its tile.
+A *string* is uint64; bit b stands for block b of a tile of 64.
 """
 
 from __future__ import annotations
@@ -8,26 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BITS = tl.constexpr(64)
 ONES = tl.constexpr(0x0101010101010101)
 TOPS = tl.constexpr(0x8080808080808080)
-
-
-@triton.jit
-def row_strings(flags, BITS: tl.constexpr):
-    """Flags of a row, BITS tensors [M, 8], as two strings [M, 1]: flag i of column c is bit c · BITS + i; BITS <= 16."""
-    word = flags[0].to(tl.int32)
-    for i in tl.static_range(1, BITS):
-        word = word | tl.where(flags[i], 1 << i, 0)
-    word = word.to(tl.uint64)
-    place = (tl.arange(0, 8) * BITS)[None, :]
-    if BITS <= 8:
-        first = tl.sum(word << place.to(tl.uint64), axis=1, keep_dims=True)
-        return first, tl.zeros_like(first)
-    else:
-        word = word << (place % 64).to(tl.uint64)
-        first = tl.sum(tl.where(place < 64, word, 0), axis=1, keep_dims=True)
-        last = tl.sum(tl.where(place < 64, 0, word), axis=1, keep_dims=True)
-        return first, last
 
 
 @triton.jit
@@ -40,20 +23,21 @@ def byte_sums(string):
 
 
 @triton.jit
-def total_bits(sums):
-    """How many bits are set in the string that these are the `byte_sums` of."""
-    return (sums >> 56).to(tl.int32)
+def num_bits(string):
+    """How many bits are set."""
+    return (byte_sums(string) >> 56).to(tl.int32)
 
 
 @triton.jit
-def bit_at_rank(string, sums, rank):
-    """Number of the bit that has `rank` set bits below it (S. Vigna, "Broadword implementation of rank/select queries").
+def bit_at_rank(string, rank):
+    """Number of the bit that has `rank` set bits below it, by arithmetic on all bytes at once.
 
-    Args:
-        sums: `byte_sums(string)`.
-        rank: int32 >= 0. Where it is not below the number of set bits, the result means nothing.
+    Where `rank` (int32, >= 0) is not below the number of set bits, the result means nothing.
+
+    Source: S. Vigna, "Broadword implementation of rank/select queries" (2008).
     """
-    # The top bit of each byte: whether the rank is past that byte. Sums are at most 64, so no byte borrows.
+    sums = byte_sums(string)
+    # The top bit of each byte says whether the rank is past it. Sums are at most 64, so no byte borrows.
     passed = (((rank & 63).to(tl.uint64) * ONES | TOPS) - sums) & TOPS
     place = ((passed >> 7) * ONES >> 56 << 3) & 56
     rank -= ((sums << 8 >> place) & 255).to(tl.int32)
@@ -68,3 +52,18 @@ def bit_at_rank(string, sums, rank):
     rank -= tl.where(rank >= low, low, 0)
     bit += tl.where(rank >= ((byte >> bit) & 1), 1, 0)
     return place.to(tl.int32) + bit
+
+
+@triton.jit
+def bit_at_rank_of_four(first, second, third, fourth, rank):
+    """`bit_at_rank` in four strings, one behind the other."""
+    end_first = num_bits(first)
+    end_second = end_first + num_bits(second)
+    end_third = end_second + num_bits(third)
+    in_second = rank >= end_first
+    in_third = rank >= end_second
+    in_fourth = rank >= end_third
+    string = tl.where(in_fourth, fourth, tl.where(in_third, third, tl.where(in_second, second, first)))
+    before = tl.where(in_fourth, end_third, tl.where(in_third, end_second, tl.where(in_second, end_first, 0)))
+    offset = tl.where(in_fourth, 3 * BITS, tl.where(in_third, 2 * BITS, tl.where(in_second, BITS, 0)))
+    return offset + bit_at_rank(string, rank - before)

@@ -1,16 +1,16 @@
 """The by-block view of a routing: for each head and block, the queries that chose it, in ascending order.
 
-A stable counting sort in three steps, with no atomics and no host:
+A stable counting sort in three steps, without the host:
 
 1. Each tile of queries counts how often it chose each block.
 2. Counts become places: exclusive sums over tiles within a block, then over blocks.
-3. Each tile walks its queries in order, a few at a time, and puts each entry at its block's place, plus its rank among
-   the equal ones of the same step; the block's place moves on by how many there were.
+3. Each tile walks its queries in order, E entries (query, slot) a step. A step's entries are sorted by block in
+   registers; the first of a block's run takes as many places of its block as the run is long, the others follow it.
 
-A tile's counts are one integer a block: tiles have at least as many queries as a row has blocks, so all counts together
-are no larger than the routing's own block numbers. A program holds RANGE blocks' counts, other programs the other ranges.
+Atomics only add integers, and one program takes a tile's places in order, so nothing depends on timing. A tile has
+at least as many queries as a row has blocks, so all counts together are no larger than the routing's block numbers.
 
-Letters: see primitives.py; E entries (query, slot) of a step.
+Letters: see primitives.py.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 
 MIN_TILE_QUERIES = 256
-# Blocks whose counts a program holds in registers and shared memory.
-MAX_RANGE = 4096
+SUM_CONFIG = {"TILE_N": 64, "STEP": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -87,33 +86,26 @@ def _count_kernel(
     indices_stride_t,
     indices_stride_h,
     TILE_QUERIES,
-    RANGE: tl.constexpr,
     SLOTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (tile of a row, head, range of blocks): counts[head, row, tile, block]."""
-    row = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
+    """Program (step of a row, head): adds to the zeroed counts[head, row, tile, block]."""
+    steps_per_row = tl.cdiv(num_queries, STEP // SLOTS)
+    row = tl.program_id(0) // steps_per_row
     head = tl.program_id(1)
-    low = tl.program_id(2) * RANGE
     entry = tl.arange(0, STEP)
-    counts = tl.zeros([RANGE], tl.int32)
-    end = tl.minimum((tile + 1) * TILE_QUERIES, num_queries)
-    for start in range(tile * TILE_QUERIES, end, STEP // SLOTS):
-        block = _chosen_blocks(
-            indices_ptr, row, head, start + entry // SLOTS, entry % SLOTS, num_queries, num_keys, key_start_ptr,
-            key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row, block_size, topk,
-            indices_stride_r, indices_stride_t, indices_stride_h,
-        )  # fmt: skip
-        is_here = (block >= low) & (block < low + RANGE) & (start + entry // SLOTS < end)
-        counts += tl.histogram(tl.where(is_here, block - low, 0), RANGE, mask=is_here)
-    blocks = low + tl.arange(0, RANGE)
-    base = counts_ptr + ((head * num_rows + row).to(tl.int64) * num_tiles + tile) * num_row_blocks
-    tl.store(base + blocks, counts, mask=blocks < num_row_blocks)
+    queries = tl.program_id(0) % steps_per_row * (STEP // SLOTS) + entry // SLOTS
+    block = _chosen_blocks(
+        indices_ptr, row, head, queries, entry % SLOTS, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr,
+        cu_k_ptr, num_sequences, blocks_per_row, block_size, topk, indices_stride_r, indices_stride_t,
+        indices_stride_h,
+    )  # fmt: skip
+    tile = (head * num_rows + row).to(tl.int64) * num_tiles + queries // TILE_QUERIES
+    tl.atomic_add(counts_ptr + tile * num_row_blocks + block, 1, mask=block >= 0, sem="relaxed")
 
 
 @triton.jit
-def _scan_tiles_kernel(counts_ptr, totals_ptr, num_tiles, num_row_blocks, TILE_N: tl.constexpr, STEP: tl.constexpr):
+def _sum_tiles_kernel(counts_ptr, totals_ptr, num_tiles, num_row_blocks, TILE_N: tl.constexpr, STEP: tl.constexpr):
     """Program (head and row, TILE_N blocks): counts become sums over the tiles before; totals get the sum of all."""
     blocks = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     mask = blocks < num_row_blocks
@@ -130,9 +122,15 @@ def _scan_tiles_kernel(counts_ptr, totals_ptr, num_tiles, num_row_blocks, TILE_N
 
 
 @triton.jit
+def _run_length(last_a, count_a, last_b, count_b):
+    """Length of the run that ends in b, from that of a before it."""
+    return last_b, tl.where(last_a == last_b, count_a + count_b, count_b)
+
+
+@triton.jit
 def _place_kernel(
     indices_ptr,
-    counts_ptr,
+    places_ptr,
     offsets_ptr,
     entries_ptr,
     key_start_ptr,
@@ -153,38 +151,40 @@ def _place_kernel(
     indices_stride_t,
     indices_stride_h,
     TILE_QUERIES,
-    RANGE: tl.constexpr,
     SLOTS: tl.constexpr,
     STEP: tl.constexpr,
+    KEY: tl.constexpr,
 ):
-    """Program (tile of a row, head, range of blocks): every entry to its place."""
+    """Program (tile of a row, head): every entry to its place; places[head, row, tile, block] move past them."""
     row = tl.program_id(0) // num_tiles
     tile = tl.program_id(0) % num_tiles
     head = tl.program_id(1)
-    low = tl.program_id(2) * RANGE
-    blocks = low + tl.arange(0, RANGE)
-    mask = blocks < num_row_blocks
-    base = counts_ptr + ((head * num_rows + row).to(tl.int64) * num_tiles + tile) * num_row_blocks
+    places_base = places_ptr + ((head * num_rows + row).to(tl.int64) * num_tiles + tile) * num_row_blocks
     offsets_base = offsets_ptr + head.to(tl.int64) * (num_rows * num_row_blocks + 1) + row * num_row_blocks
-    places = tl.load(base + blocks, mask=mask, other=0) + tl.load(offsets_base + blocks, mask=mask, other=0)
     entry = tl.arange(0, STEP)
-    is_earlier = entry[None, :] < entry[:, None]
     end = tl.minimum((tile + 1) * TILE_QUERIES, num_queries)
     for start in range(tile * TILE_QUERIES, end, STEP // SLOTS):
         queries = start + entry // SLOTS
         block = _chosen_blocks(
-            indices_ptr, row, head, queries, entry % SLOTS, num_queries, num_keys, key_start_ptr,
-            key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row, block_size, topk,
-            indices_stride_r, indices_stride_t, indices_stride_h,
+            indices_ptr, row, head, queries, entry % SLOTS, num_queries, num_keys, key_start_ptr, key_end_ptr,
+            cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row, block_size, topk, indices_stride_r, indices_stride_t,
+            indices_stride_h,
         )  # fmt: skip
-        is_here = (block >= low) & (block < low + RANGE) & (queries < end)
-        local = tl.where(is_here, block - low, -1)
-        rank = tl.sum(((local[:, None] == local[None, :]) & is_earlier).to(tl.int32), axis=1)
-        local = tl.maximum(local, 0)
-        place = tl.gather(places, local, axis=0) + rank
-        value = (row * num_queries + queries) * topk + entry % SLOTS
-        tl.store(entries_ptr + head.to(tl.int64) * max_entries + place, value, mask=is_here)
-        places += tl.histogram(local, RANGE, mask=is_here)
+        is_entry = (block >= 0) & (queries < end)
+        key = tl.sort(tl.where(is_entry, block, num_row_blocks).to(KEY) * STEP + entry)
+        block = (key // STEP).to(tl.int32)
+        entry_of_key = (key % STEP).to(tl.int32)
+        ones = tl.full([STEP], 1, tl.int32)
+        _, number = tl.associative_scan((block, ones), 0, _run_length)
+        _, number_left = tl.associative_scan((block, ones), 0, _run_length, reverse=True)
+        is_entry = block < num_row_blocks
+        is_first = is_entry & (number == 1)
+        length = number + number_left - 1
+        place = tl.atomic_add(places_base + block, length, mask=is_first, sem="relaxed")
+        place += tl.load(offsets_base + block, mask=is_first, other=0)
+        place = tl.gather(place, entry - number + 1, axis=0) + number - 1
+        value = (row * num_queries + start + entry_of_key // SLOTS) * topk + entry_of_key % SLOTS
+        tl.store(entries_ptr + head.to(tl.int64) * max_entries + place, value, mask=is_entry)
 
 
 def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tu
             are left out. No query names a block twice.
 
     Returns:
-        offsets: int32 [H, num_global_blocks + 1]; block j's entries of head h are offsets[h, j] … offsets[h, j + 1] - 1.
+        offsets: int32 [H, num_global_blocks + 1]; head h's entries of block j are offsets[h, j] … offsets[h, j+1] - 1.
         entries: int32 [H, R · T · (K - 1)], each query_row · K + slot, with query_row = r · T + t and `slot` the place
             in the row of `indices`; undefined from offsets[h, -1] on.
 
@@ -226,36 +226,34 @@ def _group(
     entries = indices.new_empty(num_heads, num_rows * num_queries * (topk - 1))
     if entries.numel() == 0 or num_blocks == 0 or (cu_q is not None and cu_q.numel() == 1):
         return offsets, entries
-    arguments = group_arguments(indices, entries, sequences, block_size, arch_of(indices.device))
+    arguments = group_arguments(indices, sequences, block_size)
     num_tiles, num_row_blocks = arguments["num_tiles"], arguments["num_row_blocks"]
-    counts = indices.new_empty(num_heads, num_rows, num_tiles, num_row_blocks)
+    count_config, place_config = group_configs(num_queries, topk, num_row_blocks, arch_of(indices.device))
+    counts = indices.new_zeros(num_heads, num_rows, num_tiles, num_row_blocks)
     totals = indices.new_empty(num_heads, num_blocks)
-    grid = (num_rows * num_tiles, num_heads, triton.cdiv(num_row_blocks, arguments["RANGE"]))
-    shared = {name: value for name, value in arguments.items() if name not in ("entries_ptr", "max_entries")}
-    _count_kernel[grid](counts_ptr=counts, **shared)
-    scan_grid = (num_heads * num_rows, triton.cdiv(num_row_blocks, SCAN_TILE["TILE_N"]))
-    _scan_tiles_kernel[scan_grid](counts, totals, num_tiles, num_row_blocks, **SCAN_TILE)
+    steps_per_row = triton.cdiv(num_queries, count_config["STEP"] // count_config["SLOTS"])
+    _count_kernel[(num_rows * steps_per_row, num_heads)](counts_ptr=counts, **arguments, **count_config)
+    sum_grid = (num_heads * num_rows, triton.cdiv(num_row_blocks, SUM_CONFIG["TILE_N"]))
+    _sum_tiles_kernel[sum_grid](counts, totals, num_tiles, num_row_blocks, **SUM_CONFIG)
     torch.cumsum(totals, dim=1, dtype=torch.int32, out=offsets[:, 1:])
-    _place_kernel[grid](counts_ptr=counts, offsets_ptr=offsets, **arguments)
+    _place_kernel[(num_rows * num_tiles, num_heads)](
+        places_ptr=counts,
+        offsets_ptr=offsets,
+        entries_ptr=entries,
+        max_entries=entries.shape[1],
+        **arguments,
+        **place_config,
+    )
     return offsets, entries
 
 
-SCAN_TILE = {"TILE_N": 64, "STEP": 32, "num_warps": 4}
-
-
-def group_arguments(
-    indices: Tensor, entries: Tensor, sequences: Sequences, block_size: int, arch: int
-) -> dict[str, Any]:
+def group_arguments(indices: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
     """Arguments that the count and place kernels share."""
     num_rows, num_queries, _, topk = indices.shape
     num_row_blocks = num_global_blocks(sequences, block_size) // num_rows
     tile_queries = max(MIN_TILE_QUERIES, triton.next_power_of_2(num_row_blocks))
-    slots = triton.next_power_of_2(max(1, topk - 1))
-    config = dict(lookup("by_block", arch, head_dim=16, block_size=block_size, element_bytes=4))
-    config["STEP"] = max(config["STEP"], slots)
     return {
         "indices_ptr": indices,
-        "entries_ptr": entries,
         "key_start_ptr": sequences.key_start,
         "key_end_ptr": sequences.key_end,
         "cu_q_ptr": sequences.cu_q,
@@ -269,36 +267,42 @@ def group_arguments(
         "num_rows": num_rows,
         "num_tiles": triton.cdiv(num_queries, tile_queries),
         "num_row_blocks": num_row_blocks,
-        "max_entries": entries.shape[1],
         "indices_stride_r": indices.stride(0),
         "indices_stride_t": indices.stride(1),
         "indices_stride_h": indices.stride(2),
         "TILE_QUERIES": tile_queries,
-        "RANGE": min(MAX_RANGE, max(32, triton.next_power_of_2(num_row_blocks))),
-        "SLOTS": slots,
-        **config,
     }
 
 
+def group_configs(num_queries: int, topk: int, num_row_blocks: int, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time arguments of the count and place kernels."""
+    slots = triton.next_power_of_2(max(1, topk - 1))
+    row_entries = triton.next_power_of_2(num_queries * slots)
+
+    def config(kernel: str) -> dict[str, Any]:
+        row = dict(lookup(kernel, arch, head_dim=16, block_size=1, element_bytes=4))
+        return {**row, "SLOTS": slots, "STEP": min(row_entries, max(slots, row["STEP"]))}
+
+    place = config("place_entries")
+    # A key holds a block and an entry of the step.
+    place["KEY"] = tl.int32 if (num_row_blocks + 1) * place["STEP"] < 2**31 else tl.int64
+    return config("count_entries"), place
+
+
 def aot_cases(arch: int) -> Iterator[Case]:
-    """Counting, scanning and placing for few and many blocks."""
+    """Counting, summing and placing for short and long rows of the routing."""
     counts = torch.empty(1, dtype=torch.int32, device="meta")
-    yield Case("by_block scan", _scan_tiles_kernel, dict(counts_ptr=counts, totals_ptr=counts, num_tiles=128,
-               num_row_blocks=1024, **SCAN_TILE), representative=True)  # fmt: skip
+    yield Case("by_block sum tiles", _sum_tiles_kernel, dict(counts_ptr=counts, totals_ptr=counts, num_tiles=128,
+               num_row_blocks=1024, **SUM_CONFIG), representative=True)  # fmt: skip
     for topk in (3, 8, 16, 200):
-        for block_size in (32, 128, 2048):
-            for packed in (False, True):
-                indices = torch.empty(1, 131072, 16, topk, dtype=torch.int32, device="meta")
-                cu = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
-                sequences = Sequences(1, 131072, 131072, cu_q=cu, cu_k=cu)
-                arguments = group_arguments(indices, indices[0], sequences, block_size, arch)
-                name = f"topk={topk} block={block_size} {'packed' if packed else 'plain'}"
-                representative = (topk, block_size, packed) == (8, 128, True)
-                shared = {key: value for key, value in arguments.items() if key not in ("entries_ptr", "max_entries")}
-                yield Case(f"by_block count {name}", _count_kernel, {"counts_ptr": counts, **shared})
-                yield Case(
-                    f"by_block place {name}",
-                    _place_kernel,
-                    {"counts_ptr": counts, "offsets_ptr": counts, **arguments},
-                    representative,
-                )
+        for packed in (False, True):
+            indices = torch.empty(1, 131072, 16, topk, dtype=torch.int32, device="meta")
+            cu = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
+            arguments = group_arguments(indices, Sequences(1, 131072, 131072, cu_q=cu, cu_k=cu), 128)
+            count_config, place_config = group_configs(131072, topk, arguments["num_row_blocks"], arch)
+            name = f"topk={topk} {'packed' if packed else 'plain'}"
+            is_common = packed and topk == 8
+            count = {"counts_ptr": counts, **arguments, **count_config}
+            yield Case(f"by_block count {name}", _count_kernel, count, is_common)
+            pointers = {"places_ptr": counts, "offsets_ptr": counts, "entries_ptr": counts, "max_entries": 1 << 20}
+            yield Case(f"by_block place {name}", _place_kernel, {**pointers, **arguments, **place_config}, is_common)

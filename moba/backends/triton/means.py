@@ -19,11 +19,13 @@ from moba.layout import Sequences
 ELEMENTS = 8192
 MAX_TOKENS = 128
 NUM_WARPS = 4
+# Memory behind each head's means that a reader may load, though it means nothing: tiles need not end with the blocks.
+SPARE_BLOCKS = 64
 
 
 @triton.jit
 def _sum_tokens(x, TOKENS: tl.constexpr):
-    """Sum of [M, TOKENS, D] over its tokens, first half to last half, so that the order is no choice of the compiler."""
+    """Sum of [M, TOKENS, D] over its tokens, first half to last, so that the order is no choice of the compiler."""
     for _ in tl.static_range(TOKENS.bit_length() - 1):
         x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, x.shape[2]])
         first, last = tl.split(tl.permute(x, 0, 2, 3, 1))
@@ -93,8 +95,8 @@ def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     Source: MoBA, eq. 6.
     """
     num_blocks = num_global_blocks(sequences, block_size)
-    # Head-major in memory: a query head streams the means of one kv head.
-    means = k.new_empty(k.shape[2], num_blocks, k.shape[3]).transpose(0, 1)
+    # Head-major in memory: a query head streams the means of one kv head, in whole tiles.
+    means = k.new_empty(k.shape[2], num_blocks + SPARE_BLOCKS, k.shape[3]).transpose(0, 1)[:num_blocks]
     if means.numel():
         arguments = means_arguments(k, means, sequences, block_size)
         grid = (triton.cdiv(num_blocks, arguments["TILE_BLOCKS"]), k.shape[2])

@@ -54,7 +54,7 @@ def select(
     keep_first: int,
     keep_recent: int,
 ) -> Tensor:
-    """The routing by mean-key scores as an operator: int32 [R, T, H, K]. Arguments as in `Sequences` and `Selection`."""
+    """The routing by mean-key scores: int32 [R, T, H, K]. Arguments as in `Sequences` and `Selection`."""
     num_rows, num_queries, num_heads, _ = q.shape
     sequences = Sequences(num_rows, num_queries, k.shape[1], key_start, key_end, cu_q, cu_k)
     indices = q.new_empty((num_rows, num_queries, num_heads, topk), dtype=torch.int32)
@@ -64,7 +64,7 @@ def select(
         means = block_means(k, sequences, block_size)
         selection = Selection(block_size, topk, keep_first, keep_recent, routing.mean_key_scores)
         arguments = select_arguments(q, means, indices, sequences, selection, arch_of(q.device))
-        _select_kernel[(arguments["num_tiles"] * num_heads * num_rows,)](**arguments)
+        _select_kernel[(num_rows * arguments["num_tiles"], num_heads)](**arguments)
     return indices
 
 
@@ -111,7 +111,6 @@ def select_arguments(
         "keep_first": selection.keep_first,
         "keep_recent": selection.keep_recent,
         "num_tiles": triton.cdiv(sequences.num_queries, config["TILE_M"]),
-        "num_heads": q.shape[2],
         "heads_per_kv_head": q.shape[2] // means.shape[1],
         "q_stride_r": q.stride(0),
         "q_stride_t": q.stride(1),

@@ -2,16 +2,18 @@
 
 A row has `places` for scored blocks. The kernel streams the block means twice and keeps no scores:
 
-1. *Threshold.* The places-th largest score of every row. Scores of a tile are kept apart in COLUMNS column classes; each
-   keeps its largest values in sorting networks (top_values.py), and the classes are merged at the end. Rows with more
-   places than those lists hold search the threshold by bisection, counting scores in one pass a bit.
-2. *Collection.* The same products again, so the same scores bit for bit. Every score that reaches the threshold sets a
-   bit; the bits of a class are adjacent blocks, so block numbers leave in ascending order. Of scores that equal the
-   threshold, only as many as there are places left are taken, lowest block first.
+1. *Threshold.* The places-th largest score of every row. Columns of a tile fall into W classes; each class keeps its
+   largest scores in sorting networks (top_values.py), and the classes are merged at the end. Rows with more places than
+   such lists hold search the threshold by bisection, counting scores in one pass a bit.
+2. *Collection.* The same products again, so the same scores bit for bit. A score that reaches the threshold sets a bit
+   of its row's string (bit_strings.py); a place takes the block of the bit that has its rank, so block numbers leave in
+   ascending order. Of scores equal to the threshold only as many count as there are places left, lowest block first.
 
 So a selection depends on the scores alone, never on tile sizes.
 
-Letters: M queries of a tile, C its blocks, W = COLUMNS. See also primitives.py.
+Letters: M queries of a tile, W = COLUMNS; others in primitives.py. Two tuples are passed around: `means` is the pointer
+to a kv head's means and the stride of their blocks; `candidates` is low, high [M, 1], a row's candidates being blocks
+low … high - 1, then begin, end, the blocks that any row needs, and inner_low, inner_high, those that none masks.
 """
 
 from __future__ import annotations
@@ -19,99 +21,68 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moba.backends.triton.bit_strings import bit_at_rank_of_four, num_bits
 from moba.backends.triton.primitives import query_places
-from moba.backends.triton.bit_strings import bit_at_rank, byte_sums, row_strings, total_bits
-from moba.backends.triton.top_values import fold_columns, merge_lists, pieces, share_columns, sorted_list
+from moba.backends.triton.top_values import fold_columns, merge_columns, merge_lists, pieces, sorted_list
 
-# Classes that a tile's columns fall into. A matrix product leaves columns that are equal modulo 8 in one thread.
+# Blocks of a tile: the bits of a string.
+TILE_N = tl.constexpr(64)
+# Classes of a tile's columns. A matrix product leaves columns that are equal modulo 8 in one thread.
 COLUMNS = tl.constexpr(8)
+BITS = tl.constexpr(8)
 # Scores that are NaN or below count as this, which any candidate reaches and masked places (-inf) do not.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _tile_blocks(start, TILE_N: tl.constexpr):
-    """Blocks [TILE_N] of a tile's columns: those that are equal modulo W hold adjacent blocks."""
+def _tile_blocks():
+    """Blocks [TILE_N] of a tile's columns, from its first: those of one class are adjacent."""
     column = tl.arange(0, TILE_N)
-    return start + (column % COLUMNS) * (TILE_N // COLUMNS) + column // COLUMNS
+    return (column % COLUMNS) * BITS + column // COLUMNS
 
 
 @triton.jit
-def _scores(
-    q,
-    means_ptr,
-    means_stride_n,
-    start,
-    low,
-    high,
-    inner_low,
-    inner_high,
-    num_blocks,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """Scores [M, TILE_N] of blocks start … start + TILE_N - 1; -inf for blocks outside low … high - 1 of their row.
-
-    Columns are as in `_tile_blocks`. No row masks blocks of inner_low … inner_high - 1.
-    """
-    blocks = _tile_blocks(start, TILE_N)
-    dims = tl.arange(0, PADDED_DIM)
-    loaded = tl.minimum(blocks, num_blocks - 1).to(tl.int64)
-    pointers = means_ptr + loaded[:, None] * means_stride_n + dims[None, :]
-    if HEAD_DIM == PADDED_DIM:
-        means = tl.load(pointers)
+def _scores(q, means, start, candidates, HEAD_DIM: tl.constexpr):
+    """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
+    means_ptr, stride = means
+    low, high, _, _, inner_low, inner_high = candidates
+    blocks = _tile_blocks()
+    dims = tl.arange(0, q.shape[1])
+    pointers = means_ptr + tl.cast(start, tl.int64) * stride + (blocks[:, None] * stride + dims[None, :])
+    if q.shape[1] == HEAD_DIM:
+        tile = tl.load(pointers)
     else:
-        means = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    scores = tl.maximum(tl.dot(q, tl.trans(means), input_precision="ieee"), LOWEST)
+        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    scores = tl.maximum(tl.dot(q, tl.trans(tile), input_precision="ieee"), LOWEST)
     if (start < inner_low) | (start + TILE_N > inner_high):
-        is_candidate = (blocks[None, :] >= low[:, None]) & (blocks[None, :] < high[:, None])
-        scores = tl.where(is_candidate, scores, float("-inf"))
+        block = start + blocks[None, :]
+        scores = tl.where((block >= low) & (block < high), scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _largest_scores(
-    q,
-    means_ptr,
-    means_stride_n,
-    low,
-    high,
-    begin,
-    end,
-    inner_low,
-    inner_high,
-    num_blocks,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    """The list of every row's LENGTH largest scores: LENGTH tensors [M, W] of equal columns."""
-    largest = ()
-    for _ in tl.static_range(LENGTH):
-        largest = largest + (tl.full([TILE_M, COLUMNS], float("-inf"), tl.float32),)
+def _largest_scores(q, means, candidates, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr):
+    """The list of every row's LENGTH largest scores: LENGTH tensors [M, W / 2] of equal columns."""
+    COUNT: tl.constexpr = min(LENGTH, BITS)
+    _, _, begin, end, _, _ = candidates
+    largest = (tl.full([q.shape[0], COLUMNS], float("-inf"), tl.float32),) * LENGTH
     for start in range(begin, end, TILE_N):
-        scores = _scores(
-            q, means_ptr, means_stride_n, start, low, high, inner_low, inner_high, num_blocks,
-            HEAD_DIM, PADDED_DIM, TILE_N,
-        )  # fmt: skip
-        tile = sorted_list(pieces(scores, LENGTH), LENGTH)
-        tile = fold_columns(tile, LENGTH, TILE_N // LENGTH, COLUMNS)
-        largest = merge_lists(largest, tile, LENGTH)
-    return share_columns(largest, LENGTH, COLUMNS, 1)
+        scores = _scores(q, means, start, candidates, HEAD_DIM)
+        tile = sorted_list(pieces(scores, COUNT), COUNT)
+        tile = fold_columns(tile, COUNT, TILE_N // COUNT, COLUMNS)
+        largest = merge_lists(largest, tile, LENGTH, COUNT)
+    return merge_columns(largest, LENGTH, COLUMNS)
 
 
 @triton.jit
-def _pick_threshold(largest, places, TILE_M: tl.constexpr, LENGTH: tl.constexpr):
-    """From a row's list: its places-th score, how many of the places go to equal ones, whether more are equal."""
-    threshold = tl.full([TILE_M, COLUMNS], LOWEST, tl.float32)
-    following = tl.full([TILE_M, COLUMNS], float("-inf"), tl.float32)
+def _pick_threshold(largest, places, LENGTH: tl.constexpr):
+    """From rows' lists: their places-th score, how many places go to equal ones [M, 1]; whether any has more equal."""
+    threshold = tl.full(largest[0].shape, LOWEST, tl.float32)
+    following = tl.full(largest[0].shape, float("-inf"), tl.float32)
     for i in tl.static_range(LENGTH):
         threshold = tl.where(places == i + 1, tl.maximum(largest[i], LOWEST), threshold)
         following = tl.where(places == i, largest[i], following)
-    num_above = tl.zeros([TILE_M, COLUMNS], tl.int32)
+    num_above = tl.zeros(largest[0].shape, tl.int32)
     for i in tl.static_range(LENGTH):
         num_above += (largest[i] > threshold).to(tl.int32)
     is_tied = tl.max((following == threshold).to(tl.int32)) > 0
@@ -125,106 +96,86 @@ def _float_of_rank(rank):
 
 
 @triton.jit
-def _bisect_threshold(
-    q,
-    means_ptr,
-    means_stride_n,
-    low,
-    high,
-    begin,
-    end,
-    inner_low,
-    inner_high,
-    num_blocks,
-    places,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """The places-th score of every row [M, 1], and how many of the places go to equal ones: one pass a bit."""
-    lower = tl.full([TILE_M, 1], -0x7F800000, tl.int64)
-    upper = tl.full([TILE_M, 1], 0x7F800000, tl.int64)
-    num_above = tl.zeros([TILE_M, 1], tl.int32)
-    # 32 bits, and a pass in which `middle` stands just above the threshold found.
+def _bisect_threshold(q, means, candidates, places, HEAD_DIM: tl.constexpr):
+    """Rows' places-th score, and how many of the places go to equal ones [M, 1]: one pass a bit."""
+    _, _, begin, end, _, _ = candidates
+    lower = tl.full([q.shape[0], 1], -0x7F800000, tl.int64)
+    upper = tl.full([q.shape[0], 1], 0x7F800000, tl.int64)
+    num_above = tl.zeros([q.shape[0], 1], tl.int32)
+    # 32 bits, and one pass more: `middle` then stands just above the threshold found.
     for _ in range(33):
-        middle = lower + (upper - lower + 1) // 2
-        middle = tl.where(lower == upper, upper + 1, middle)
+        middle = lower + (upper - lower) // 2 + 1
         bound = _float_of_rank(middle.to(tl.int32))
-        count = tl.zeros([TILE_M, 1], tl.int32)
+        count = tl.zeros([q.shape[0], 1], tl.int32)
         for start in range(begin, end, TILE_N):
-            scores = _scores(
-                q, means_ptr, means_stride_n, start, low, high, inner_low, inner_high, num_blocks,
-                HEAD_DIM, PADDED_DIM, TILE_N,
-            )  # fmt: skip
+            scores = _scores(q, means, start, candidates, HEAD_DIM)
             count += tl.sum((scores >= bound).to(tl.int32), axis=1, keep_dims=True)
-        num_above = tl.where(lower == upper, count, num_above)
-        is_reached = (count >= places) & (lower < upper)
-        upper = tl.where((lower < upper) & (count < places), middle - 1, upper)
-        lower = tl.where(is_reached, middle, lower)
+        is_open = lower < upper
+        num_above = tl.where(is_open, num_above, count)
+        lower = tl.where(is_open & (count >= places), middle, lower)
+        upper = tl.where(is_open & (count < places), middle - 1, upper)
     return _float_of_rank(lower.to(tl.int32)), places - num_above
 
 
 @triton.jit
+def _row_strings(flags):
+    """Strings [M, 1] of the flags of a tile: BITS tensors [M, W], where flag i of class c is block c · BITS + i."""
+    word = flags[0].to(tl.int32)
+    for i in tl.static_range(1, BITS):
+        word = word | tl.where(flags[i], 1 << i, 0)
+    place = (tl.arange(0, COLUMNS) * BITS)[None, :]
+    word = word.to(tl.uint32) << (place % 32).to(tl.uint32)
+    low = tl.sum(tl.where(place < 32, word, 0), axis=1, keep_dims=True)
+    high = tl.sum(tl.where(place < 32, 0, word), axis=1, keep_dims=True)
+    return low.to(tl.uint64) | high.to(tl.uint64) << 32
+
+
+@triton.jit
 def _blocks_at_ranks(
-    q,
-    means_ptr,
-    means_stride_n,
-    low,
-    high,
-    begin,
-    end,
-    inner_low,
-    inner_high,
-    num_blocks,
-    threshold,
-    bound,
-    has_bound,
-    ranks,
-    ONLY_EQUAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE_N: tl.constexpr,
+    q, means, candidates, threshold, bound, has_bound, ranks, ONLY_EQUAL: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Of the blocks whose score reaches the threshold, those of the given ranks in block order.
 
     Args:
         threshold, bound: [M, 1]. Scores that equal the threshold count only in blocks below `bound`, if has_bound.
         ranks: int32 [M, P].
-        ONLY_EQUAL: take only scores that equal the threshold.
+        ONLY_EQUAL: count only scores that equal the threshold.
 
     Returns:
-        int32 [M, P], num_blocks where there is none; int32 [M, 1], how many blocks there are in all.
+        int32 [M, P], `end` where there is none; int32 [M, 1], how many blocks there are in all.
     """
-    BITS: tl.constexpr = TILE_N // COLUMNS
-    found = tl.zeros_like(ranks) + num_blocks
+    _, _, begin, end, _, _ = candidates
+    found = tl.zeros_like(ranks) + end
     num_passed = tl.zeros_like(threshold).to(tl.int32)
+    # Finding a rank costs more than packing a string: it waits for four tiles.
+    empty = tl.zeros(threshold.shape, tl.uint64)
+    # Each its own value: Triton 3.6 does not carry a variable through a loop that is handed on to an identical one.
+    first = tl.zeros(threshold.shape, tl.uint64)
+    second = tl.zeros(threshold.shape, tl.uint64)
+    third = tl.zeros(threshold.shape, tl.uint64)
+    fourth = tl.zeros(threshold.shape, tl.uint64)
     for start in range(begin, end, TILE_N):
-        scores = _scores(
-            q, means_ptr, means_stride_n, start, low, high, inner_low, inner_high, num_blocks,
-            HEAD_DIM, PADDED_DIM, TILE_N,
-        )  # fmt: skip
+        scores = _scores(q, means, start, candidates, HEAD_DIM)
         if has_bound:
-            is_surplus = (scores == threshold) & (_tile_blocks(start, TILE_N)[None, :] >= bound)
+            is_surplus = (scores == threshold) & (start + _tile_blocks()[None, :] >= bound)
             scores = tl.where(is_surplus, float("-inf"), scores)
         by_bit = pieces(scores, BITS)
-        flags = ()
+        flags = by_bit[:0]
         for i in tl.static_range(BITS):
-            flags = flags + (by_bit[i] == threshold if ONLY_EQUAL else by_bit[i] >= threshold,)
-        head, tail = row_strings(flags, BITS)
-        head_sums = byte_sums(head)
-        tail_sums = byte_sums(tail)
-        head_total = total_bits(head_sums)
-        rank = ranks - num_passed
-        num_passed += head_total + total_bits(tail_sums)
-        in_tail = rank >= head_total
-        bit = bit_at_rank(
-            tl.where(in_tail, tail, head),
-            tl.where(in_tail, tail_sums, head_sums),
-            tl.where(in_tail, rank - head_total, rank),
-        )
-        bit += tl.where(in_tail, 64, 0)
-        found = tl.where((rank >= 0) & (ranks < num_passed), start + bit, found)
+            flags += (by_bit[i] == threshold if ONLY_EQUAL else by_bit[i] >= threshold,)
+        first = second
+        second = third
+        third = fourth
+        fourth = _row_strings(flags)
+        if ((start - begin) // TILE_N % 4 == 3) | (start + TILE_N >= end):
+            rank = ranks - num_passed
+            num_passed += num_bits(first) + num_bits(second) + num_bits(third) + num_bits(fourth)
+            block = start - 3 * TILE_N + bit_at_rank_of_four(first, second, third, fourth, rank)
+            found = tl.where((rank >= 0) & (ranks < num_passed), block, found)
+            first = empty
+            second = empty
+            third = empty
+            fourth = empty
     return found, num_passed
 
 
@@ -247,7 +198,6 @@ def _select_kernel(
     keep_first,
     keep_recent,
     num_tiles,
-    num_heads,
     heads_per_kv_head,
     q_stride_r,
     q_stride_t,
@@ -258,15 +208,14 @@ def _select_kernel(
     PADDED_DIM: tl.constexpr,
     LENGTH: tl.constexpr,
     TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
 ):
-    """A program routes TILE_M queries of one head. LENGTH is that of the lists, 0 for bisection."""
-    program = tl.program_id(0)
+    """Program (tile of a row, head) routes TILE_M queries. LENGTH is that of the lists, 0 for bisection."""
+    row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
-    tile = num_tiles - 1 - program % num_tiles
-    head = (program // num_tiles) % num_heads
-    row = program // num_tiles // num_heads
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    head = tl.program_id(1)
     queries = tile * TILE_M + tl.arange(0, TILE_M)
+    num_heads = tl.num_programs(1)
     own, first_block = query_places(
         row, queries, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
         blocks_per_row, block_size,
@@ -277,40 +226,29 @@ def _select_kernel(
     places = topk - 1 - keep_first - keep_recent
     low = first_block + num_first
     high = first_block + tl.maximum(own, 0) - num_recent
-    is_scored = high > low
-    begin = tl.min(tl.where(is_scored, low, num_blocks))
-    end = tl.max(tl.where(is_scored, high, 0))
-    inner_low = tl.max(low)
-    inner_high = tl.min(high)
+    begin = tl.min(tl.where(high > low, low, num_blocks))
+    end = tl.max(tl.where(high > low, high, 0))
+    candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
 
     dims = tl.arange(0, PADDED_DIM)
     q_base = q_ptr + row.to(tl.int64) * q_stride_r + head.to(tl.int64) * q_stride_h
     q_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
     q = tl.load(q_base + queries.to(tl.int64)[:, None] * q_stride_t + dims[None, :], mask=q_mask, other=0.0)
-    means_base = means_ptr + (head // heads_per_kv_head).to(tl.int64) * means_stride_g
+    means = (means_ptr + (head // heads_per_kv_head).to(tl.int64) * means_stride_g, means_stride_n)
 
     threshold = tl.full([TILE_M, 1], LOWEST, tl.float32)
-    bound = tl.zeros([TILE_M, 1], tl.int32) + num_blocks
+    bound = tl.zeros([TILE_M, 1], tl.int32)
     has_ties = False
     if tl.max(high - low) > places:
         if LENGTH == 0:
-            threshold, num_equal = _bisect_threshold(
-                q, means_base, means_stride_n, low, high, begin, end, inner_low, inner_high, num_blocks, places,
-                HEAD_DIM, PADDED_DIM, TILE_M, TILE_N,
-            )  # fmt: skip
+            threshold, num_equal = _bisect_threshold(q, means, candidates, places, HEAD_DIM)
             has_ties = True
         else:
-            largest = _largest_scores(
-                q, means_base, means_stride_n, low, high, begin, end, inner_low, inner_high, num_blocks,
-                HEAD_DIM, PADDED_DIM, TILE_M, TILE_N, LENGTH,
-            )  # fmt: skip
-            threshold, num_equal, has_ties = _pick_threshold(largest, places, TILE_M, LENGTH)
+            largest = _largest_scores(q, means, candidates, HEAD_DIM, LENGTH)
+            threshold, num_equal, has_ties = _pick_threshold(largest, places, LENGTH)
         if has_ties:
             # The first block of an equal score that finds no place.
-            bound, _ = _blocks_at_ranks(
-                q, means_base, means_stride_n, low, high, begin, end, inner_low, inner_high, num_blocks, threshold,
-                bound, False, num_equal, True, HEAD_DIM, PADDED_DIM, TILE_N,
-            )  # fmt: skip
+            bound, _ = _blocks_at_ranks(q, means, candidates, threshold, bound, False, num_equal, True, HEAD_DIM)
 
     SLOTS: tl.constexpr = LENGTH if LENGTH > 0 else 16
     indices_base = indices_ptr + ((row.to(tl.int64) * num_queries + queries) * num_heads + head) * topk
@@ -318,8 +256,7 @@ def _select_kernel(
     for first_slot in range(0, places, SLOTS):
         slots = tl.zeros([TILE_M, SLOTS], tl.int32) + first_slot + tl.arange(0, SLOTS)[None, :]
         found, num_taken = _blocks_at_ranks(
-            q, means_base, means_stride_n, low, high, begin, end, inner_low, inner_high, num_blocks, threshold,
-            bound, has_ties, slots, False, HEAD_DIM, PADDED_DIM, TILE_N,
+            q, means, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM
         )  # fmt: skip
         pointers = (indices_base + num_first)[:, None] + slots
         tl.store(pointers, found - first_block[:, None], mask=slots < num_taken)

@@ -2,8 +2,8 @@
 
 A *list* is a tuple of equally shaped tensors, descending: element i of every tensor position holds that position's i-th
 largest value. Lists of a row's columns are merged until one is left. Only minima and maxima of whole tensors occur, so
-that nothing depends on data and a thread never waits for another, as long as columns stay in their thread: a tile
-[M, C] is cut by its leading column bits, which matrix-product layouts keep in registers.
+nothing depends on data, and no thread waits for another as long as columns stay in their thread: a tile [M, C] is cut
+by its leading column bits, which matrix-product layouts keep in registers.
 
 Values must not be NaN: a minimum and a maximum would both return the other operand.
 """
@@ -25,58 +25,78 @@ def _halves(x):
 def pieces(x, COUNT: tl.constexpr):
     """[M, C] -> its COUNT groups of C / COUNT adjacent columns."""
     if COUNT == 1:
-        return (x,)
+        result = (x,)
     else:
         first, last = _halves(x)
-        return pieces(first, COUNT // 2) + pieces(last, COUNT // 2)
+        result = pieces(first, COUNT // 2) + pieces(last, COUNT // 2)
+    return result
 
 
 @triton.jit
 def _odd_even_merge(a, b, LENGTH: tl.constexpr):
     """One list from two lists of LENGTH (Batcher's odd-even merging network)."""
     if LENGTH == 1:
-        return tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0])
+        result = (tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0]))
     else:
         even = _odd_even_merge(a[::2], b[::2], LENGTH // 2)
         odd = _odd_even_merge(a[1::2], b[1::2], LENGTH // 2)
-        merged = (even[0],)
+        result = even[:1]
         for i in tl.static_range(LENGTH - 1):
-            merged = merged + (tl.maximum(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
-        return merged + (odd[LENGTH - 1],)
+            result += (tl.maximum(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
+        result += odd[LENGTH - 1 :]
+    return result
 
 
 @triton.jit
 def sorted_list(tensors, LENGTH: tl.constexpr):
     """The list of LENGTH unordered tensors."""
     if LENGTH == 1:
-        return tensors
+        result = tensors
     else:
         first = sorted_list(tensors[: LENGTH // 2], LENGTH // 2)
         last = sorted_list(tensors[LENGTH // 2 :], LENGTH // 2)
-        return _odd_even_merge(first, last, LENGTH // 2)
+        result = _odd_even_merge(first, last, LENGTH // 2)
+    return result
 
 
 @triton.jit
 def _bitonic_list(tensors, LENGTH: tl.constexpr):
     """The list of LENGTH tensors that fall and then rise, or rise and then fall."""
     if LENGTH == 1:
-        return tensors
+        result = tensors
     else:
-        high = ()
-        low = ()
+        high = tensors[:0]
+        low = tensors[:0]
         for i in tl.static_range(LENGTH // 2):
-            high = high + (tl.maximum(tensors[i], tensors[i + LENGTH // 2]),)
-            low = low + (tl.minimum(tensors[i], tensors[i + LENGTH // 2]),)
-        return _bitonic_list(high, LENGTH // 2) + _bitonic_list(low, LENGTH // 2)
+            high += (tl.maximum(tensors[i], tensors[i + LENGTH // 2]),)
+            low += (tl.minimum(tensors[i], tensors[i + LENGTH // 2]),)
+        result = _bitonic_list(high, LENGTH // 2) + _bitonic_list(low, LENGTH // 2)
+    return result
 
 
 @triton.jit
-def merge_lists(a, b, LENGTH: tl.constexpr):
-    """The LENGTH largest of two lists."""
-    largest = ()
-    for i in tl.static_range(LENGTH):
-        largest = largest + (tl.maximum(a[i], b[LENGTH - 1 - i]),)
+def merge_lists(a, b, LENGTH: tl.constexpr, LENGTH_B: tl.constexpr):
+    """The LENGTH largest of a list of LENGTH and one of LENGTH_B <= LENGTH."""
+    largest = a[: LENGTH - LENGTH_B]
+    for i in tl.static_range(LENGTH - LENGTH_B, LENGTH):
+        largest += (tl.maximum(a[i], b[LENGTH - 1 - i]),)
     return _bitonic_list(largest, LENGTH)
+
+
+@triton.jit
+def fold_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr):
+    """Merge the lists of a row's COLUMNS columns into those of TO columns, cutting by the leading column bits."""
+    if COLUMNS == TO:
+        result = values
+    else:
+        first = values[:0]
+        last = values[:0]
+        for i in tl.static_range(LENGTH):
+            a, b = _halves(values[i])
+            first += (a,)
+            last += (b,)
+        result = fold_columns(merge_lists(first, last, LENGTH, LENGTH), LENGTH, COLUMNS // 2, TO)
+    return result
 
 
 @triton.jit
@@ -89,27 +109,27 @@ def _partner(x, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def fold_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr):
-    """Merge the lists of a row's COLUMNS columns into those of TO columns, cutting by the leading column bits."""
-    if COLUMNS == TO:
-        return values
+def _share_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, DISTANCE: tl.constexpr):
+    """Merge the lists of a row's COLUMNS columns into one, which every column then holds; DISTANCE starts at 1."""
+    if DISTANCE == COLUMNS:
+        result = values
     else:
-        first = ()
-        last = ()
+        partner = values[:0]
         for i in tl.static_range(LENGTH):
-            a, b = _halves(values[i])
-            first = first + (a,)
-            last = last + (b,)
-        return fold_columns(merge_lists(first, last, LENGTH), LENGTH, COLUMNS // 2, TO)
+            partner += (_partner(values[i], DISTANCE),)
+        merged = merge_lists(values, partner, LENGTH, LENGTH)
+        result = _share_columns(merged, LENGTH, COLUMNS, 2 * DISTANCE)
+    return result
 
 
 @triton.jit
-def share_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, DISTANCE: tl.constexpr):
-    """Merge the lists of a row's COLUMNS columns into one, which every column then holds; DISTANCE starts at 1."""
-    if DISTANCE == COLUMNS:
-        return values
-    else:
-        partner = ()
-        for i in tl.static_range(LENGTH):
-            partner = partner + (_partner(values[i], DISTANCE),)
-        return share_columns(merge_lists(values, partner, LENGTH), LENGTH, COLUMNS, 2 * DISTANCE)
+def merge_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Merge the lists of a row's COLUMNS columns into one, which each of COLUMNS / 2 columns then holds."""
+    even = values[:0]
+    odd = values[:0]
+    for i in tl.static_range(LENGTH):
+        # Neighbours stand in one thread.
+        a, b = tl.split(tl.reshape(values[i], [values[i].shape[0], COLUMNS // 2, 2]))
+        even += (a,)
+        odd += (b,)
+    return _share_columns(merge_lists(even, odd, LENGTH, LENGTH), LENGTH, COLUMNS // 2, 1)

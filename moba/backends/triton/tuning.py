@@ -14,6 +14,8 @@ import torch
 
 # Compute capabilities (major · 10 + minor) that kernels are compiled for ahead of time.
 ARCHITECTURES = (80, 86, 89, 90, 100)
+# Those that give one program 160 KiB of shared memory and more; the others give 99.
+LARGE_CHIPS = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,79 @@ class Row:
         )
 
 
-TABLE: dict[str, tuple[Row, ...]] = {}
+TABLE: dict[str, tuple[Row, ...]] = {
+    "count_entries": (Row({"STEP": 1024, "num_warps": 4}),),
+    "place_entries": (Row({"STEP": 1024, "num_warps": 1}),),
+    "select": (
+        Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, element_bytes=4),
+        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}),
+    ),
+    "attend_past_stationary": (
+        Row(
+            {"TILE_M": 64, "WINDOW": 1024, "BLOCK_COST": 192, "NUM_STAGES": 3, "num_warps": 4},
+            arch=LARGE_CHIPS,
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 32, "WINDOW": 1024, "BLOCK_COST": 128, "NUM_STAGES": 1, "num_warps": 4}),
+    ),
+    "attend_past_streaming": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 64, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 3, "num_warps": 4},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row(
+            {"TILE_M": 64, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 2, "num_warps": 4},
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4}),
+    ),
+    "attend_own": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 64, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
+        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 4}),
+    ),
+    "dkv": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 128, "NUM_STAGES": 3, "num_warps": 8},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 32, "TILE_N": 64, "NUM_STAGES": 1, "num_warps": 4}, max_head_dim=128, element_bytes=2),
+        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "num_warps": 4}, element_bytes=2),
+        Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "num_warps": 4}),
+    ),
+    "dq_past": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 64, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 2, "num_warps": 4},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row(
+            {"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4},
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 16, "TILE_N": 16, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4}),
+    ),
+    "dq_own": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4, "maxnreg": 168},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
+        Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 4}),
+    ),
+}
 
 
 def lookup(kernel: str, arch: int, *, head_dim: int, block_size: int, element_bytes: int) -> Mapping[str, int]:
