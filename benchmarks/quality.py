@@ -42,8 +42,9 @@ SETTINGS: list[MoBAConfig | None] = [
     MoBAConfig(128, 8),
     *(MoBAConfig(512, 3, keep_first=keep) for keep in (1, 0)),
     MoBAConfig(64, 12, keep_first=1),
-    *(MoBAConfig(block, topk, keep_first=keep) for block, topk in ((512, 8), (256, 8), (128, 16)) for keep in (1, 0)),
-    *(MoBAConfig(128, 8, keep_first=keep, full_layers=layers) for layers in (3, 10) for keep in (1, 0)),
+    *(MoBAConfig(512, 8, keep_first=keep) for keep in (1, 0)),
+    *(MoBAConfig(128, 8, keep_first=keep, full_layers=layers) for keep in (0, 1) for layers in (10, 3)),
+    *(MoBAConfig(block, topk, keep_first=keep) for block, topk in ((256, 8), (128, 16)) for keep in (1, 0)),
     MoBAConfig(128, 8, router="sink"),
     MoBAConfig(128, 8, router="recent"),
 ]
