@@ -106,13 +106,13 @@ def generate(
         raise ValueError("--compare runs full attention beside MoBA; leave out --attn sdpa")
     text = demo_prompt() if demo else options.read_prompt(prompt, prompt_file)
 
-    from moba.cli.session import messages, open_session
+    from moba.cli.session import open_session, say
     from moba.record import record_routings
 
     session = open_session(model, choice, attn, dtype, device)
     ids = session.encode(text, chat=chat, max_new_tokens=max_new_tokens)
     if demo:
-        messages.print(f"[dim]reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}[/dim]")
+        say(f"reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}")
     runs = []
     with record_routings(session.model) if demo else nullcontext() as record:
         runs.append(_run(session, attn, ids, max_new_tokens, temperature, seed))
@@ -130,7 +130,7 @@ def _run(
 ) -> Run:
     """Generate with one attention, streaming the text; says at the end what it took."""
     from moba.cli.measure import PeakMemory
-    from moba.cli.session import NAMES, messages, reading_progress
+    from moba.cli.session import NAMES, messages, reading_progress, say
     from moba.generation import end_tokens, generate_tokens, num_keys_read
 
     session.use(attention)
@@ -168,10 +168,10 @@ def _run(
         prompt_share=_share(num_keys_read(config, session.num_layers, ids.numel())),
         total_share=_share(num_keys_read(config, session.num_layers, ids.numel(), len(tokens) - 1)),
     )
-    messages.print(
-        f"[dim]{ids.numel():,} tokens read in {run.first_token_s:.1f} s, {len(tokens)} made at {run.tokens_per_s:.1f} "
+    say(
+        f"{ids.numel():,} tokens read in {run.first_token_s:.1f} s, {len(tokens)} made at {run.tokens_per_s:.1f} "
         f"a second; {run.ending}; keys read: {run.prompt_share:.1%} for the prompt, {run.total_share:.1%} in all; "
-        f"peak memory {run.peak_bytes / 2**30:.2f} GiB[/dim]"
+        f"peak memory {run.peak_bytes / 2**30:.2f} GiB"
     )
     return run
 

@@ -45,7 +45,7 @@ def inspect(
     text = options.read_prompt(prompt, prompt_file)
 
     from moba.cli.pictures import write_pictures
-    from moba.cli.session import messages, open_session, reading_progress
+    from moba.cli.session import open_session, reading_progress, say
     from moba.generation import num_keys_read, prefill
     from moba.record import record_routings
 
@@ -57,5 +57,5 @@ def inspect(
     if not record:
         raise ValueError(f"full_layers={choice.config.full_layers} leaves no layer with MoBA, so there is no routing")
     read, dense = num_keys_read(choice.config, session.num_layers, ids.numel())
-    messages.print(f"{ids.numel():,} tokens read, {read / dense:.1%} of the keys that full attention reads")
+    say(f"{ids.numel():,} tokens read, {read / dense:.1%} of the keys that full attention reads")
     write_pictures(out, record.joined(), session.tokenizer, ids, Path(prompt_file or "").name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moba.cli.session import messages
+from moba.cli.session import messages, say
 from moba.routing import Routing
 
 
@@ -29,5 +29,5 @@ def write_pictures(out: Path, routings: dict[int, Routing], tokenizer: Any, ids:
         write_page(paths[1], routings, tokens, title=title)
         save_routings(paths[2], routings, ids.numpy())
     for path, what in zip(paths, ("picture", "page: layers, heads, tokens", "indices and masks"), strict=True):
-        messages.print(f"{what:<28} {path}", soft_wrap=True)
+        say(f"{what:<28} {path}")
     return paths

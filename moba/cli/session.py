@@ -24,6 +24,11 @@ NAMES = {Attention.moba: "MoBA", Attention.moba_naive: "MoBA, mask-based", Atten
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """Print a line about the run, as it is: paths may look like markup."""
+    messages.print(text, style="dim", markup=False)
+
+
 @dataclass
 class Session:
     """A model, its tokenizer and the MoBA settings it runs with (None: full attention)."""
@@ -82,7 +87,7 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
 
     narrow = torch.float32 if where.type == "cpu" else torch.bfloat16
     name = model or "SmolLM2-135M-Instruct"
-    messages.print(f"[dim]loading {name} …[/dim]")
+    say(f"loading {name} …")
     # Reading GGUF draws a progress bar of its own that cannot be turned off.
     with redirect_stderr(io.StringIO()):
         register_moba(None)
@@ -92,11 +97,11 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
     session = Session(loaded, tokenizer, choice.config)
     session.use(attention)
     precision = str(loaded.dtype).removeprefix("torch.")
-    messages.print(f"[dim]{name} · {precision} on {where} · {describe(choice.config, attention)}[/dim]")
+    say(f"{name} · {precision} on {where} · {describe(choice.config, attention)}")
     if choice.kept_by_default and attention is not Attention.sdpa:
-        messages.print(
-            "[dim]This model was not trained with MoBA, so its first block, where untrained attention rests, is always "
-            "kept; --keep-first 0 is the paper's plain rule.[/dim]"
+        say(
+            "This model was not trained with MoBA, so its first block, where untrained attention rests, is always "
+            "kept; --keep-first 0 is the paper's plain rule."
         )
     return session
 
