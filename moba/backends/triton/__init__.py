@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from moba.backends.triton.attend import attend as attend
 from moba.backends.triton.route import route as route
 
 MIN_CAPABILITY = (8, 0)

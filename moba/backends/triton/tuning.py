@@ -48,10 +48,12 @@ class Row:
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "count_entries": (Row({"STEP": 1024, "num_warps": 4}),),
-    "place_entries": (Row({"STEP": 1024, "num_warps": 1}),),
+    "place_entries": (Row({"STEP": 256, "num_warps": 4}),),
     "select": (
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, element_bytes=4),
-        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}),
+        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 120}, arch=(90,)),
+        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}, max_head_dim=128),
+        Row({"TILE_M": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168}),
     ),
     "attend_past_stationary": (
         Row(
@@ -82,7 +84,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             element_bytes=2,
         ),
         Row({"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
-        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 4}),
+        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}),
     ),
     "dkv": (
         Row(

@@ -1,0 +1,84 @@
+"""The attention kernels' launches for ahead-of-time compilation: what forward and backward would launch, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba.backends.triton.backward import backward
+from moba.backends.triton.case import Case
+from moba.backends.triton.forward import forward
+from moba.backends.triton.launch import recorder
+from moba.backends.triton.plan import View
+from moba.backends.triton.primitives import num_global_blocks
+from moba.layout import Sequences
+
+HEAD_DIMS = {
+    torch.bfloat16: (16, 64, 80, 128, 256),
+    torch.float16: (64, 128, 256),
+    torch.float32: (16, 64, 128, 256),
+}
+BLOCK_SIZES = (80, 128, 512)
+# The least and the most shared memory.
+REPRESENTATIVE_ARCHITECTURES = (86, 90)
+NUM_TOKENS = 16384
+# Small enough that the dQ of large blocks, and chunks of query rows, are compiled as well.
+TIGHT_BYTES = 1 << 20
+
+
+def aot_cases(arch: int) -> Iterator[Case]:
+    """Launches to compile ahead of time: every dtype, head dim and block size; each layout once."""
+    for dtype, head_dims in HEAD_DIMS.items():
+        for head_dim in head_dims:
+            for block_size in BLOCK_SIZES:
+                representative = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
+                representative = representative and arch in REPRESENTATIVE_ARCHITECTURES
+                yield from _cases(arch, dtype, head_dim, block_size, "plain", representative)
+    for layout in ("padded", "packed", "one query"):
+        yield from _cases(arch, torch.bfloat16, 128, 128, layout, representative=False)
+
+
+def _cases(
+    arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, representative: bool
+) -> Iterator[Case]:
+    names = set()
+    for workspace_bytes in (1 << 40, TIGHT_BYTES):
+        for kernel, arguments in _launches(arch, dtype, head_dim, block_size, layout, workspace_bytes):
+            kind = "fused" if arguments.get("WITH_D_Q") else layout
+            name = f"{kernel.__name__} {str(dtype)[6:]} D{head_dim} block {block_size} {kind}"
+            if name not in names:
+                names.add(name)
+                yield Case(name, kernel, arguments, representative)
+
+
+def _launches(
+    arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, workspace_bytes: int
+) -> list[tuple[Any, dict[str, Any]]]:
+    num_rows = 2 if layout == "padded" else 1
+    num_queries = 1 if layout == "one query" else NUM_TOKENS
+    num_heads, num_kv_heads, topk = 4, 2, 4
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    start = empty(num_rows, kind=torch.int32) if layout == "padded" else None
+    cu = empty(5, kind=torch.int32) if layout == "packed" else None
+    sequences = Sequences(num_rows, num_queries, NUM_TOKENS, key_start=start, key_end=start, cu_q=cu, cu_k=cu)
+    q = empty(num_rows, num_queries, num_heads, head_dim)
+    k, v = (empty(num_rows, NUM_TOKENS, num_kv_heads, head_dim) for _ in range(2))
+    indices = empty(num_rows, num_queries, num_heads, topk, kind=torch.int32)
+    view = View(
+        empty(num_heads, num_global_blocks(sequences, block_size) + 1, kind=torch.int32),
+        empty(num_heads, num_rows * num_queries * (topk - 1), kind=torch.int32),
+    )
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    options: dict[str, Any] = {
+        "block_size": block_size, "scale": head_dim**-0.5, "workspace_bytes": workspace_bytes, "arch": arch,
+        "run": recorder(launches),
+    }  # fmt: skip
+    out, lse = forward(q, k, v, indices, view, sequences, **options)
+    backward(out, lse, q, k, v, out, lse, indices, view, sequences, **options)
+    return launches

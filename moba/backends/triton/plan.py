@@ -1,0 +1,150 @@
+"""What the attention launches share on the host: tile sizes, descriptors, and the chunks that bound the workspace."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moba.backends.triton.launch import Launch
+from moba.backends.triton.tuning import lookup
+
+LOG2_E = 1.4426950408889634
+# Most bytes of K, and of V, that a program keeps on chip.
+KEPT_BYTES = 32 << 10
+# Chunks of query rows are multiples of this.
+ROW_MULTIPLE = 128
+
+
+class View(NamedTuple):
+    """The by-block view of a routing. `offsets`: int32 [H, blocks + 1]; `entries`: int32 [H, R · T · (K - 1)]."""
+
+    offsets: Tensor
+    entries: Tensor
+
+
+class Chunk(NamedTuple):
+    """Heads and flattened query rows whose partials are in memory at one time."""
+
+    first_head: int
+    num_heads: int
+    row_begin: int
+    num_rows: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Head dims are padded on chip to a power of two of at least 16, the least that a matrix product takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, int]:
+    """Launch configuration of a kernel for these tensors, from the table in tuning.py."""
+    head_dim = padded_head_dim(q.shape[-1])
+    return dict(lookup(kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size()))
+
+
+def windows(view: View, sizes: dict[str, int]) -> int:
+    """How many windows cover every entry and the cost of every block."""
+    num_blocks = view.offsets.shape[1] - 1
+    return triton.cdiv(view.entries.shape[1] + num_blocks * sizes["BLOCK_COST"], sizes["WINDOW"])
+
+
+def keeps_keys(q: Tensor, block_size: int) -> bool:
+    """Whether a block's K and V are few enough bytes to stay on chip while its queries stream past."""
+    return triton.next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size() <= KEPT_BYTES
+
+
+def key_descriptor(x: Tensor, tile_n: int, arch: int) -> TensorDescriptor | None:
+    """A descriptor of k or v for the tensor memory accelerator, or None where chip, strides or head dim rule it out.
+
+    A tensor of rows [.., D] at any strides is read as one matrix whose rows are stride_s apart; a head is a column.
+    """
+    stride_r, stride_s, stride_g, _ = x.stride()
+    num_rows, num_keys, num_kv_heads, head_dim = x.shape
+    row_bytes = stride_s * x.element_size()
+    columns = (num_kv_heads - 1) * stride_g + head_dim
+    rows = num_keys if num_rows == 1 else (num_rows - 1) * (stride_r // max(stride_s, 1)) + num_keys
+    if (
+        arch < 90
+        or head_dim != padded_head_dim(head_dim)
+        or row_bytes <= 0
+        or (row_bytes | stride_g * x.element_size() | x.data_ptr()) % 16
+        or (num_rows > 1 and stride_r % stride_s)
+        or max(rows, columns) >= 2**31
+    ):
+        return None
+    return TensorDescriptor(x, [rows, columns], [stride_s, 1], [tile_n, head_dim])
+
+
+def key_sources(k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: bool) -> tuple[Any, Any]:
+    """What kernels read keys and values from: two descriptors, or the tensors themselves."""
+    descriptors = (key_descriptor(k, tile_n, arch), key_descriptor(v, tile_n, arch)) if allowed else (None, None)
+    return (k, v) if None in descriptors else descriptors
+
+
+def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
+    """Cut heads, and where one head is too large query rows too, so that a chunk's partials fit the budget.
+
+    Args:
+        row_bytes: bytes of partials of one query of one head.
+    """
+    heads = min(num_heads, max(1, budget_bytes // max(1, num_rows * row_bytes)))
+    heads = triton.cdiv(num_heads, triton.cdiv(num_heads, heads))
+    rows = num_rows
+    if num_rows * row_bytes > budget_bytes:
+        rows = max(1, budget_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
+    return [
+        Chunk(head, min(heads, num_heads - head), row, min(rows, num_rows - row))
+        for head in range(0, num_heads, heads)
+        for row in range(0, num_rows, rows)
+    ]
+
+
+def chunk_bounds(view: View, chunk: Chunk, total_rows: int, topk: int, run: Launch) -> tuple[Tensor, Tensor, int]:
+    """First and last entry of every block among the chunk's query rows, by chunk head, and the stride of the heads."""
+    heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
+    offsets, entries = view.offsets[heads], view.entries[heads]
+    if chunk.num_rows == total_rows:
+        return offsets, offsets[:, 1:], offsets.stride(0)
+    num_blocks = offsets.shape[1] - 1
+    bounds = offsets.new_empty(2, chunk.num_heads, num_blocks)
+    grid = (triton.cdiv(num_blocks, 256), chunk.num_heads, 2)
+    run(
+        _chunk_bounds_kernel,
+        grid,
+        offsets,
+        entries,
+        bounds,
+        chunk.row_begin * topk,
+        chunk.num_rows * topk,
+        entries.shape[1],
+        num_blocks,
+        256,
+    )
+    return bounds[0], bounds[1], num_blocks
+
+
+@triton.jit
+def _chunk_bounds_kernel(
+    offsets_ptr, entries_ptr, bounds_ptr, begin, length, num_entries, num_blocks, TILE: tl.constexpr
+):  # fmt: skip
+    """For every block, the first of its entries that is at least `begin`, and that is at least begin + length."""
+    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    head = tl.program_id(1)
+    mask = block < num_blocks
+    value = begin + tl.program_id(2) * length
+    offsets_ptr += head.to(tl.int64) * (num_blocks + 1)
+    entries_ptr += head.to(tl.int64) * num_entries
+    low = tl.load(offsets_ptr + block, mask=mask, other=0)
+    high = tl.load(offsets_ptr + block + 1, mask=mask, other=0)
+    while tl.max(high - low, 0) > 0:
+        middle = (low + high) // 2
+        searching = low < high
+        is_before = tl.load(entries_ptr + middle, mask=searching, other=0) < value
+        low = tl.where(searching & is_before, middle + 1, low)
+        high = tl.where(searching & (is_before == 0), middle, high)
+    place = (tl.program_id(2) * tl.num_programs(1) + head).to(tl.int64) * num_blocks + block
+    tl.store(bounds_ptr + place, low, mask=mask)

@@ -1,0 +1,219 @@
+"""The attention kernels against the reference in fp64. In Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, make_qkv, relative_error
+
+from moba import moba_attention, moba_attention_varlen
+from moba.backends import reference
+from moba.layout import Sequences
+from moba.routing import Selection
+from moba.routing import route as plain_route
+
+triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
+if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
+    pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from moba.backends.triton import dkv, plan  # noqa: E402
+from moba.backends.triton.attend import _attend, _attend_backward  # noqa: E402
+from moba.backends.triton.backward import backward  # noqa: E402
+from moba.backends.triton.by_block import group_by_block  # noqa: E402
+from moba.backends.triton.forward import forward  # noqa: E402
+from moba.backends.triton.tuning import arch_of  # noqa: E402
+
+DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
+AMPLE = 1 << 30
+
+
+def problem(shape, *, dtype=torch.float32, indices=None, block_size=16, topk=3):
+    """q, k, v, a routing, and gradients of out and lse. `shape`: B, T, S, H, G, D."""
+    q, k, v = make_qkv(*shape, dtype=dtype, device=DEVICE)
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
+    if indices is None:
+        indices = plain_route(q, k, sequences, Selection.of(block_size, topk, 0, 0, "mean"))
+    return q, k, v, indices, torch.randn_like(q), torch.randn(q.shape[:3], device=DEVICE)
+
+
+def kernels(q, k, v, indices, d_out, d_lse, *, block_size=16, workspace_bytes=AMPLE, arch=None):
+    """Out, lse, dQ, dK, dV of the kernels, without the operators around them."""
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
+    view = plan.View(*group_by_block(indices, sequences, block_size))
+    options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes}
+    options["arch"] = arch_of(DEVICE) if arch is None else arch
+    out, lse = forward(q, k, v, indices, view, sequences, **options)
+    return out, lse, *backward(d_out, d_lse, q, k, v, out, lse, indices, view, sequences, **options)
+
+
+def exact(q, k, v, indices, d_out, d_lse, *, block_size=16):
+    """The same by the mask-based reference in fp64."""
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
+    out, lse = reference.attend(q, k, v, indices, sequences, block_size=block_size, scale=0.2)
+    return out, lse, *torch.autograd.grad([out, lse], [q, k, v], [d_out.double(), d_lse.double()])
+
+
+def plain(q, k, v, indices, d_out, *, block_size=16):
+    """Out, dQ, dK, dV of one head of one row, as plain PyTorch in the inputs' dtype would compute them."""
+    q, k, v = (x[0, :, 0].detach().clone().requires_grad_() for x in (q, k, v))
+    span = Sequences(1, q.shape[0], k.shape[0]).spans()[0]
+    mask = reference.attention_mask(indices[0], span, block_size)[0]
+    logits = (q @ k.T * 0.2).masked_fill(~mask, -torch.inf)
+    out = torch.softmax(logits, -1) @ v
+    return out, *torch.autograd.grad(out, [q, k, v], d_out[0, :, 0])
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that kernels should write begins as NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def new_nan(self, *size, **options):
+        empty = new_empty(self, *size, **options)
+        return empty.fill_(torch.nan) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["keys stay", "keys stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_within_twice_that_of_plain_torch(dtype, streams, poisoned, monkeypatch):
+    if streams:
+        monkeypatch.setattr(plan, "KEPT_BYTES", 0)
+    case = problem((1, 100, 100, 1, 1, 32), dtype=dtype)
+    q, k, v, indices, d_out, _ = case
+    no_d_lse = torch.zeros(q.shape[:3], device=DEVICE)
+    out, lse, *gradients = kernels(*case[:5], no_d_lse)
+    expected_out, expected_lse, *expected = exact(*case[:5], no_d_lse)
+    budgets = plain(q, k, v, indices, d_out)
+    for actual, wanted, budget in zip((out, *gradients), (expected_out, *expected), budgets, strict=True):
+        assert actual.dtype == dtype
+        assert relative_error(actual, wanted) <= 2 * relative_error(budget, wanted[0, :, 0])
+    assert_close(lse, expected_lse, 2e-6)
+
+
+CASES = {
+    "groups of three": ((1, 40, 40, 6, 2, 16), 16, 2),
+    "batch, head dim 80": ((2, 50, 50, 1, 1, 80), 16, 3),
+    "head dim 96, block 24": ((1, 60, 60, 1, 1, 96), 24, 2),
+    "chunk of a prefill": ((1, 13, 75, 2, 1, 16), 16, 3),
+    "block above a tile": ((1, 200, 200, 1, 1, 16), 96, 2),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_reference(case, arch, poisoned):
+    shape, block_size, topk = CASES[case]
+    inputs = problem(shape, block_size=block_size, topk=topk)
+    actual = kernels(*inputs, block_size=block_size, arch=arch if DEVICE.type == "cpu" else None)
+    for a, b in zip(actual, exact(*inputs, block_size=block_size), strict=True):
+        assert_close(a, b, 2e-5)
+
+
+def test_chunks_change_no_bit(monkeypatch):
+    """Heads in turn, and where a head is too large, query rows in turn."""
+    monkeypatch.setattr(plan, "ROW_MULTIPLE", 48)
+    inputs = problem((1, 80, 80, 2, 2, 16))
+    head_bytes = 2 * 80 * (16 * 4 + 4)
+    whole = kernels(*inputs)
+    by_head = kernels(*inputs, workspace_bytes=head_bytes)
+    assert all(torch.equal(a, b) for a, b in zip(whole, by_head, strict=True))
+    by_rows = kernels(*inputs, workspace_bytes=0)
+    assert all(torch.equal(whole[i], by_rows[i]) for i in (0, 1, 3, 4))
+    assert_close(by_rows[2], whole[2], 2e-6)
+
+
+def test_chunks_cover_heads_and_rows_within_the_budget():
+    for budget in (0, 1, 5_000, 100_000, AMPLE):
+        pieces = plan.chunks(5, 700, row_bytes=10, budget_bytes=budget)
+        cells = [(c.first_head + h, c.row_begin + r) for c in pieces for h in range(c.num_heads)
+                 for r in range(c.num_rows)]  # fmt: skip
+        assert sorted(cells) == [(h, r) for h in range(5) for r in range(700)]
+        least = min(700, plan.ROW_MULTIPLE) * 10
+        assert all(c.num_heads * c.num_rows * 10 <= max(budget, least) for c in pieces)
+
+
+def everyone_chooses_first_block(num_queries, heads):
+    own = torch.arange(num_queries, device=DEVICE)[:, None] // 16
+    indices = torch.cat([torch.zeros_like(own), torch.where(own > 0, own, -1), torch.full_like(own, -1)], dim=1)
+    return indices.int()[None, :, None].expand(1, -1, heads, -1).contiguous()
+
+
+@pytest.mark.parametrize("segment_length", [16, 4096])
+def test_every_query_choosing_one_block(segment_length, poisoned, monkeypatch):
+    monkeypatch.setattr(dkv, "MIN_SEGMENT_LENGTH", segment_length)
+    inputs = problem((1, 90, 90, 2, 1, 16), indices=everyone_chooses_first_block(90, 2))
+    for a, b in zip(kernels(*inputs), exact(*inputs), strict=True):
+        assert_close(a, b, 3e-5)
+
+
+def test_blocks_without_queries_get_exact_zeros(poisoned):
+    inputs = problem((1, 2, 90, 2, 1, 16), topk=2)
+    _, _, _, d_k, d_v = kernels(*inputs)
+    chosen = torch.zeros(6, dtype=torch.bool, device=DEVICE)
+    chosen[inputs[3].long().clamp_min(0).unique()] = True
+    assert not chosen.all()
+    for gradient in (d_k, d_v):
+        by_block = torch.nn.functional.pad(gradient[0, :, 0], (0, 0, 0, 6)).unflatten(0, (6, 16))
+        assert (by_block[~chosen] == 0).all()
+
+
+def test_repeats_bit_for_bit():
+    inputs = problem((1, 100, 100, 4, 2, 16), dtype=torch.bfloat16)
+    first = kernels(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, kernels(*inputs), strict=True))
+
+
+def test_padding_holds_nothing_and_gets_nothing(poisoned):
+    q, k, v = make_qkv(2, 40, 40, 2, 1, 16, device=DEVICE)
+    start = torch.tensor([0, 21], dtype=torch.int32, device=DEVICE)
+    q[1, :21], k[1, :21], v[1, :21] = torch.nan, torch.nan, torch.nan
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = moba_attention(q, k, v, block_size=16, topk=2, key_start=start, backend="triton", return_lse=True)
+    assert (out[1, :21] == 0).all()
+    assert (lse[1, :21] == -torch.inf).all()
+    for gradient in torch.autograd.grad(out.sum() + lse[1, 21:].sum(), [q, k, v]):
+        assert (gradient[1, :21] == 0).all()
+        assert gradient.isfinite().all()
+
+
+def test_packed_sequences(poisoned):
+    q, k, v = (x[0].requires_grad_() for x in make_qkv(1, 90, 90, 2, 1, 16, device=DEVICE))
+    cu = torch.tensor([0, 37, 37, 85], dtype=torch.int32, device=DEVICE)
+    options = {"cu_seqlens": cu, "block_size": 16, "topk": 2}
+    d_out = torch.randn_like(q)
+    actual = moba_attention_varlen(q, k, v, **options, backend="triton")
+    expected = moba_attention_varlen(q, k, v, **options, backend="reference")
+    assert_close(actual, expected, 2e-5)
+    for a, b in zip(torch.autograd.grad(actual, [q, k, v], d_out), torch.autograd.grad(expected, [q, k, v], d_out),
+                    strict=True):  # fmt: skip
+        assert_close(a, b, 2e-5)
+
+
+def test_operators_pass_opcheck():
+    # Every query has all its past blocks, so that no entry of the by-block view is left undefined.
+    q, k, v, indices, d_out, d_lse = problem((1, 4, 36, 2, 1, 16))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    arguments = (q, k, v, indices, None, None, None, None, 16, 0.2)
+    torch.library.opcheck(_attend, arguments, atol=1e-5, rtol=1e-5)
+    out, lse, offsets, entries = (x.detach() for x in _attend(*arguments))
+    saved = (*(x.detach() for x in (q, k, v)), out, lse, indices, offsets, entries, None, None, None, None, 16, 0.2)
+    torch.library.opcheck(_attend_backward, (d_out, d_lse, *saved))
+
+
+def test_compiles_without_graph_breaks_and_checkpoints():
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 20, 20, 2, 1, 16, device=DEVICE))
+    indices = problem((1, 20, 20, 2, 1, 16))[3]
+
+    def loss(q, k, v):
+        out, lse, _, _ = _attend(q * 1.5, k, v, indices, None, None, None, None, 16, 0.2)
+        return (out * out).sum() + lse.sum()
+
+    expected = torch.autograd.grad(loss(q, k, v), [q, k, v])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(q, k, v), [q, k, v]), expected, strict=True):
+        assert_close(a, b, 1e-6)
+    again = torch.utils.checkpoint.checkpoint(loss, q, k, v, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, [q, k, v]), expected, strict=True))
