@@ -23,8 +23,10 @@ from moba.bench.measure import Measurement, measure
 from moba.bench.report import plot, table, to_markdown
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Operations of a forward from which one run is measured, and dense attention without its backward: seconds on a GPU.
-LONG = 5e14
+# Operations of a forward that take seconds: from there on one run is measured, not the median of several.
+LONG = {"cpu": 5e11, "cuda": 5e14}
+# Operations of a dense forward from which its backward is left out.
+TOO_LONG = 5e14
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,6 +53,10 @@ def attention(
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type not in LONG:
+        raise typer.BadParameter(f"device must be auto, cpu or cuda, got {device!r}")
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if tokens is not None:
         suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype])]
     elif fixed_blocks:
@@ -115,7 +121,7 @@ def run_case(
         record["failed"] = problem
         return record
 
-    runs = repeats if case.moba_flops < LONG else 1
+    runs = repeats if case.moba_flops < LONG[device.type] else 1
     record["moba"] = _measure(moba, q, k, v, d_out, runs, case.backward)
     record["moba"]["routing_ms"] = max(0.0, record["moba"]["forward_ms"] - _replay_ms(moba, q, k, v, runs))
     if flex and case.tokens <= 32768 and device.type == "cuda":
@@ -126,9 +132,10 @@ def run_case(
         record["flex"] = _measure(flex_attention_of(routing, q, k), q, k, v, d_out, runs, case.backward)
     if case.dense:
         if case.dense_shape not in measured:
-            is_long = case.dense_flops >= LONG
+            dense_runs = repeats if case.dense_flops < LONG[device.type] else 1
+            with_backward = case.backward and case.dense_flops < TOO_LONG
             measured[case.dense_shape] = {
-                name: _measure(dense, q, k, v, d_out, 1 if is_long else runs, case.backward and not is_long)
+                name: _measure(dense, q, k, v, d_out, dense_runs, with_backward)
                 for name, dense in dense_baselines(device).items()
             }
         record |= measured[case.dense_shape]
