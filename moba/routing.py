@@ -5,9 +5,11 @@ Letters: R tensor rows, T query tokens, S key tokens, H query heads, G key/value
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from moba.config import Router
 from moba.layout import Sequences, Span
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Small enough for a chunk of scores to stay in a core's cache.
@@ -154,6 +158,20 @@ def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:
     return scores.view(num_kv_heads, rows, group, num_blocks).transpose(0, 1).reshape(rows, num_heads, num_blocks)
 
 
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep a function that loops over data out of torch.compile's graphs: `torch.compiler.disable`, but that imports
+    the whole compiler, here only if something is being compiled.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
     """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16)."""
@@ -262,7 +280,7 @@ def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor
     return indices
 
 
-@torch.compiler.disable
+@outside_graphs
 def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
     """The routing of every query, in plain torch: int32 [R, T, H, K].
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from moba.backends import dense
 from moba.combine import combine
 from moba.layout import Sequences, Span
-from moba.routing import accumulation_dtype, by_block
+from moba.routing import accumulation_dtype, by_block, outside_graphs
 from moba.routing import route as route
 
 # Working memory of a pass: its parts, and the gathered tiles of one step. Small enough to stay near the cores' caches.
@@ -32,7 +32,7 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.disable
+@outside_graphs
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moba import routing
 from moba.layout import Sequences, Span
-from moba.routing import Selection, accumulation_dtype
+from moba.routing import Selection, accumulation_dtype, outside_graphs
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:
@@ -18,7 +18,7 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.disable
+@outside_graphs
 def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
     """Equations 3-6: score every block, keep the top-k. See `moba.backends` for the contract."""
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
@@ -80,7 +80,7 @@ def attention_mask(indices: Tensor, span: Span, block_size: int) -> Tensor:
     return chosen_key & (key <= query[:, None])
 
 
-@torch.compiler.disable
+@outside_graphs
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:

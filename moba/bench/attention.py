@@ -52,11 +52,11 @@ def attention(
     Each case first compares sampled rows of the tensors it times with an fp64 computation; one that fails is reported
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type not in LONG:
+    if device not in ("auto", *LONG):
         raise typer.BadParameter(f"device must be auto, cpu or cuda, got {device!r}")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if tokens is not None:
         suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype])]
     elif fixed_blocks:
