@@ -245,7 +245,7 @@ def test_help_is_quick_and_complete(moba):
     code, out, _ = moba("--help")
     assert code == 0
     assert all(command in out for command in ("generate", "inspect", "doctor", "bench"))
-    slow = "import sys, moba.cli; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
+    slow = "import sys, moba.cli; print([m for m in ('transformers', 'matplotlib', 'triton') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True).stdout == "[]\n"
     assert moba("generate", "--help")[0] == 0
     assert moba("bench", "--help")[0] == 0

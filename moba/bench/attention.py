@@ -76,19 +76,23 @@ def attention(
             if where.type == "cuda":
                 torch.cuda.empty_cache()
             progress.advance(task)
+            if out is not None:  # after every case, so that a run cut short keeps what it measured
+                _write(header, records, out)
 
     for name, value in header.items():
         typer.echo(f"{name:>9}: {value}")
     Console(width=200).print(table(records))
-    result = {"header": header, "records": records}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(to_markdown(header, records))
         plot(header, records, out.with_suffix(".png"))
-    typer.echo(json.dumps(result))
+    typer.echo(json.dumps({"header": header, "records": records}))
     if any("failed" in record for record in records):
         raise typer.Exit(1)
+
+
+def _write(header: dict[str, str], records: list[dict[str, Any]], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(to_markdown(header, records))
 
 
 def run_case(
