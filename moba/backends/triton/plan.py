@@ -53,8 +53,12 @@ def windows(view: View, sizes: dict[str, int]) -> int:
 
 
 def keeps_keys(q: Tensor, block_size: int) -> bool:
-    """Whether a block's K and V are few enough bytes to stay on chip while its queries stream past."""
-    return triton.next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size() <= KEPT_BYTES
+    """Whether a block's K and V are few enough bytes to stay on chip while its queries stream past.
+
+    Products of fp32 run outside the tensor cores and need the registers that this would take.
+    """
+    block_bytes = triton.next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size()
+    return q.element_size() == 2 and block_bytes <= KEPT_BYTES
 
 
 def key_descriptor(x: Tensor, tile_n: int, arch: int) -> TensorDescriptor | None:

@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             {"TILE_M": 64, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 2, "num_warps": 4},
             element_bytes=2,
         ),
-        Row({"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4}),
+        Row({"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 8}),
     ),
     "attend_own": (
         Row(
@@ -84,11 +84,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
             element_bytes=2,
         ),
         Row({"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
-        Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}),
+        Row({"TILE_M": 16, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 8}),
     ),
     "dkv": (
         Row(
             {"TILE_M": 64, "TILE_N": 128, "NUM_STAGES": 3, "num_warps": 8},
+            arch=(90,),
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row(
+            {"TILE_M": 32, "TILE_N": 128, "NUM_STAGES": 2, "num_warps": 8},
             arch=LARGE_CHIPS,
             max_head_dim=128,
             element_bytes=2,
@@ -108,7 +114,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             {"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4},
             element_bytes=2,
         ),
-        Row({"TILE_M": 16, "TILE_N": 16, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 4}),
+        Row({"TILE_M": 16, "TILE_N": 16, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 8}),
     ),
     "dq_own": (
         Row(
@@ -118,7 +124,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             element_bytes=2,
         ),
         Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
-        Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 4}),
+        Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 8}),
     ),
 }
 
