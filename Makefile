@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .venv-compat
+# Two processes of one thread each are faster than two threads, whose work is too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # Without an NVIDIA driver the CPU build of this very version is enough; a newer one would pull gigabytes of CUDA.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TRANSFORMERS := transformers==5.23.0
@@ -26,9 +28,9 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
-	# Triton's kernels on the CPU, in a process of their own: the interpreter is chosen when they are imported.
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --backend triton tests/test_semantics.py tests/test_triton_*.py
+	$(PYTEST) --dist loadfile
+	# Triton's kernels on the CPU, in processes of their own: the interpreter is chosen when they are imported.
+	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py tests/test_triton_*.py
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
