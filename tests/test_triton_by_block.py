@@ -70,7 +70,7 @@ def routed(batch, length, heads, block_size, topk, sequences=None):
 
 @pytest.mark.parametrize(
     ("length", "block_size", "topk"),
-    [(300, 8, 4), (300, 1, 3), (600, 7, 8), (40, 64, 3), (60, 1, 40), (0, 4, 3), (9, 4, 1)],
+    [(300, 8, 4), (300, 1, 3), (300, 7, 8), (40, 64, 3), (60, 1, 40), (0, 4, 3), (9, 4, 1)],
 )
 def test_plain(length, block_size, topk):
     indices, sequences = routed(2, length, 3, block_size, topk)
@@ -87,7 +87,7 @@ def test_packed_and_padded():
 
 
 def test_a_slice_of_heads():
-    indices, sequences = routed(1, 200, 4, 8, 4)
+    indices, sequences = routed(1, 100, 4, 8, 4)
     whole_offsets, whole_entries = by_block.group_by_block(indices, sequences, 8)
     offsets, entries = by_block.group_by_block(indices[:, :, 1:3], sequences, 8)
     assert torch.equal(offsets, whole_offsets[1:3])
@@ -96,7 +96,7 @@ def test_a_slice_of_heads():
         assert torch.equal(entries[head, :end], whole_entries[1 + head, :end])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 20), st.integers(1, 6), st.integers(0, 1000))
 def test_any_routing_given_by_a_user(length, block_size, topk, seed):
     """Numbers outside 0 ... own block - 1 are left out wherever they stand."""

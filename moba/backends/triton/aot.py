@@ -125,6 +125,13 @@ def compile_case(case: Case, arch: int) -> Report:
     return Report(shared, registers, spill_bytes, seconds)
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    """What the compiler met inside the functions that it compiles one within another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     """Registers and spilled bytes of a thread, read off the machine code by the tool that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -158,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
                 report = compile_case(case, arch)
             except Exception as error:
                 failures += 1
-                print(f"{case.name:<56} {arch:>5} failed: {error}")
+                print(f"{case.name:<56} {arch:>5} failed: {_first_cause(error)}")
                 continue
             print(
                 f"{case.name:<56} {arch:>5} {report.registers!s:>5} {report.spill_bytes!s:>6} "

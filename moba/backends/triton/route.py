@@ -118,19 +118,20 @@ def select_arguments(
         "means_stride_n": means.stride(0),
         "means_stride_g": means.stride(1),
         "HEAD_DIM": q.shape[3],
-        "PADDED_DIM": padded_dim,
+        "TILE_D": padded_dim if q.element_size() == 2 else min(padded_dim, 32),
         "LENGTH": next((length for length in LIST_LENGTHS if places < length), 0),
         **config,
     }
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
-    """Every dtype, head dim and list length; packed, padded and plain."""
+    """Every dtype, head dim and list length; padded and packed sequences."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (16, 32, 64, 80, 96, 128, 256):
+        for head_dim in (16, 64, 80, 128, 256):
             for topk in (3, 8, 16, 64):
-                for kind in ("plain", "padded", "packed"):
-                    yield _aot_case(arch, dtype, head_dim, topk, kind)
+                yield _aot_case(arch, dtype, head_dim, topk, "plain")
+        for kind in ("padded", "packed"):
+            yield _aot_case(arch, dtype, 80, 3, kind)
 
 
 def _aot_case(arch: int, dtype: torch.dtype, head_dim: int, topk: int, kind: str) -> Case:
@@ -141,10 +142,10 @@ def _aot_case(arch: int, dtype: torch.dtype, head_dim: int, topk: int, kind: str
     means = q.new_empty(16, num_global_blocks(sequences, 128), head_dim).transpose(0, 1)
     indices = q.new_empty((1, 131072, 16, topk), dtype=torch.int32)
     selection = Selection(128, topk, 0, 0, routing.mean_key_scores)
-    chosen = {("plain", 128, 8, torch.bfloat16), ("packed", 80, 3, torch.bfloat16), ("packed", 256, 16, torch.float16)}
+    chosen = {("plain", 128, 8, torch.bfloat16), ("packed", 80, 3, torch.bfloat16), ("plain", 256, 16, torch.float16)}
     return Case(
         f"select {str(dtype)[6:]} D={head_dim} topk={topk} {kind}",
         _select_kernel,
         select_arguments(q, means, indices, sequences, selection, arch),
-        representative=(kind, head_dim, topk, dtype) in chosen,
+        representative=(kind, head_dim, topk, dtype) in chosen and (arch == 90 or topk == 8),
     )

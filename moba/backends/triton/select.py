@@ -11,9 +11,12 @@ A row has `places` for scored blocks. The kernel streams the block means twice a
 
 So a selection depends on the scores alone, never on tile sizes.
 
-Letters: M queries of a tile, W = COLUMNS; others in primitives.py. Two tuples are passed around: `means` is the pointer
-to a kv head's means and the stride of their blocks; `candidates` is low, high [M, 1], a row's candidates being blocks
-low … high - 1, then begin, end, the blocks that any row needs, and inner_low, inner_high, those that none masks.
+Letters: M queries of a tile, W = COLUMNS; others in primitives.py. Three tuples are passed around:
+- `queries`: their tile [M, TILE_D], the pointers it was loaded from, and which rows exist [M, 1]. For fp32, TILE_D < D,
+  as products of all D dims would unroll into too much code; the other dims are loaded when needed.
+- `means`: the pointer to a kv head's means, and the stride of their blocks.
+- `candidates`: low, high [M, 1], a row's candidates being blocks low … high - 1; begin, end, the blocks that any row
+  needs; inner_low, inner_high, those that no row masks.
 """
 
 from __future__ import annotations
@@ -42,18 +45,27 @@ def _tile_blocks():
 
 
 @triton.jit
-def _scores(q, means, start, candidates, HEAD_DIM: tl.constexpr):
+def _scores(queries, means, start, candidates, HEAD_DIM: tl.constexpr):
     """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
+    q, q_pointers, is_query = queries
     means_ptr, stride = means
     low, high, _, _, inner_low, inner_high = candidates
     blocks = _tile_blocks()
     dims = tl.arange(0, q.shape[1])
     pointers = means_ptr + tl.cast(start, tl.int64) * stride + (blocks[:, None] * stride + dims[None, :])
     if q.shape[1] == HEAD_DIM:
-        tile = tl.load(pointers)
-    else:
+        scores = tl.dot(q, tl.trans(tl.load(pointers)), input_precision="ieee")
+    elif q.shape[1] > HEAD_DIM:
         tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    scores = tl.maximum(tl.dot(q, tl.trans(tile), input_precision="ieee"), LOWEST)
+        scores = tl.dot(q, tl.trans(tile), input_precision="ieee")
+    else:
+        scores = tl.zeros([q.shape[0], TILE_N], tl.float32)
+        for first_dim in range(0, HEAD_DIM, q.shape[1]):
+            is_dim = (first_dim + dims < HEAD_DIM)[None, :]
+            part = tl.load(q_pointers + first_dim, mask=is_query & is_dim, other=0.0)
+            tile = tl.load(pointers + first_dim, mask=is_dim, other=0.0)
+            scores = tl.dot(part, tl.trans(tile), acc=scores, input_precision="ieee")
+    scores = tl.maximum(scores, LOWEST)
     if (start < inner_low) | (start + TILE_N > inner_high):
         block = start + blocks[None, :]
         scores = tl.where((block >= low) & (block < high), scores, float("-inf"))
@@ -61,13 +73,13 @@ def _scores(q, means, start, candidates, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _largest_scores(q, means, candidates, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr):
+def _largest_scores(queries, means, candidates, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr):
     """The list of every row's LENGTH largest scores: LENGTH tensors [M, W / 2] of equal columns."""
     COUNT: tl.constexpr = min(LENGTH, BITS)
     _, _, begin, end, _, _ = candidates
-    largest = (tl.full([q.shape[0], COLUMNS], float("-inf"), tl.float32),) * LENGTH
+    largest = (tl.full([queries[0].shape[0], COLUMNS], float("-inf"), tl.float32),) * LENGTH
     for start in range(begin, end, TILE_N):
-        scores = _scores(q, means, start, candidates, HEAD_DIM)
+        scores = _scores(queries, means, start, candidates, HEAD_DIM)
         tile = sorted_list(pieces(scores, COUNT), COUNT)
         tile = fold_columns(tile, COUNT, TILE_N // COUNT, COLUMNS)
         largest = merge_lists(largest, tile, LENGTH, COUNT)
@@ -96,19 +108,19 @@ def _float_of_rank(rank):
 
 
 @triton.jit
-def _bisect_threshold(q, means, candidates, places, HEAD_DIM: tl.constexpr):
+def _bisect_threshold(queries, means, candidates, places, HEAD_DIM: tl.constexpr):
     """Rows' places-th score, and how many of the places go to equal ones [M, 1]: one pass a bit."""
     _, _, begin, end, _, _ = candidates
-    lower = tl.full([q.shape[0], 1], -0x7F800000, tl.int64)
-    upper = tl.full([q.shape[0], 1], 0x7F800000, tl.int64)
-    num_above = tl.zeros([q.shape[0], 1], tl.int32)
+    lower = tl.full([queries[0].shape[0], 1], -0x7F800000, tl.int64)
+    upper = tl.full([queries[0].shape[0], 1], 0x7F800000, tl.int64)
+    num_above = tl.zeros([queries[0].shape[0], 1], tl.int32)
     # 32 bits, and one pass more: `middle` then stands just above the threshold found.
     for _ in range(33):
         middle = lower + (upper - lower) // 2 + 1
         bound = _float_of_rank(middle.to(tl.int32))
-        count = tl.zeros([q.shape[0], 1], tl.int32)
+        count = tl.zeros([queries[0].shape[0], 1], tl.int32)
         for start in range(begin, end, TILE_N):
-            scores = _scores(q, means, start, candidates, HEAD_DIM)
+            scores = _scores(queries, means, start, candidates, HEAD_DIM)
             count += tl.sum((scores >= bound).to(tl.int32), axis=1, keep_dims=True)
         is_open = lower < upper
         num_above = tl.where(is_open, num_above, count)
@@ -132,7 +144,7 @@ def _row_strings(flags):
 
 @triton.jit
 def _blocks_at_ranks(
-    q, means, candidates, threshold, bound, has_bound, ranks, ONLY_EQUAL: tl.constexpr, HEAD_DIM: tl.constexpr
+    queries, means, candidates, threshold, bound, has_bound, ranks, ONLY_EQUAL: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Of the blocks whose score reaches the threshold, those of the given ranks in block order.
 
@@ -155,7 +167,7 @@ def _blocks_at_ranks(
     third = tl.zeros(threshold.shape, tl.uint64)
     fourth = tl.zeros(threshold.shape, tl.uint64)
     for start in range(begin, end, TILE_N):
-        scores = _scores(q, means, start, candidates, HEAD_DIM)
+        scores = _scores(queries, means, start, candidates, HEAD_DIM)
         if has_bound:
             is_surplus = (scores == threshold) & (start + _tile_blocks()[None, :] >= bound)
             scores = tl.where(is_surplus, float("-inf"), scores)
@@ -205,7 +217,7 @@ def _select_kernel(
     means_stride_n,
     means_stride_g,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
     LENGTH: tl.constexpr,
     TILE_M: tl.constexpr,
 ):
@@ -214,10 +226,10 @@ def _select_kernel(
     # The last tiles have the most candidates: they start first.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = tl.program_id(1)
-    queries = tile * TILE_M + tl.arange(0, TILE_M)
+    token = tile * TILE_M + tl.arange(0, TILE_M)
     num_heads = tl.num_programs(1)
     own, first_block = query_places(
-        row, queries, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
+        row, token, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
         blocks_per_row, block_size,
     )  # fmt: skip
 
@@ -230,10 +242,12 @@ def _select_kernel(
     end = tl.max(tl.where(high > low, high, 0))
     candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
 
-    dims = tl.arange(0, PADDED_DIM)
+    dims = tl.arange(0, TILE_D)
     q_base = q_ptr + row.to(tl.int64) * q_stride_r + head.to(tl.int64) * q_stride_h
-    q_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    q = tl.load(q_base + queries.to(tl.int64)[:, None] * q_stride_t + dims[None, :], mask=q_mask, other=0.0)
+    q_pointers = q_base + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :]
+    is_query = (token < num_queries)[:, None]
+    q = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
+    queries = (q, q_pointers, is_query)
     means = (means_ptr + (head // heads_per_kv_head).to(tl.int64) * means_stride_g, means_stride_n)
 
     threshold = tl.full([TILE_M, 1], LOWEST, tl.float32)
@@ -241,22 +255,22 @@ def _select_kernel(
     has_ties = False
     if tl.max(high - low) > places:
         if LENGTH == 0:
-            threshold, num_equal = _bisect_threshold(q, means, candidates, places, HEAD_DIM)
+            threshold, num_equal = _bisect_threshold(queries, means, candidates, places, HEAD_DIM)
             has_ties = True
         else:
-            largest = _largest_scores(q, means, candidates, HEAD_DIM, LENGTH)
+            largest = _largest_scores(queries, means, candidates, HEAD_DIM, LENGTH)
             threshold, num_equal, has_ties = _pick_threshold(largest, places, LENGTH)
         if has_ties:
             # The first block of an equal score that finds no place.
-            bound, _ = _blocks_at_ranks(q, means, candidates, threshold, bound, False, num_equal, True, HEAD_DIM)
+            bound, _ = _blocks_at_ranks(queries, means, candidates, threshold, bound, False, num_equal, True, HEAD_DIM)
 
     SLOTS: tl.constexpr = LENGTH if LENGTH > 0 else 16
-    indices_base = indices_ptr + ((row.to(tl.int64) * num_queries + queries) * num_heads + head) * topk
+    indices_base = indices_ptr + ((row.to(tl.int64) * num_queries + token) * num_heads + head) * topk
     num_taken = tl.zeros([TILE_M, 1], tl.int32)
     for first_slot in range(0, places, SLOTS):
         slots = tl.zeros([TILE_M, SLOTS], tl.int32) + first_slot + tl.arange(0, SLOTS)[None, :]
         found, num_taken = _blocks_at_ranks(
-            q, means, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM
+            queries, means, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM
         )  # fmt: skip
         pointers = (indices_base + num_first)[:, None] + slots
         tl.store(pointers, found - first_block[:, None], mask=slots < num_taken)
@@ -269,4 +283,4 @@ def _select_kernel(
         value = tl.where(slot < num_first[:, None], slot, last)
         value = tl.where(own[:, None] < 0, -1, value)
         is_open = (slot < num_first[:, None]) | (behind >= 0)
-        tl.store(indices_base[:, None] + slot, value, mask=is_open & (slot < topk) & (queries < num_queries)[:, None])
+        tl.store(indices_base[:, None] + slot, value, mask=is_open & (slot < topk) & is_query)
