@@ -7,9 +7,16 @@ import os
 import interpreter
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("kernels", max_examples=60, deadline=None)
+# A kernel takes a hundred times longer in the interpreter.
+settings.register_profile("interpreter", max_examples=12, deadline=None)
+settings.load_profile("kernels")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
+    settings.load_profile("interpreter")
 
 CPU_BACKENDS = ("reference", "pytorch")
 

@@ -61,7 +61,7 @@ def test_operations_are_counted():
 
 
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
-    options = shlex.split("--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32")
+    options = shlex.split("--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32 --reference")
     command = [sys.executable, "-m", "moba", "bench", "attention", *options, "--out", str(tmp_path / "result")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -71,5 +71,6 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     record = result["records"][0]
     assert record["moba"]["forward_ms"] > 0
     assert record["dense"]["train_ms"] > 0
+    assert record["reference"]["forward_ms"] > 0
     assert "| 512, 2 heads" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

@@ -384,7 +384,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes, kept=st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_routing_properties(backend, device, shape, kept):
     """Causal, ascending, unique, own block last, min(topk, b + 1) of them, kept ones present; the oracle's if exact."""

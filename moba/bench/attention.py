@@ -40,6 +40,7 @@ def attention(
     block_size: Annotated[int, typer.Option(help="Block size of the one case.")] = 512,
     topk: Annotated[int, typer.Option(help="Top-k of the one case, the own block included.")] = 3,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")] = "bf16",
+    reference: Annotated[bool, typer.Option(help="Also the mask-based reference, for the one case.")] = False,
     fixed_blocks: Annotated[
         bool, typer.Option(help="The paper's Figure 2b: 64 blocks at every length, to 10M.")
     ] = False,
@@ -58,7 +59,7 @@ def attention(
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if tokens is not None:
-        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype])]
+        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], reference=reference)]
     elif fixed_blocks:
         suite = fixed_blocks_suite()
     else:
