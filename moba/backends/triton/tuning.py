@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "select": (
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, element_bytes=4),
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 120}, arch=(90,)),
+        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2}, arch=(100,)),
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}, max_head_dim=128),
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168}),
     ),
