@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moba.attention import moba_attention, moba_attention_varlen
+from moba.attention import append_block_means, moba_attention, moba_attention_paged, moba_attention_varlen
 from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.config import MoBAConfig
@@ -13,8 +13,10 @@ __all__ = [
     "MoBAConfig",
     "MoBAttention",
     "Routing",
+    "append_block_means",
     "combine",
     "moba_attention",
+    "moba_attention_paged",
     "moba_attention_varlen",
     "moba_attn_varlen",
     "moba_attn_varlen_naive",

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba import backends
-from moba.config import BACKENDS, Router, require_one_of, validate_selection
-from moba.layout import Sequences
+from moba.backends import MAX_DECODE_QUERIES
+from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
+from moba.layout import Sequences, page_means_shape
 from moba.routing import Routing, Selection
 
 MAX_HEAD_DIM = 256
@@ -31,6 +32,7 @@ def moba_attention(
     routing: Routing | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
+    block_means: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
     return_routing: bool = False,
@@ -54,6 +56,10 @@ def moba_attention(
         routing: attend over this routing instead of choosing one (replay).
         key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
+        block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
+            key_start, that `append_block_means` wrote for these keys. With at most 16 queries a row and no gradient
+            asked for, a step of decoding then reads the means and the selected keys only. More queries, or gradients,
+            take the prefill's way, which computes the same means again.
         backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
         return_lse, return_routing: also return the log-sum-exp, the routing.
 
@@ -81,9 +87,14 @@ def moba_attention(
     if not (key_start is None and key_end is None):
         _check_key_range(key_start, key_end, k.shape[1])
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end)
+    if block_means is not None:
+        require_int("block_size", block_size, 1)
+        _check_means("block_means", block_means, k, k.shape[1] // block_size)
+        if routing is not None:
+            raise ValueError("block_means serve to choose a routing, so they cannot be combined with `routing`")
     return _attention(
         q, k, v, sequences, block_size, topk, scale, keep_first, keep_recent, router, routing, backend, return_lse,
-        return_routing,
+        return_routing, block_means,
     )  # fmt: skip
 
 
@@ -147,6 +158,147 @@ def moba_attention_varlen(
     return tuple(Routing(r.indices[0], r.block_size) if isinstance(r, Routing) else r[0] for r in results)
 
 
+def moba_attention_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    page_table: Tensor,
+    key_end: Tensor,
+    block_means: Tensor,
+    block_size: int,
+    topk: int,
+    scale: float | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    router: Router = "mean",
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_routing: bool = False,
+) -> Any:
+    """Mixture of Block Attention over a cache of pages, for inference.
+
+    With at most 16 queries a row nothing is gathered: a step reads the means and the selected keys. With more, each
+    row's keys are first copied out of their pages.
+
+    Args:
+        q: [B, T, H, D]. Row b's queries are the last T of its key_end[b] positions; rows with fewer keys than
+            queries have padding in front, which gives zeros.
+        k_pages, v_pages: [P, page_size, G, D] of q's dtype and device, any strides with a contiguous last dimension.
+        page_table: int32 [B, pages]: position p of row b lies in page page_table[b, p // page_size] at
+            p % page_size. Entries behind a row's last page mean nothing.
+        key_end: int32 [B], the number of keys of each row.
+        block_means: [P, page_size // block_size, G, D] where block_size divides page_size, or [P, 1, G, D] where it is
+            a multiple; the means of finished blocks, as `append_block_means` writes them.
+        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing:
+            as in `moba_attention`.
+
+    Returns:
+        As `moba_attention`, without gradients.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid; also if a gradient is asked for.
+
+    Numerics: as in `moba_attention`.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
+        raise ValueError("a paged cache serves inference only: call moba_attention_paged under torch.no_grad()")
+    q, k_pages, v_pages = _autocast(q, k_pages, v_pages)
+    _check_tensors(q, k_pages, v_pages, ndim=4)
+    sequences = _paged_sequences(q, k_pages, q.shape[1], page_table, key_end, block_means, block_size)
+    if q.shape[1] > MAX_DECODE_QUERIES:
+        k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
+        sequences = sequences.without_pages()
+    return _attention(
+        q, k_pages, v_pages, sequences, block_size, topk, scale, keep_first, keep_recent, router, None, backend,
+        return_lse, return_routing, block_means,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def append_block_means(
+    means: Tensor,
+    k: Tensor,
+    *,
+    num_new: int,
+    block_size: int,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    page_table: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Write the means of the blocks that each row's last keys finished; to be called once for every new key.
+
+    mean(K_j) = 1/block_size · Σ_{i in block j} k_i
+
+    Args:
+        means: written in place, [B, N, G, D] with N >= S // block_size, in k's dtype; what stands for unfinished
+            blocks is left as it is. With a page_table, of the shape that `moba_attention_paged` takes.
+        k: [B, S, G, D], the keys with the new ones among them; or pages [P, page_size, G, D].
+        num_new: how many of each row's last keys are new. More than there are is no error: all are then.
+        block_size: tokens in a block, counted from key_start.
+        key_start, key_end: int32 [B], as in `moba_attention`.
+        page_table: int32 [B, pages], as in `moba_attention_paged`; key_end is then required.
+        backend: the backend whose prefill the means shall equal, as in `moba_attention`.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+
+    Numerics: accumulated in fp32 (fp64 for fp64) and rounded once: the bits that the backend's prefill scores.
+    """
+    _check_tensors(k, k, k, ndim=4)
+    require_int("num_new", num_new, 0)
+    require_int("block_size", block_size, 1)
+    if page_table is not None:
+        if key_start is not None:
+            raise ValueError("key_start cannot be combined with page_table: rows begin with their first page")
+        sequences = _paged_sequences(page_table, k, num_new, page_table, key_end, means, block_size)
+    else:
+        for name, bound in (("key_start", key_start), ("key_end", key_end)):
+            _check_bound(name, bound, k)
+        if not (key_start is None and key_end is None):
+            _check_key_range(key_start, key_end, k.shape[1])
+        _check_means("means", means, k, k.shape[1] // block_size)
+        sequences = Sequences(k.shape[0], min(num_new, k.shape[1]), k.shape[1], key_start=key_start, key_end=key_end)
+    if sequences.num_queries:
+        backends.resolve(backend, k, k).append_means(means, k, sequences, block_size)
+
+
+def _paged_sequences(
+    rows: Tensor,
+    pages: Tensor,
+    num_queries: int,
+    page_table: Tensor,
+    key_end: Tensor | None,
+    means: Tensor,
+    block_size: int,
+) -> Sequences:
+    """The sequences of a paged cache, after checking what describes it; `rows` [B, ...] has a row for each."""
+    require_int("block_size", block_size, 1)
+    if not isinstance(page_table, Tensor) or page_table.dtype != torch.int32 or page_table.ndim != 2:
+        raise ValueError(f"page_table must be an int32 tensor [B, pages], got {_describe(page_table)}")
+    if page_table.shape[0] != rows.shape[0]:
+        raise ValueError(f"page_table must have a row for each of q's {rows.shape[0]}, got {page_table.shape[0]}")
+    if page_table.device != pages.device:
+        raise ValueError(f"page_table must be on {pages.device} like the pages, got {page_table.device}")
+    if pages.shape[0] < 1 or pages.shape[1] < 1:
+        raise ValueError(f"there must be at least one page of one key, got shape {tuple(pages.shape)}")
+    if key_end is None:
+        raise ValueError("key_end must be given with a page_table: the number of keys of each row")
+    _check_bound("key_end", key_end, page_table)
+    num_keys = page_table.shape[1] * pages.shape[1]
+    _check_key_range(None, key_end, num_keys)
+    expected = page_means_shape(pages, block_size)
+    if not isinstance(means, Tensor) or tuple(means.shape) != expected or means.dtype != pages.dtype:
+        raise ValueError(f"block_means must be {pages.dtype} {expected} beside these pages, got {_describe(means)}")
+    if means.device != pages.device:
+        raise ValueError(f"block_means must be on {pages.device} like the pages, got {means.device}")
+    if means.stride(-1) != 1 and means.shape[-1] > 1:
+        raise ValueError(f"the last dimension of block_means must be contiguous, got strides {means.stride()}")
+    num_queries = min(num_queries, num_keys) if rows is page_table else num_queries
+    return Sequences(rows.shape[0], num_queries, num_keys, key_end=key_end, page_table=page_table)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -162,6 +314,7 @@ def _attention(
     backend: str,
     return_lse: bool,
     return_routing: bool,
+    block_means: Tensor | None = None,
 ) -> Any:
     validate_selection(block_size, topk, keep_first, keep_recent, router)
     require_one_of("backend", backend, BACKENDS)
@@ -173,13 +326,16 @@ def _attention(
 
     implementation = backends.resolve(backend, q, k)
     with torch.autocast(q.device.type, enabled=False):
-        if routing is None:
-            selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
-            with torch.no_grad():
-                indices = implementation.route(q, k, sequences, selection)
+        selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
+        if block_means is not None and q.shape[1] <= MAX_DECODE_QUERIES and not _needs_grad(q, k, v):
+            out, lse, indices = implementation.decode(q, k, v, block_means, sequences, selection, scale=scale)
         else:
-            indices = _replayed(routing, q, block_size, topk)
-        out, lse = implementation.attend(q, k, v, indices, sequences, block_size=block_size, scale=scale)
+            if routing is None:
+                with torch.no_grad():
+                    indices = implementation.route(q, k, sequences, selection)
+            else:
+                indices = _replayed(routing, q, block_size, topk)
+            out, lse = implementation.attend(q, k, v, indices, sequences, block_size=block_size, scale=scale)
 
     results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
     return results if len(results) > 1 else out
@@ -187,8 +343,11 @@ def _attention(
 
 def _dense_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's dense attention needs no T × S mask for this, and no gradient is asked for."""
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return not needs_grad and q.shape[1] in (1, k.shape[1])
+    return not _needs_grad(q, k, v) and q.shape[1] in (1, k.shape[1])
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -270,6 +429,27 @@ def _check_key_range(key_start: Tensor | None, key_end: Tensor | None, num_keys:
             if bound is not None
         )
         raise ValueError(f"0 <= key_start <= key_end <= S = {num_keys} must hold in every row, got {got}")
+
+
+def _check_means(name: str, means: Tensor, k: Tensor, num_blocks: int) -> None:
+    """Check means [B, N, G, D] of keys [B, S, G, D], N at least num_blocks."""
+    is_tensor = isinstance(means, Tensor)
+    if (
+        not is_tensor
+        or means.dtype != k.dtype
+        or means.ndim != 4
+        or means.shape[1] < num_blocks
+        or ((means.shape[0], *means.shape[2:]) != (k.shape[0], *k.shape[2:]))
+    ):
+        batch, _, num_kv_heads, head_dim = k.shape
+        raise ValueError(
+            f"{name} must be {k.dtype} [{batch}, at least {num_blocks}, {num_kv_heads}, {head_dim}] like the blocks of "
+            f"k, got {_describe(means)}"
+        )
+    if means.device != k.device:
+        raise ValueError(f"{name} must be on {k.device} like k, got {means.device}")
+    if means.stride(-1) != 1 and means.shape[-1] > 1:
+        raise ValueError(f"the last dimension of {name} must be contiguous, got strides {means.stride()}")
 
 
 def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor) -> None:

@@ -6,7 +6,7 @@ share one row (R = 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,10 @@ class Sequences:
         num_rows, num_queries, num_keys: R, T and S of the tensors.
         key_start, key_end: int32 [R] or None; each row's real keys, its queries end at key_end (padded batch).
         cu_q, cu_k: int32 [num_sequences + 1] or None; both given for packed sequences, where R = 1.
+        page_table: int32 [R, pages] or None; if given, keys and values are pages [P, page_size, G, D], and position p
+            of row r lies in page page_table[r, p // page_size] at p % page_size. Then key_end holds the lengths,
+            key_start is None and num_keys = pages · page_size. Entries behind a row's last page mean nothing and are
+            never used.
     """
 
     num_rows: int
@@ -48,11 +52,18 @@ class Sequences:
     key_end: Tensor | None = None
     cu_q: Tensor | None = None
     cu_k: Tensor | None = None
+    page_table: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether every row is one whole sequence: neither padding nor packing."""
+        """Whether every row is one whole sequence: neither padding nor packing nor pages."""
         return self.key_start is None and self.key_end is None and self.cu_q is None
+
+    @property
+    def page_size(self) -> int:
+        """Keys in a page."""
+        assert self.page_table is not None
+        return self.num_keys // max(self.page_table.shape[1], 1)
 
     def num_blocks(self, block_size: int) -> int:
         """An upper bound, known without reading the device, of the number of blocks in any sequence."""
@@ -87,3 +98,39 @@ class Sequences:
         end = self.num_keys if self.key_end is None else self.key_end.to(device)[:, None]
         start = 0 if self.key_start is None else self.key_start.to(device)[:, None]
         return (end - start - self.num_queries + rows).to(torch.int32).expand(self.num_rows, -1)
+
+    def without_pages(self) -> Sequences:
+        """The same sequences once their pages lie one after another, as `gather_pages` lays them."""
+        return replace(self, page_table=None)
+
+    def pages_in_use(self) -> Tensor:
+        """The page table with a valid page in the entries behind each row's last: int64 [R, pages]."""
+        assert self.page_table is not None
+        assert self.key_end is not None
+        first_key = torch.arange(self.page_table.shape[1], device=self.page_table.device) * self.page_size
+        return self.page_table.long().masked_fill(first_key >= self.key_end[:, None], 0)
+
+    def gather_pages(self, pages: Tensor) -> Tensor:
+        """Every row's keys out of pages [P, page_size, G, D]: a copy [R, S, G, D]. Behind a row's end lies anything."""
+        return pages[self.pages_in_use()].flatten(1, 2)
+
+    def mean_places(self, block_size: int) -> tuple[Tensor, Tensor]:
+        """Page of each block's mean, that of its first key, and place in it: int64 [R, S // block_size] each."""
+        pages = self.pages_in_use()
+        first_key = torch.arange(self.num_keys // block_size, device=pages.device) * block_size
+        page = pages[:, first_key // self.page_size]
+        return page, (first_key % self.page_size // block_size).expand_as(page)
+
+
+def page_means_shape(pages: Tensor, block_size: int) -> tuple[int, ...]:
+    """Shape of the block means beside pages [P, page_size, G, D]: [P, blocks of a page, G, D].
+
+    Where a block spans several pages, its mean lies under the page that holds its first key.
+
+    Raises:
+        ValueError: if neither block_size nor the page size divides the other.
+    """
+    page_size = pages.shape[1]
+    if page_size % block_size and block_size % page_size:
+        raise ValueError(f"block_size must divide the page size {page_size} or be a multiple of it, got {block_size}")
+    return (pages.shape[0], max(1, page_size // block_size), *pages.shape[2:])

@@ -1,6 +1,6 @@
 """The contract of a backend, and the one table that resolves "auto".
 
-A backend is a module with three functions over tensors q [R, T, H, D], k and v [R, S, G, D] (any strides with a
+A backend is a module with five functions over tensors q [R, T, H, D], k and v [R, S, G, D] (any strides with a
 contiguous last dimension) and the `Sequences` that lie in them:
 
     unsupported(q, k) -> str | None
@@ -10,6 +10,20 @@ contiguous last dimension) and the `Sequences` that lie in them:
     attend(q, k, v, indices, sequences, *, block_size, scale) -> (out, lse)
         out like q, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there. Differentiable in q, k and v
         through both results. Entries of `indices` outside 0 … own block are ignored.
+
+Two of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
+or copied that grows with the context except scores of blocks. They read and write the means of finished blocks,
+[R, N, G, D] in k's dtype with N >= S // block_size; block j of row r is counted from the row's key_start. An entry that
+stands for an unfinished block holds anything, NaN included, and is never used. With `sequences.page_table`, k and v are
+pages [P, page_size, G, D] and the means [P, page_size // block_size, G, D], each where its keys lie; or
+[P, 1, G, D] where a block spans pages, each under the page of its block's first key.
+
+    append_means(means, k, sequences, block_size) -> None
+        Write the means of the blocks that the last T (= sequences.num_queries) keys of each row finished: the bits that
+        `route` would score. Nothing else is written.
+    decode(q, k, v, means, sequences, selection, *, scale) -> (out, lse, indices)
+        `route`, by the given means, and `attend` for at most MAX_DECODE_QUERIES queries a row; never packed sequences.
+        Reads the selected keys only.
 """
 
 from __future__ import annotations
@@ -21,6 +35,9 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("moba")
+
+# Queries of a row that are one step of decoding: several where tokens are proposed and checked together.
+MAX_DECODE_QUERIES = 16
 
 NAMES = ("reference", "pytorch", "triton")
 

@@ -25,14 +25,15 @@ def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> T
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
-        indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], k[span.row, k_rows], span, selection)
+        means = routing.block_means(k[span.row, k_rows], selection.block_size)
+        indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], means, span, selection)
     return indices
 
 
-def _route_sequence(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor:
+def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Tensor:
+    """The routing [T, H, K] of queries [T, H, D] by the means [N, G, D] of the finished blocks."""
     position = torch.arange(span.offset, span.k_len, device=q.device)[:, None, None]  # [T, 1, 1]
     own = position // selection.block_size
-    means = routing.block_means(k, selection.block_size)  # [N, G, D], finished blocks only
     block = torch.arange(means.shape[0], device=q.device)  # [N]
 
     if selection.score is None:
@@ -104,3 +105,35 @@ def attend(
             out[span.row, q_rows, head] = (weights @ values.to(wide) / total).to(q.dtype)
             lse[span.row, q_rows, head] = (largest + total.log())[:, 0]
     return out, lse
+
+
+@outside_graphs
+def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
+    """Block by block. See `moba.backends` for the contract."""
+    keys, places = k, None
+    if sequences.page_table is not None:
+        keys, places = sequences.gather_pages(k), sequences.mean_places(block_size)
+        sequences = sequences.without_pages()
+    for span in sequences.spans():
+        for block in range(span.offset // block_size, span.k_len // block_size):
+            first_key = span.k_start + block * block_size
+            mean = routing.block_means(keys[span.row, first_key : first_key + block_size], block_size)[0]
+            place = (span.row, block) if places is None else tuple(part[span.row, block] for part in places)
+            means[place] = mean
+
+
+@outside_graphs
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route by the means, then `attend`. See `moba.backends` for the contract."""
+    if sequences.page_table is not None:
+        means = means[sequences.mean_places(selection.block_size)]
+        k, v = sequences.gather_pages(k), sequences.gather_pages(v)
+        sequences = sequences.without_pages()
+    indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
+    for span in sequences.spans():
+        rows = slice(span.q_start, span.q_start + span.q_len)
+        finished = means[span.row, : span.k_len // selection.block_size]
+        indices[span.row, rows] = _route_sequence(q[span.row, rows], finished, span, selection)
+    return (*attend(q, k, v, indices, sequences, block_size=selection.block_size, scale=scale), indices)
