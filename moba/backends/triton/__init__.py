@@ -1,7 +1,8 @@
 """MoBA in Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer; on CPU tensors in Triton's interpreter.
 
 Reading order: primitives.py (letters, where sequences and blocks lie), route.py (block means, scores, selection),
-by_block.py (each block's queries), then the attention kernels. See `moba.backends` for the contract.
+by_block.py (each block's queries), then the attention kernels; decode.py for steps of decoding. See `moba.backends` for
+the contract.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import triton
 from torch import Tensor
 
 from moba.backends.triton.attend import attend as attend
+from moba.backends.triton.decode import append_means as append_means
+from moba.backends.triton.decode import decode as decode
 from moba.backends.triton.route import route as route
 
 MIN_CAPABILITY = (8, 0)

@@ -127,6 +127,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 2, "num_warps": 4}, element_bytes=2),
         Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 8}),
     ),
+    "decode_score": (
+        Row({"TILE_N": 64, "num_warps": 4}, element_bytes=2),
+        Row({"TILE_N": 32, "num_warps": 4}),
+    ),
+    "decode_attend": (
+        Row(
+            {"TILE_N": 64, "PART": 512, "NUM_STAGES": 2, "num_warps": 4},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row({"TILE_N": 32, "PART": 512, "NUM_STAGES": 2, "num_warps": 4}, element_bytes=2),
+        Row({"TILE_N": 16, "PART": 512, "NUM_STAGES": 1, "num_warps": 4}),
+    ),
+    "decode_merge": (Row({"TILE_P": 32, "TILE_D": 64, "num_warps": 4}),),
 }
 
 

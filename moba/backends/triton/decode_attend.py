@@ -1,0 +1,147 @@
+"""Attention of a few queries a row to their selected blocks: partial results block by block, then their merge.
+
+Query heads of one kv head, and queries that follow one another, often choose the same block. A program is started for
+every place of the routing, but of the programs whose query rows chose one block only the first row's goes on: it reads
+the block once, for all of them. Blocks of more than PART keys are cut, so that long ones too are read by many programs.
+
+Letters as in decode_select.py. A *tile* is TILE_M of the M query rows that share a row's kv head. A *partial* is the
+attention of one query row to one part of one block: its normalised output and its log2-sum-exp, -inf if it has no key.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moba.backends.triton.spans import row_bounds
+from moba.backends.triton.tiles import LN_2, LOWEST, load_rows, online_softmax, store_rows
+
+
+@triton.jit
+def key_offsets(
+    row, start, positions, is_key, stride_r, stride_s, table_ptr, stride_table, PAGE_SIZE: tl.constexpr
+):  # fmt: skip
+    """Where the keys at positions of a row begin: behind the row's start, or PAGE_SIZE > 0 in their pages."""
+    if PAGE_SIZE == 0:
+        offsets = tl.cast(row, tl.int64) * stride_r + (start + positions).to(tl.int64) * stride_s
+    else:
+        positions = tl.where(is_key, positions, 0)
+        table_ptr += tl.cast(row, tl.int64) * stride_table
+        page = tl.load(table_ptr + positions // PAGE_SIZE, mask=is_key, other=0)
+        offsets = page.to(tl.int64) * stride_r + (positions % PAGE_SIZE).to(tl.int64) * stride_s
+    return offsets
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _decode_attend_kernel(
+    q_ptr, k_ptr, v_ptr, indices_ptr, partial_ptr, partial_lse_ptr, key_start_ptr, key_end_ptr, table_ptr,
+    scale_log2, num_queries, num_keys, num_kv_heads,
+    stride_qr, stride_qt, stride_qh, stride_kr, stride_ks, stride_kg, stride_vr, stride_vs, stride_vg, stride_table,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
+    PART: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program ((query row of the tile, slot, part), row · G + kv head, tile). IS_ALONE: M = 1."""
+    part = tl.program_id(0) % PARTS
+    slot = tl.program_id(0) // PARTS % TOPK
+    first_member = tl.program_id(0) // (PARTS * TOPK)
+    row = tl.program_id(1) // num_kv_heads
+    kv_head = tl.program_id(1) % num_kv_heads
+    member = tl.program_id(2) * TILE_M + tl.arange(0, TILE_M)
+    query = member // GROUP
+    head = kv_head * GROUP + member % GROUP
+    is_query = query < num_queries
+    query_row = ((row * num_queries + query) * num_kv_heads * GROUP + head).to(tl.int64)
+    is_first = tl.arange(0, TILE_M) == first_member
+    exists = tl.max((is_first & is_query).to(tl.int32)) > 0
+    first_row = tl.sum(tl.where(is_first, query_row, 0))
+    block = tl.load(indices_ptr + first_row * TOPK + slot, mask=exists, other=-1)
+    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
+
+    if IS_ALONE:
+        slots = tl.zeros([TILE_M], tl.int32) + slot
+        chose = is_first
+        is_leader = True
+    else:
+        # One more than the slot in which each query row holds the block, 0 where it does not.
+        found = tl.zeros([TILE_M], tl.int32)
+        for first_slot in range(0, TOPK, TILE_K):
+            some = first_slot + tl.arange(0, TILE_K)
+            mask = is_query[:, None] & (some < TOPK)[None, :]
+            chosen = tl.load(indices_ptr + query_row[:, None] * TOPK + some[None, :], mask=mask, other=-1)
+            found += tl.sum(tl.where(chosen == block, some[None, :] + 1, 0), axis=1)
+        chose = (found > 0) & is_query
+        slots = found - 1
+        is_leader = tl.min(tl.where(chose, tl.arange(0, TILE_M), TILE_M)) == first_member
+
+    if block < 0:
+        tl.store(partial_lse_ptr + (first_row * TOPK + slot) * PARTS + part, float("-inf"), mask=exists)
+    elif is_leader:
+        position = tl.where(chose, end - start - num_queries + query, -1)
+        first_key = block * BLOCK_SIZE
+        begin = part * PART
+        stop = tl.minimum(tl.minimum(begin + PART, BLOCK_SIZE), tl.max(position) + 1 - first_key)
+        q_ptr += tl.cast(row, tl.int64) * stride_qr
+        k_ptr += tl.cast(kv_head, tl.int64) * stride_kg
+        v_ptr += tl.cast(kv_head, tl.int64) * stride_vg
+        q = load_rows(q_ptr, query.to(tl.int64) * stride_qt + head * stride_qh, chose, HEAD_DIM, BLOCK_D)
+        maximum = tl.full([TILE_M], LOWEST, tl.float32)
+        total = tl.zeros([TILE_M], tl.float32)
+        acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+        for first in tl.range(begin, stop, TILE_N, num_stages=NUM_STAGES):
+            keys = first + tl.arange(0, TILE_N)
+            is_key = keys < stop
+            offsets = key_offsets(
+                row, start, first_key + keys, is_key, stride_kr, stride_ks, table_ptr, stride_table, PAGE_SIZE
+            )
+            k = load_rows(k_ptr, offsets, is_key, HEAD_DIM, BLOCK_D)
+            offsets = key_offsets(
+                row, start, first_key + keys, is_key, stride_vr, stride_vs, table_ptr, stride_table, PAGE_SIZE
+            )
+            v = load_rows(v_ptr, offsets, is_key, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            is_visible = is_key[None, :] & ((first_key + keys)[None, :] <= position[:, None])
+            logits = tl.where(is_visible, logits, float("-inf"))
+            maximum, total, acc = online_softmax(logits, v, maximum, total, acc)
+        is_empty = total == 0.0
+        outputs = acc * (1.0 / tl.where(is_empty, 1.0, total))[:, None]
+        lse = tl.where(is_empty, float("-inf"), maximum + tl.log2(tl.where(is_empty, 1.0, total)))
+        place = (query_row * TOPK + slots) * PARTS + part
+        store_rows(partial_ptr, place * HEAD_DIM, outputs, chose & ~is_empty, HEAD_DIM, BLOCK_D)
+        tl.store(partial_lse_ptr + place, lse, mask=chose)
+
+
+@triton.jit
+def _decode_merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
+    NUM_PARTIALS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
+):  # fmt: skip
+    """Program (query row, tile of dims): lse = log Σ exp(lse_p), out = Σ exp(lse_p - lse) · out_p, in a fixed order."""
+    query_row = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)
+    is_dim = dims < HEAD_DIM
+    partial_ptr += query_row * NUM_PARTIALS * HEAD_DIM
+    partial_lse_ptr += query_row * NUM_PARTIALS
+    largest = tl.full([TILE_P], LOWEST, tl.float32)
+    for first in range(0, NUM_PARTIALS, TILE_P):
+        places = first + tl.arange(0, TILE_P)
+        lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))
+        largest = tl.maximum(largest, lse)
+    maximum = tl.max(largest)
+    total = 0.0
+    acc = tl.zeros([TILE_D], tl.float32)
+    for first in range(0, NUM_PARTIALS, TILE_P):
+        places = first + tl.arange(0, TILE_P)
+        lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))
+        exists = lse > float("-inf")
+        weights = tl.where(exists, tl.exp2(lse - maximum), 0.0)
+        pointers = partial_ptr + places.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+        partials = tl.load(pointers, mask=exists[:, None] & is_dim[None, :], other=0.0)
+        total += tl.sum(weights)
+        acc += tl.sum(weights[:, None] * partials, axis=0)
+    is_empty = total == 0.0
+    safe = tl.where(is_empty, 1.0, total)
+    out = acc * (1.0 / safe)
+    tl.store(out_ptr + query_row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=is_dim)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + query_row, tl.where(is_empty, float("-inf"), (maximum + tl.log2(safe)) * LN_2))

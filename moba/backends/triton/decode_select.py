@@ -1,0 +1,247 @@
+"""Selection for a few queries a row: scores of block means in one kernel, the blocks that score highest in a second.
+
+Scores are kept as ordered integers (int32, larger is better), so that selecting compares, counts and never rounds. The
+score kernel also writes the maximum of every *family* of FAMILY adjacent blocks. The `places` best blocks of a query
+lie in its `places` best families, as each of those holds a block that is at least as good; the second kernel therefore
+selects families first and then among their blocks, and one program holds all it compares in registers. Ties go to the
+lower family and then to the lower block, hence to the lower block. Where even that is too much, it streams the scores.
+
+Letters: R tensor rows, T query tokens, H query heads, G key/value heads, D head dim, K = topk, N = finished blocks that
+the tensors can hold. A *query row* is (row · T + query) · H + head. M = T · H / G query rows share a row's kv head.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moba.backends.triton.spans import row_bounds
+
+FAMILY = tl.constexpr(32)
+# Most families, and most blocks of selected families, that one program holds.
+MAX_HELD = 16384
+# Scores that a program takes at a time where it streams them.
+CHUNK = tl.constexpr(4096)
+# As in select.py: NaN and below counts as the least finite number, masked places as less.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOWEST_KEY = tl.constexpr(-0x7F800000)
+NO_KEY = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def candidates(own, keep_first, keep_recent):
+    """The blocks low … high - 1 that a query with this own block (< 0 for padding) chooses among by score."""
+    num_past = tl.maximum(own, 0)
+    low = tl.minimum(keep_first, num_past)
+    return low, num_past - tl.minimum(keep_recent, num_past - low)
+
+
+@triton.jit
+def own_blocks(position, BLOCK_SIZE: tl.constexpr):
+    """Own block of a position, -1 for padding."""
+    return tl.where(position >= 0, tl.maximum(position, 0) // BLOCK_SIZE, -1)
+
+
+@triton.jit
+def mean_offsets(
+    row, blocks, is_block, stride_r, stride_n, table_ptr, stride_table, BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Where the means of a row's blocks begin: beside the row, or PAGE_SIZE > 0 under the page of their first key."""
+    if PAGE_SIZE == 0:
+        offsets = tl.cast(row, tl.int64) * stride_r + blocks.to(tl.int64) * stride_n
+    else:
+        first_key = tl.where(is_block, blocks, 0) * BLOCK_SIZE
+        table_ptr += tl.cast(row, tl.int64) * stride_table
+        page = tl.load(table_ptr + first_key // PAGE_SIZE, mask=is_block, other=0)
+        offsets = page.to(tl.int64) * stride_r + (first_key % PAGE_SIZE // BLOCK_SIZE).to(tl.int64) * stride_n
+    return offsets
+
+
+@triton.jit
+def _ordered(scores):
+    """int32 keys in the order of fp32 scores; both zeros are one, NaN counts as the least number."""
+    scores = tl.maximum(scores, LOWEST)
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns"])
+def _score_kernel(
+    q_ptr, means_ptr, keys_ptr, maxima_ptr, key_start_ptr, key_end_ptr, table_ptr,
+    num_queries, num_keys, num_columns, keep_first, keep_recent, num_kv_heads,
+    stride_qr, stride_qt, stride_qh, stride_mr, stride_mn, stride_mg, stride_table,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of blocks, row · G + kv head, tile of query rows): their scores and the maxima of families.
+
+    For fp32, TILE_D < D: products of all D dims would unroll into too much code.
+    """
+    row = tl.program_id(1) // num_kv_heads
+    kv_head = tl.program_id(1) % num_kv_heads
+    member = tl.program_id(2) * TILE_M + tl.arange(0, TILE_M)
+    query = member // GROUP
+    head = kv_head * GROUP + member % GROUP
+    is_query = query < num_queries
+    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
+    own = own_blocks(tl.where(is_query, end - start - num_queries + query, -1), BLOCK_SIZE)
+    low, high = candidates(own, keep_first, keep_recent)
+    last = tl.max(tl.where(high > low, high, 0))
+
+    first_block = tl.program_id(0) * TILE_N
+    if first_block < last:
+        blocks = first_block + tl.arange(0, TILE_N)
+        is_block = blocks < last
+        dims = tl.arange(0, TILE_D)
+        means_ptr += tl.cast(kv_head, tl.int64) * stride_mg
+        offsets = mean_offsets(
+            row, blocks, is_block, stride_mr, stride_mn, table_ptr, stride_table, BLOCK_SIZE, PAGE_SIZE
+        )
+        mean_pointers = means_ptr + offsets[:, None] + dims[None, :]
+        q_ptr += tl.cast(row, tl.int64) * stride_qr
+        q_pointers = q_ptr + query.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + dims[None, :]
+        scores = tl.zeros([TILE_N, TILE_M], tl.float32)
+        for first_dim in tl.static_range(0, HEAD_DIM, TILE_D):
+            is_dim = (first_dim + dims < HEAD_DIM)[None, :]
+            means = tl.load(mean_pointers + first_dim, mask=is_block[:, None] & is_dim, other=0.0)
+            q = tl.load(q_pointers + first_dim, mask=is_query[:, None] & is_dim, other=0.0)
+            scores = tl.dot(means, tl.trans(q), acc=scores, input_precision="ieee")
+        is_candidate = (blocks[:, None] >= low[None, :]) & (blocks[:, None] < high[None, :])
+        keys = tl.where(is_candidate, _ordered(scores), NO_KEY)
+
+        query_row = ((row * num_queries + query) * num_kv_heads * GROUP + head).to(tl.int64)
+        tl.store(
+            keys_ptr + query_row[None, :] * num_columns + blocks[:, None], keys,
+            mask=is_query[None, :] & (blocks < num_columns)[:, None],
+        )  # fmt: skip
+        maxima = tl.max(tl.reshape(keys, [TILE_N // FAMILY, FAMILY, TILE_M]), axis=1)
+        families = first_block // FAMILY + tl.arange(0, TILE_N // FAMILY)
+        num_families = num_columns // FAMILY
+        tl.store(
+            maxima_ptr + query_row[None, :] * num_families + families[:, None], maxima,
+            mask=is_query[None, :] & (families < num_families)[:, None],
+        )  # fmt: skip
+
+
+@triton.jit
+def _places_of_largest(keys, need, num_above, num_equal, threshold):
+    """Of keys [C], which count as the largest, and each one's place among them, in order of index.
+
+    Args:
+        need: how many keys equal to the threshold count, in all. num_above, num_equal: keys before these that are
+            above the threshold, and equal to it.
+
+    Returns:
+        Flags and places [C], then both numbers after these keys.
+    """
+    above = (keys > threshold).to(tl.int32)
+    equal = (keys == threshold).to(tl.int32)
+    # Two counts in one scan: fewer than 2^15 keys each.
+    both = tl.cumsum(above | (equal << 15), axis=0)
+    above_so_far = num_above + (both & 0x7FFF)
+    equal_so_far = num_equal + (both >> 15)
+    taken = (above > 0) | ((equal > 0) & (equal_so_far <= need))
+    place = above_so_far + tl.minimum(equal_so_far, need) - 1
+    total = tl.sum(above | (equal << 15))
+    return taken, place, num_above + (total & 0x7FFF), num_equal + (total >> 15)
+
+
+@triton.jit
+def _largest(keys, count):
+    """Of keys [C], flags of the `count` largest (of all real ones, if fewer) and their places in order of index."""
+    threshold = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= count, 0, NO_KEY)
+    for i in range(31):
+        trial = threshold + (1 << (30 - i))
+        threshold = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= count, trial, threshold)
+    threshold = tl.maximum(threshold, LOWEST_KEY)
+    need = count - tl.sum((keys > threshold).to(tl.int32))
+    taken, place, _, _ = _places_of_largest(keys, need, 0, 0, threshold)
+    return taken, place
+
+
+@triton.jit
+def _count_reaching(keys_ptr, begin, end, bound):
+    """How many of keys begin … end - 1 are at least `bound`."""
+    total = 0
+    for first in range(begin, end, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        keys = tl.load(keys_ptr + index, mask=index < end, other=NO_KEY)
+        total += tl.sum((keys >= bound).to(tl.int32))
+    return total
+
+
+@triton.jit
+def _select_streamed(keys_ptr, result_ptr, begin, end, count):
+    """Write the numbers of the `count` largest of keys begin … end - 1, ascending: one pass a bit."""
+    threshold = tl.where(_count_reaching(keys_ptr, begin, end, 0) >= count, 0, NO_KEY)
+    for i in range(31):
+        trial = threshold + (1 << (30 - i))
+        threshold = tl.where(_count_reaching(keys_ptr, begin, end, trial) >= count, trial, threshold)
+    threshold = tl.maximum(threshold, LOWEST_KEY)
+    need = count - _count_reaching(keys_ptr, begin, end, threshold + 1)
+    num_above = 0
+    num_equal = 0
+    for first in range(begin, end, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        keys = tl.load(keys_ptr + index, mask=index < end, other=NO_KEY)
+        taken, place, num_above, num_equal = _places_of_largest(keys, need, num_above, num_equal, threshold)
+        tl.store(result_ptr + place, index, mask=taken)
+
+
+@triton.jit
+def _select_held(keys_ptr, maxima_ptr, result_ptr, scratch_ptr, low, high, count, FAMILIES: tl.constexpr,
+                 SLOTS: tl.constexpr):  # fmt: skip
+    """The same, of blocks low … high - 1, by families. SLOTS >= count, or SLOTS = FAMILIES: all are looked into."""
+    num_families = tl.cdiv(high, FAMILY)
+    slot = tl.arange(0, SLOTS)
+    if FAMILIES > SLOTS:
+        family = tl.arange(0, FAMILIES)
+        maxima = tl.load(maxima_ptr + family, mask=family < num_families, other=NO_KEY)
+        taken, place = _largest(maxima, count)
+        tl.store(scratch_ptr + place, family, mask=taken)
+        tl.debug_barrier()
+        num_taken = tl.minimum(count, num_families - low // FAMILY)
+        family = tl.load(scratch_ptr + slot, mask=slot < num_taken, other=-1)
+        tl.debug_barrier()
+    else:
+        family = tl.where(slot < num_families, slot, -1)
+    blocks = family[:, None] * FAMILY + tl.arange(0, FAMILY)[None, :]
+    keys = tl.load(keys_ptr + blocks, mask=(family >= 0)[:, None], other=NO_KEY)
+    taken, place = _largest(tl.reshape(keys, [SLOTS * FAMILY]), count)
+    tl.store(result_ptr + place, tl.reshape(blocks, [SLOTS * FAMILY]), mask=taken)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns"])
+def _decode_select_kernel(
+    keys_ptr, maxima_ptr, indices_ptr, key_start_ptr, key_end_ptr,
+    num_queries, num_keys, num_columns, num_heads, topk, keep_first, keep_recent,
+    BLOCK_SIZE: tl.constexpr, FAMILIES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Program: the routing of one query row. FAMILIES is 0 where kept blocks fill all places, SLOTS 0 to stream."""
+    query_row = tl.program_id(0)
+    row = query_row // (num_queries * num_heads)
+    query = query_row // num_heads % num_queries
+    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
+    own = own_blocks(end - start - num_queries + query, BLOCK_SIZE)
+    low, high = candidates(own, keep_first, keep_recent)
+    count = tl.minimum(topk - 1 - keep_first - keep_recent, high - low)
+    indices_ptr += query_row.to(tl.int64) * topk
+    if FAMILIES > 0:  # noqa: SIM102 - settled as the kernel is compiled
+        if count > 0:
+            keys_ptr += query_row.to(tl.int64) * num_columns
+            if SLOTS == 0:
+                _select_streamed(keys_ptr, indices_ptr + low, low, high, count)
+            else:
+                maxima_ptr += query_row.to(tl.int64) * (num_columns // FAMILY)
+                _select_held(keys_ptr, maxima_ptr, indices_ptr + low, indices_ptr, low, high, count, FAMILIES, SLOTS)
+                # What was scratch is overwritten below.
+                tl.debug_barrier()
+    num_scored = low + count
+    num_recent = tl.maximum(own, 0) - high
+    for first_slot in range(0, topk, 32):
+        slot = first_slot + tl.arange(0, 32)
+        behind = slot - num_scored
+        value = tl.where(slot < low, slot, tl.where(behind <= num_recent, own - num_recent + behind, -1))
+        value = tl.where(own < 0, -1, value)
+        tl.store(indices_ptr + slot, value, mask=((slot < low) | (behind >= 0)) & (slot < topk))
