@@ -17,10 +17,9 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends.triton import dkv, plan  # noqa: E402
-from moba.backends.triton.attend import _attend, _attend_backward  # noqa: E402
-from moba.backends.triton.backward import backward  # noqa: E402
-from moba.backends.triton.by_block import group_by_block  # noqa: E402
-from moba.backends.triton.forward import forward  # noqa: E402
+from moba.backends.triton.attend import _attend, _attend_backward, plan_attend, plan_attend_backward  # noqa: E402
+from moba.backends.triton.by_block import new_view  # noqa: E402
+from moba.backends.triton.launch import run_planned  # noqa: E402
 from moba.backends.triton.tuning import arch_of  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
@@ -39,11 +38,16 @@ def problem(shape, *, dtype=torch.float32, indices=None, block_size=16, topk=3):
 def kernels(q, k, v, indices, d_out, d_lse, *, block_size=16, workspace_bytes=AMPLE, arch=None):
     """Out, lse, dQ, dK, dV of the kernels, without the operators around them."""
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
-    view = plan.View(*group_by_block(indices, sequences, block_size))
-    options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes}
+    view = new_view(indices, sequences, block_size)
+    options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes, "keys_aligned": True}
     options["arch"] = arch_of(DEVICE) if arch is None else arch
-    out, lse = forward(q, k, v, indices, view, sequences, **options)
-    return out, lse, *backward(d_out, d_lse, q, k, v, out, lse, indices, view, sequences, **options)
+    out, lse = torch.full_like(q, torch.nan), torch.full_like(d_lse, torch.nan)
+    inputs = (q, k, v, indices, *view, out, lse)
+    run_planned(plan_attend, *inputs, None, None, None, None, device=q.device, **options)
+    inputs = (d_out, d_lse, q, k, v, out, lse, indices, *view)
+    gradients = [torch.full(x.shape, torch.nan, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    run_planned(plan_attend_backward, *inputs, *gradients, None, None, None, None, device=q.device, **options)
+    return out, lse, *gradients
 
 
 def exact(q, k, v, indices, d_out, d_lse, *, block_size=16):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba.backends.triton import by_block
-from moba.backends.triton.backward import backward
-from moba.backends.triton.forward import forward
+from moba.backends.triton.backward import plan_backward
+from moba.backends.triton.by_block import new_view, plan_group_by_block
+from moba.backends.triton.forward import plan_forward
+from moba.backends.triton.launch import Plan, run_planned
 from moba.backends.triton.plan import View
 from moba.backends.triton.primitives import num_global_blocks
 from moba.backends.triton.tuning import arch_of
@@ -42,10 +43,15 @@ def workspace_bytes(q: Tensor, k: Tensor, view: View) -> int:
     return budget - 4 * (view.offsets.numel() + view.entries.numel())
 
 
-def _sequences(
-    q: Tensor, k: Tensor, key_start: Tensor | None, key_end: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None
-) -> Sequences:
-    return Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end, cu_q=cu_q, cu_k=cu_k)
+def _options(q: Tensor, k: Tensor, v: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
+    """What the plans of forward and backward are told."""
+    return {
+        "block_size": block_size,
+        "scale": scale,
+        "workspace_bytes": workspace_bytes(q, k, view),
+        "arch": arch_of(q.device),
+        "keys_aligned": (k.data_ptr() | v.data_ptr()) % 16 == 0,
+    }
 
 
 @torch.library.custom_op("moba::triton_attend", mutates_args=())
@@ -62,13 +68,25 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, lse, and the by-block view (offsets, entries), which the backward reads again."""
-    sequences = _sequences(q, k, key_start, key_end, cu_q, cu_k)
-    view = View(*by_block.group_by_block(indices, sequences, block_size))
-    out, lse = forward(
-        q, k, v, indices, view, sequences, block_size=block_size, scale=scale,
-        workspace_bytes=workspace_bytes(q, k, view), arch=arch_of(q.device),
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start, key_end, cu_q, cu_k)
+    view = View(*new_view(indices, sequences, block_size))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    run_planned(
+        plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
+        **_options(q, k, v, view, block_size, scale),
     )  # fmt: skip
-    return out, lse, view.offsets, view.entries
+    return out, lse, *view
+
+
+def plan_attend(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, offsets: Tensor, entries: Tensor, out: Tensor,
+    lse: Tensor, *bounds: Tensor | None, **options: Any,
+) -> None:  # fmt: skip
+    """The launches of `moba::triton_attend`."""
+    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), View(offsets, entries)
+    plan_group_by_block(plan, indices, *view, sequences, options["block_size"], options["arch"])
+    if q.numel():
+        plan_forward(plan, q, k, v, indices, view, out, lse, sequences, **options)
 
 
 @_attend.register_fake
@@ -85,7 +103,9 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_queries, num_heads, _ = q.shape
-    num_blocks = num_global_blocks(_sequences(q, k, key_start, key_end, cu_q, cu_k), block_size)
+    num_blocks = num_global_blocks(
+        Sequences(num_rows, num_queries, k.shape[1], key_start, key_end, cu_q, cu_k), block_size
+    )
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -97,7 +117,7 @@ def _(
 @torch.library.custom_op("moba::triton_attend_backward", mutates_args=())
 def _attend_backward(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,29 +133,48 @@ def _attend_backward(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    view = View(offsets, entries)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return backward(
-        d_out, d_lse.contiguous(), q, k, v, out, lse, indices, view, _sequences(q, k, key_start, key_end, cu_q, cu_k),
-        block_size=block_size, scale=scale, workspace_bytes=workspace_bytes(q, k, view), arch=arch_of(q.device),
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    run_planned(
+        plan_attend_backward, d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, d_q, d_k, d_v, key_start,
+        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale),
     )  # fmt: skip
+    return d_q, d_k, d_v
+
+
+def plan_attend_backward(
+    plan: Plan, d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    indices: Tensor, offsets: Tensor, entries: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor, *bounds: Tensor | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """The launches of `moba::triton_attend_backward`."""
+    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), View(offsets, entries)
+    if q.numel() == 0:
+        plan.zero(d_k)
+        plan.zero(d_v)
+        return
+    plan_backward(plan, d_out, d_lse, q, k, v, out, lse, indices, view, d_q, d_k, d_v, sequences, **options)
 
 
 @_attend_backward.register_fake
-def _(d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, indices, key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, indices, key_start, key_end, cu_q, cu_k, *output)
 
 
-def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, indices, key_start, key_end, cu_q, cu_k, out, lse, offsets, entries = ctx.saved_tensors
     gradients = _attend_backward(
-        d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, key_start, key_end, cu_q, cu_k, ctx.block_size,
-        ctx.scale,
+        torch.zeros_like(out) if d_out is None else d_out, d_lse, q, k, v, out, lse, indices, offsets, entries,
+        key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale,
     )  # fmt: skip
     return *gradients, *(None,) * 7
 

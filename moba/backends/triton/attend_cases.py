@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba.backends.triton.backward import backward
+from moba.backends.triton import by_block
+from moba.backends.triton.attend import plan_attend, plan_attend_backward
 from moba.backends.triton.case import Case
-from moba.backends.triton.forward import forward
-from moba.backends.triton.launch import recorder
-from moba.backends.triton.plan import View
-from moba.backends.triton.primitives import num_global_blocks
+from moba.backends.triton.launch import make_plan
+from moba.backends.triton.primitives import bounds_of
 from moba.layout import Sequences
 
 HEAD_DIMS = {
@@ -70,15 +69,15 @@ def _launches(
     q = empty(num_rows, num_queries, num_heads, head_dim)
     k, v = (empty(num_rows, NUM_TOKENS, num_kv_heads, head_dim) for _ in range(2))
     indices = empty(num_rows, num_queries, num_heads, topk, kind=torch.int32)
-    view = View(
-        empty(num_heads, num_global_blocks(sequences, block_size) + 1, kind=torch.int32),
-        empty(num_heads, num_rows * num_queries * (topk - 1), kind=torch.int32),
-    )
-    launches: list[tuple[Any, dict[str, Any]]] = []
+    view = by_block.new_view(indices, sequences, block_size)
     options: dict[str, Any] = {
         "block_size": block_size, "scale": head_dim**-0.5, "workspace_bytes": workspace_bytes, "arch": arch,
-        "run": recorder(launches),
+        "keys_aligned": True,
     }  # fmt: skip
-    out, lse = forward(q, k, v, indices, view, sequences, **options)
-    backward(out, lse, q, k, v, out, lse, indices, view, sequences, **options)
-    return launches
+    lse = empty(num_rows, num_queries, num_heads, kind=torch.float32)
+    bounds = bounds_of(sequences)
+    forward = make_plan(plan_attend, q, k, v, indices, *view, q, lse, *bounds, **options)
+    inputs = (q, lse, q, k, v, q, lse, indices, *view)
+    backward = make_plan(plan_attend_backward, *inputs, q, k, v, *bounds, **options)
+    launches = (*forward.launches(), *backward.launches())
+    return [(kernel, arguments) for kernel, arguments in launches if kernel.module != by_block.__name__]

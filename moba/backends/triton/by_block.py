@@ -24,12 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.case import Case
-from moba.backends.triton.primitives import num_global_blocks, query_places
+from moba.backends.triton.launch import Plan, cdiv, make_plan, next_power_of_2, run_planned
+from moba.backends.triton.primitives import bounds_of, num_global_blocks, query_places
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 
 MIN_TILE_QUERIES = 256
 SUM_CONFIG = {"TILE_N": 64, "STEP": 32, "num_warps": 4}
+OFFSETS_CONFIG = {"TILE": 2048, "num_warps": 8}
 
 
 @triton.jit
@@ -122,6 +124,21 @@ def _sum_tiles_kernel(counts_ptr, totals_ptr, num_tiles, num_row_blocks, TILE_N:
 
 
 @triton.jit
+def _offsets_kernel(totals_ptr, offsets_ptr, num_blocks, TILE: tl.constexpr):
+    """Program (head): offsets [blocks + 1] of a head's totals [blocks], the sums over the blocks before."""
+    head = tl.program_id(0).to(tl.int64)
+    totals_ptr += head * num_blocks
+    offsets_ptr += head * (num_blocks + 1)
+    before = 0
+    for start in range(0, num_blocks, TILE):
+        blocks = start + tl.arange(0, TILE)
+        totals = tl.load(totals_ptr + blocks, mask=blocks < num_blocks, other=0)
+        tl.store(offsets_ptr + blocks, before + tl.cumsum(totals, axis=0) - totals, mask=blocks < num_blocks)
+        before += tl.sum(totals, axis=0)
+    tl.store(offsets_ptr + num_blocks, before)
+
+
+@triton.jit
 def _run_length(last_a, count_a, last_b, count_b):
     """Length of the run that ends in b, from that of a before it."""
     return last_b, tl.where(last_a == last_b, count_a + count_b, count_b)
@@ -203,40 +220,52 @@ def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tu
     Raises:
         ValueError: if R · T · K does not fit int32.
     """
-    num_rows, num_queries, _, topk = indices.shape
+    offsets, entries = new_view(indices, sequences, block_size)
+    options = {"num_keys": sequences.num_keys, "block_size": block_size, "arch": arch_of(indices.device)}
+    run_planned(_plan, indices, offsets, entries, *bounds_of(sequences), device=indices.device, **options)
+    return offsets, entries
+
+
+def new_view(indices: Tensor, sequences: Sequences, block_size: int) -> tuple[Tensor, Tensor]:
+    """Memory for the offsets and entries of `group_by_block`; raises as it does."""
+    num_rows, num_queries, num_heads, topk = indices.shape
     if num_rows * num_queries * topk >= 2**31:
         raise ValueError(f"query rows · topk must be below 2^31, got {num_rows} · {num_queries} · {topk}")
-    return _group(indices, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
-                  sequences.num_keys, block_size)  # fmt: skip
+    offsets = indices.new_empty(num_heads, num_global_blocks(sequences, block_size) + 1)
+    return offsets, indices.new_empty(num_heads, num_rows * num_queries * (topk - 1))
 
 
-def _group(
-    indices: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    num_keys: int,
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
+def _plan(
+    plan: Plan, indices: Tensor, offsets: Tensor, entries: Tensor, *bounds: Tensor | None,
+    num_keys: int, block_size: int, arch: int,
+) -> None:  # fmt: skip
+    sequences = Sequences(indices.shape[0], indices.shape[1], num_keys, *bounds)
+    plan_group_by_block(plan, indices, offsets, entries, sequences, block_size, arch)
+
+
+def plan_group_by_block(
+    plan: Plan, indices: Tensor, offsets: Tensor, entries: Tensor, sequences: Sequences, block_size: int, arch: int
+) -> None:
+    """`group_by_block` as steps of a plan."""
     num_rows, num_queries, num_heads, topk = indices.shape
-    sequences = Sequences(num_rows, num_queries, num_keys, key_start, key_end, cu_q, cu_k)
-    num_blocks = num_global_blocks(sequences, block_size)
-    offsets = indices.new_zeros(num_heads, num_blocks + 1)
-    entries = indices.new_empty(num_heads, num_rows * num_queries * (topk - 1))
-    if entries.numel() == 0 or num_blocks == 0 or (cu_q is not None and cu_q.numel() == 1):
-        return offsets, entries
+    num_blocks = offsets.shape[1] - 1
+    if entries.numel() == 0 or num_blocks == 0 or (sequences.cu_q is not None and sequences.cu_q.numel() == 1):
+        plan.zero(offsets)
+        return
     arguments = group_arguments(indices, sequences, block_size)
     num_tiles, num_row_blocks = arguments["num_tiles"], arguments["num_row_blocks"]
-    count_config, place_config = group_configs(num_queries, topk, num_row_blocks, arch_of(indices.device))
-    counts = indices.new_zeros(num_heads, num_rows, num_tiles, num_row_blocks)
-    totals = indices.new_empty(num_heads, num_blocks)
-    steps_per_row = triton.cdiv(num_queries, count_config["STEP"] // count_config["SLOTS"])
-    _count_kernel[(num_rows * steps_per_row, num_heads)](counts_ptr=counts, **arguments, **count_config)
-    sum_grid = (num_heads * num_rows, triton.cdiv(num_row_blocks, SUM_CONFIG["TILE_N"]))
-    _sum_tiles_kernel[sum_grid](counts, totals, num_tiles, num_row_blocks, **SUM_CONFIG)
-    torch.cumsum(totals, dim=1, dtype=torch.int32, out=offsets[:, 1:])
-    _place_kernel[(num_rows * num_tiles, num_heads)](
+    count_config, place_config = group_configs(num_queries, topk, num_row_blocks, arch)
+    counts = plan.buffer(num_heads, num_rows, num_tiles, num_row_blocks, dtype=torch.int32)
+    totals = plan.buffer(num_heads, num_blocks, dtype=torch.int32)
+    plan.zero(counts)
+    steps_per_row = cdiv(num_queries, count_config["STEP"] // count_config["SLOTS"])
+    plan.launch(_count_kernel, (num_rows * steps_per_row, num_heads), counts_ptr=counts, **arguments, **count_config)
+    sum_grid = (num_heads * num_rows, cdiv(num_row_blocks, SUM_CONFIG["TILE_N"]))
+    plan.launch(_sum_tiles_kernel, sum_grid, counts, totals, num_tiles, num_row_blocks, **SUM_CONFIG)
+    plan.launch(_offsets_kernel, (num_heads,), totals, offsets, num_blocks, **OFFSETS_CONFIG)
+    plan.launch(
+        _place_kernel,
+        (num_rows * num_tiles, num_heads),
         places_ptr=counts,
         offsets_ptr=offsets,
         entries_ptr=entries,
@@ -244,14 +273,13 @@ def _group(
         **arguments,
         **place_config,
     )
-    return offsets, entries
 
 
 def group_arguments(indices: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
     """Arguments that the count and place kernels share."""
     num_rows, num_queries, _, topk = indices.shape
     num_row_blocks = num_global_blocks(sequences, block_size) // num_rows
-    tile_queries = max(MIN_TILE_QUERIES, triton.next_power_of_2(num_row_blocks))
+    tile_queries = max(MIN_TILE_QUERIES, next_power_of_2(num_row_blocks))
     return {
         "indices_ptr": indices,
         "key_start_ptr": sequences.key_start,
@@ -265,7 +293,7 @@ def group_arguments(indices: Tensor, sequences: Sequences, block_size: int) -> d
         "block_size": block_size,
         "topk": topk,
         "num_rows": num_rows,
-        "num_tiles": triton.cdiv(num_queries, tile_queries),
+        "num_tiles": cdiv(num_queries, tile_queries),
         "num_row_blocks": num_row_blocks,
         "indices_stride_r": indices.stride(0),
         "indices_stride_t": indices.stride(1),
@@ -276,8 +304,8 @@ def group_arguments(indices: Tensor, sequences: Sequences, block_size: int) -> d
 
 def group_configs(num_queries: int, topk: int, num_row_blocks: int, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments of the count and place kernels."""
-    slots = triton.next_power_of_2(max(1, topk - 1))
-    row_entries = triton.next_power_of_2(num_queries * slots)
+    slots = next_power_of_2(max(1, topk - 1))
+    row_entries = next_power_of_2(num_queries * slots)
 
     def config(kernel: str) -> dict[str, Any]:
         row = dict(lookup(kernel, arch, head_dim=16, block_size=1, element_bytes=4))
@@ -291,18 +319,13 @@ def group_configs(num_queries: int, topk: int, num_row_blocks: int, arch: int) -
 
 def aot_cases(arch: int) -> Iterator[Case]:
     """Counting, summing and placing for short and long rows of the routing."""
-    counts = torch.empty(1, dtype=torch.int32, device="meta")
-    yield Case("by_block sum tiles", _sum_tiles_kernel, dict(counts_ptr=counts, totals_ptr=counts, num_tiles=128,
-               num_row_blocks=1024, **SUM_CONFIG), representative=arch == 90)  # fmt: skip
     for topk in (3, 8, 16, 200):
-        for packed in (False, True):
+        for kind in ("plain", "packed"):
             indices = torch.empty(1, 131072, 16, topk, dtype=torch.int32, device="meta")
-            cu = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
-            arguments = group_arguments(indices, Sequences(1, 131072, 131072, cu_q=cu, cu_k=cu), 128)
-            count_config, place_config = group_configs(131072, topk, arguments["num_row_blocks"], arch)
-            name = f"topk={topk} {'packed' if packed else 'plain'}"
-            is_common = packed and topk == 8 and arch in (86, 90)
-            count = {"counts_ptr": counts, **arguments, **count_config}
-            yield Case(f"by_block count {name}", _count_kernel, count, is_common)
-            pointers = {"places_ptr": counts, "offsets_ptr": counts, "entries_ptr": counts, "max_entries": 1 << 20}
-            yield Case(f"by_block place {name}", _place_kernel, {**pointers, **arguments, **place_config}, is_common)
+            cu = torch.empty(5, dtype=torch.int32, device="meta") if kind == "packed" else None
+            view = new_view(indices, Sequences(1, 131072, 131072, cu_q=cu, cu_k=cu), 128)
+            options = {"num_keys": 131072, "block_size": 128, "arch": arch}
+            plan = make_plan(_plan, indices, *view, None, None, cu, cu, **options)
+            is_common = kind == "packed" and topk == 8 and arch in (86, 90)
+            for kernel, arguments in plan.launches():
+                yield Case(f"by_block {kernel.__name__} topk={topk} {kind}", kernel, arguments, is_common)

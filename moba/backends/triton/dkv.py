@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba.backends.triton.launch import cdiv
 from moba.backends.triton.spans import block_span, last_at_most
 from moba.backends.triton.tiles import load_entries, load_rows, row_offsets, store_rows
 
@@ -25,7 +26,7 @@ def plan_segments(q: Tensor, k: Tensor, num_entries: int, block_size: int) -> tu
     inputs_bytes = 2 * (q.numel() + k.numel()) * q.element_size() // num_kv_heads
     budget = max(int(SEGMENT_SHARE * inputs_bytes), MIN_SEGMENT_BYTES // num_kv_heads)
     bytes_per_extra = 16 * block_size * q.shape[-1]
-    length = max(MIN_SEGMENT_LENGTH, triton.cdiv(num_entries * bytes_per_extra, max(budget, 1)))
+    length = max(MIN_SEGMENT_LENGTH, cdiv(num_entries * bytes_per_extra, max(budget, 1)))
     return length, num_entries // length
 
 

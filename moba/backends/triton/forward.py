@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.launch import Launch, launch
+from moba.backends.triton.launch import Plan, next_power_of_2
 from moba.backends.triton.plan import (
     LOG2_E,
     View,
@@ -229,44 +229,42 @@ def _attend_own_kernel(
     tl.store(lse_ptr + place, lse, mask=writes)
 
 
-def forward(
+def plan_forward(
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     indices: Tensor,
     view: View,
+    out: Tensor,
+    lse: Tensor,
     sequences: Sequences,
     *,
     block_size: int,
     scale: float,
     workspace_bytes: int,
     arch: int,
-    run: Launch = launch,
-) -> tuple[Tensor, Tensor]:
+    keys_aligned: bool,
+) -> None:
     """Attention over a routing. See `moba.backends` for the contract.
 
     Args:
         indices: int32 [R, T, H, K]. view: the same routing by block.
+        out: [R, T, H, D] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
         workspace_bytes: bound on the memory of partials; more heads than fit are taken in turn.
-        arch: compute capability whose row of the tuning table is taken. run: how kernels are launched.
-
-    Returns:
-        out [R, T, H, D] in q's dtype and lse fp32 [R, T, H], both contiguous.
+        arch: compute capability whose row of the tuning table is taken.
+        keys_aligned: whether k and v begin at multiples of 16 bytes.
 
     Numerics: logits, softmax and sums in fp32; weights rounded to v's dtype before they multiply it, a block's partial
         to q's dtype before the merge.
     """
     num_rows, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, topk = k.shape[1], k.shape[2], indices.shape[3]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
     bounds = (sequences.key_start, sequences.key_end)
     num_sequences = 0 if sequences.cu_k is None else sequences.cu_k.numel() - 1
     if keeps_keys(q, block_size):
         past_kernel, past = _attend_past_stationary_kernel, tile_sizes("attend_past_stationary", arch, q, block_size)
-        past["TILE_N"] = max(16, triton.next_power_of_2(block_size))
+        past["TILE_N"] = max(16, next_power_of_2(block_size))
     else:
         past_kernel, past = _attend_past_streaming_kernel, tile_sizes("attend_past_streaming", arch, q, block_size)
     own = tile_sizes("attend_own", arch, q, block_size)
@@ -276,28 +274,29 @@ def forward(
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
-    past_keys = key_sources(k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
+    past_keys = key_sources(k, v, past["TILE_N"], arch, keys_aligned and block_size % past["TILE_N"] == 0)
     # Tiles at a sequence's end reach past it, where a descriptor would read another one's keys or padding.
-    own_keys = key_sources(k, v, own["TILE_N"], arch, allowed=sequences.is_plain)
+    own_keys = key_sources(k, v, own["TILE_N"], arch, keys_aligned and sequences.is_plain)
     row_bytes = (topk - 1) * (head_dim * q.element_size() + 4)
+    total_rows = num_rows * num_queries
 
-    for chunk in chunks(num_heads, num_rows * num_queries, row_bytes, workspace_bytes):
-        partial = q.new_empty(chunk.num_heads, topk - 1, chunk.num_rows, head_dim)
-        partial_lse = lse.new_empty(chunk.num_heads, topk - 1, chunk.num_rows)
+    parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
+    partial = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows * head_dim, dtype=q.dtype)
+    partial_lse = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows, dtype=torch.float32)
+    bounds_memory = plan.buffer(2, parts[0].num_heads, view.offsets.shape[1] - 1, dtype=torch.int32)
+    for chunk in parts:
         if topk > 1:
-            num_windows = windows(view, past)
-            first, last, stride_first = chunk_bounds(view, chunk, num_rows * num_queries, topk, run)
-            run(past_kernel, (num_windows, chunk.num_heads),
+            first, last, stride_first = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
+            plan.launch(past_kernel, (windows(view, past), chunk.num_heads),
                 q, *past_keys, view.offsets, first, last, view.entries, partial, partial_lse, *strides,
                 stride_first, view.entries.shape[1], chunk.first_head, chunk.row_begin, chunk.num_rows,
                 scale * LOG2_E, num_queries, num_keys, *bounds, sequences.cu_k, num_sequences,
                 view.offsets.shape[1] - 1, sequences.num_blocks(block_size), **shape,
                 ONE_ROW=num_rows == 1, WITH_TMA=past_keys[0] is not k, **past,
             )  # fmt: skip
-        run(_attend_own_kernel, (num_tiles, chunk.num_heads),
+        plan.launch(_attend_own_kernel, (num_tiles, chunk.num_heads),
             q, *own_keys, indices, partial, partial_lse, out, lse, *strides, *indices.stride()[:3],
             chunk.first_head, chunk.row_begin, chunk.num_rows, scale * LOG2_E, num_queries, num_keys, num_heads,
             *bounds, sequences.cu_q, sequences.cu_k, num_sequences, tiles_per_row, **shape,
             WITH_TMA=own_keys[0] is not k, **own,
         )  # fmt: skip
-    return out, lse

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.case import Case
-from moba.backends.triton.primitives import block_places, num_global_blocks
+from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
+from moba.backends.triton.primitives import block_places, bounds_of, num_global_blocks
 from moba.layout import Sequences
 
 # Elements that a program holds as it sums. A mean's order of summation follows from these, block_size and D alone, so
@@ -24,7 +25,7 @@ SPARE_BLOCKS = 64
 
 
 @triton.jit
-def _sum_tokens(x, TOKENS: tl.constexpr):
+def sum_tokens(x, TOKENS: tl.constexpr):
     """Sum of [M, TOKENS, D] over its tokens, first half to last, so that the order is no choice of the compiler."""
     for _ in tl.static_range(TOKENS.bit_length() - 1):
         x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, x.shape[2]])
@@ -73,7 +74,7 @@ def _block_means_kernel(
         if HEAD_DIM != PADDED_DIM:
             mask = mask & (columns < HEAD_DIM)[None, None, :]
         total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    means = tl.div_rn(_sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * block_size)
+    means = tl.div_rn(sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * block_size)
     pointers = means_ptr + head * means_stride_g + blocks.to(tl.int64)[:, None] * means_stride_n + columns[None, :]
     mask = is_finished[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(pointers, means.to(means_ptr.dtype.element_ty), mask=mask)
@@ -94,21 +95,48 @@ def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     Numerics: summed in fp32 in an order that depends on block_size and D alone, divided, and rounded once.
     Source: MoBA, eq. 6.
     """
-    num_blocks = num_global_blocks(sequences, block_size)
-    # Head-major in memory: a query head streams the means of one kv head, in whole tiles.
-    means = k.new_empty(k.shape[2], num_blocks + SPARE_BLOCKS, k.shape[3]).transpose(0, 1)[:num_blocks]
+    means = _head_major(k.new_empty(means_shape(k, sequences, block_size)))
     if means.numel():
-        arguments = means_arguments(k, means, sequences, block_size)
-        grid = (triton.cdiv(num_blocks, arguments["TILE_BLOCKS"]), k.shape[2])
-        _block_means_kernel[grid](**arguments)
+        run_planned(_plan, k, means, *bounds_of(sequences), device=k.device, block_size=block_size)
     return means
+
+
+def means_shape(k: Tensor, sequences: Sequences, block_size: int) -> tuple[int, int, int]:
+    """Shape [G, blocks, D] of memory for block means: a query head streams those of one kv head, in whole tiles."""
+    return k.shape[2], num_global_blocks(sequences, block_size) + SPARE_BLOCKS, k.shape[3]
+
+
+def _head_major(memory: Tensor) -> Tensor:
+    return memory.transpose(0, 1)[: memory.shape[1] - SPARE_BLOCKS]
+
+
+def plan_block_means(plan: Plan, k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
+    """`block_means` as a step of a plan."""
+    means = _head_major(plan.buffer(*means_shape(k, sequences, block_size), dtype=k.dtype))
+    if means.numel():
+        _launch(plan, k, means, sequences, block_size)
+    return means
+
+
+def _plan(plan: Plan, k: Tensor, means: Tensor, *bounds: Tensor | None, block_size: int) -> None:
+    _launch(plan, k, means, Sequences(k.shape[0], 0, k.shape[1], *bounds), block_size)
+
+
+def _launch(plan: Plan, k: Tensor, means: Tensor, sequences: Sequences, block_size: int) -> None:
+    arguments = means_arguments(k, means, sequences, block_size)
+    plan.launch(_block_means_kernel, (cdiv(means.shape[0], arguments["TILE_BLOCKS"]), k.shape[2]), **arguments)
+
+
+def tile_sizes(head_dim: int, block_size: int) -> dict[str, int]:
+    """The tile that a program sums. TILE_TOKENS and PADDED_DIM settle the order of a sum; TILE_BLOCKS does not."""
+    padded_dim = max(16, next_power_of_2(head_dim))
+    tokens = min(MAX_TOKENS, ELEMENTS // padded_dim)
+    tile_tokens = min(next_power_of_2(block_size), tokens)
+    return {"PADDED_DIM": padded_dim, "TILE_BLOCKS": tokens // tile_tokens, "TILE_TOKENS": tile_tokens}
 
 
 def means_arguments(k: Tensor, means: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
     """Arguments of one launch of the block means kernel."""
-    padded_dim = max(16, triton.next_power_of_2(k.shape[3]))
-    tokens = min(MAX_TOKENS, ELEMENTS // padded_dim)
-    tile_tokens = min(triton.next_power_of_2(block_size), tokens)
     return {
         "k_ptr": k,
         "means_ptr": means,
@@ -126,9 +154,7 @@ def means_arguments(k: Tensor, means: Tensor, sequences: Sequences, block_size: 
         "means_stride_n": means.stride(0),
         "means_stride_g": means.stride(1),
         "HEAD_DIM": k.shape[3],
-        "PADDED_DIM": padded_dim,
-        "TILE_BLOCKS": tokens // tile_tokens,
-        "TILE_TOKENS": tile_tokens,
+        **tile_sizes(k.shape[3], block_size),
         "num_warps": NUM_WARPS,
     }
 

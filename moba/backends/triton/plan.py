@@ -1,4 +1,4 @@
-"""What the attention launches share on the host: tile sizes, descriptors, and the chunks that bound the workspace."""
+"""What the plans of attention share: tile sizes, descriptors, and the chunks that bound the workspace."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moba.backends.triton.launch import Launch
+from moba.backends.triton.launch import Plan, Tiles, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
 
 LOG2_E = 1.4426950408889634
@@ -37,7 +36,7 @@ class Chunk(NamedTuple):
 
 def padded_head_dim(head_dim: int) -> int:
     """Head dims are padded on chip to a power of two of at least 16, the least that a matrix product takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, int]:
@@ -49,7 +48,7 @@ def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, 
 def windows(view: View, sizes: dict[str, int]) -> int:
     """How many windows cover every entry and the cost of every block."""
     num_blocks = view.offsets.shape[1] - 1
-    return triton.cdiv(view.entries.shape[1] + num_blocks * sizes["BLOCK_COST"], sizes["WINDOW"])
+    return cdiv(view.entries.shape[1] + num_blocks * sizes["BLOCK_COST"], sizes["WINDOW"])
 
 
 def keeps_keys(q: Tensor, block_size: int) -> bool:
@@ -57,12 +56,12 @@ def keeps_keys(q: Tensor, block_size: int) -> bool:
 
     Products of fp32 run outside the tensor cores and need the registers that this would take.
     """
-    block_bytes = triton.next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size()
+    block_bytes = next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size()
     return q.element_size() == 2 and block_bytes <= KEPT_BYTES
 
 
-def key_descriptor(x: Tensor, tile_n: int, arch: int) -> TensorDescriptor | None:
-    """A descriptor of k or v for the tensor memory accelerator, or None where chip, strides or head dim rule it out.
+def key_tiles(x: Tensor, tile_n: int, arch: int, aligned: bool) -> Tiles | None:
+    """Tiles of k or v for the tensor memory accelerator, or None where chip, strides or head dim rule it out.
 
     A tensor of rows [.., D] at any strides is read as one matrix whose rows are stride_s apart; a head is a column.
     """
@@ -73,20 +72,21 @@ def key_descriptor(x: Tensor, tile_n: int, arch: int) -> TensorDescriptor | None
     rows = num_keys if num_rows == 1 else (num_rows - 1) * (stride_r // max(stride_s, 1)) + num_keys
     if (
         arch < 90
+        or not aligned
         or head_dim != padded_head_dim(head_dim)
         or row_bytes <= 0
-        or (row_bytes | stride_g * x.element_size() | x.data_ptr()) % 16
+        or (row_bytes | stride_g * x.element_size()) % 16
         or (num_rows > 1 and stride_r % stride_s)
         or max(rows, columns) >= 2**31
     ):
         return None
-    return TensorDescriptor(x, [rows, columns], [stride_s, 1], [tile_n, head_dim])
+    return Tiles(x, (rows, columns), (stride_s, 1), (tile_n, head_dim))
 
 
 def key_sources(k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: bool) -> tuple[Any, Any]:
     """What kernels read keys and values from: two descriptors, or the tensors themselves."""
-    descriptors = (key_descriptor(k, tile_n, arch), key_descriptor(v, tile_n, arch)) if allowed else (None, None)
-    return (k, v) if None in descriptors else descriptors
+    tiles = (key_tiles(k, tile_n, arch, allowed), key_tiles(v, tile_n, arch, allowed))
+    return (k, v) if None in tiles else tiles
 
 
 def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
@@ -96,7 +96,7 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
         row_bytes: bytes of partials of one query of one head.
     """
     heads = min(num_heads, max(1, budget_bytes // max(1, num_rows * row_bytes)))
-    heads = triton.cdiv(num_heads, triton.cdiv(num_heads, heads))
+    heads = cdiv(num_heads, cdiv(num_heads, heads))
     rows = num_rows
     if num_rows * row_bytes > budget_bytes:
         rows = max(1, budget_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
@@ -107,33 +107,32 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
     ]
 
 
-def chunk_bounds(view: View, chunk: Chunk, total_rows: int, topk: int, run: Launch) -> tuple[Tensor, Tensor, int]:
-    """First and last entry of every block among the chunk's query rows, by chunk head, and the stride of the heads."""
+class ChunkBounds(NamedTuple):
+    """First and last entry of every block among a chunk's query rows, by chunk head, and the stride of the heads."""
+
+    first: Tensor
+    last: Tensor
+    stride: int
+
+
+def chunk_bounds(plan: Plan, view: View, chunk: Chunk, total_rows: int, topk: int, memory: Tensor) -> ChunkBounds:
+    """Find a chunk's bounds, where it has not all query rows in `memory` [2, heads, blocks]."""
     heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
     offsets, entries = view.offsets[heads], view.entries[heads]
     if chunk.num_rows == total_rows:
-        return offsets, offsets[:, 1:], offsets.stride(0)
+        return ChunkBounds(offsets, offsets[:, 1:], offsets.stride(0))
     num_blocks = offsets.shape[1] - 1
-    bounds = offsets.new_empty(2, chunk.num_heads, num_blocks)
-    grid = (triton.cdiv(num_blocks, 256), chunk.num_heads, 2)
-    run(
-        _chunk_bounds_kernel,
-        grid,
-        offsets,
-        entries,
-        bounds,
-        chunk.row_begin * topk,
-        chunk.num_rows * topk,
-        entries.shape[1],
-        num_blocks,
-        256,
-    )
-    return bounds[0], bounds[1], num_blocks
+    plan.launch(
+        _chunk_bounds_kernel, (cdiv(num_blocks, 256), chunk.num_heads, 2),
+        offsets, entries, memory, chunk.row_begin * topk, chunk.num_rows * topk, entries.shape[1], num_blocks,
+        memory.stride(0), 256,
+    )  # fmt: skip
+    return ChunkBounds(memory[0], memory[1], num_blocks)
 
 
 @triton.jit
 def _chunk_bounds_kernel(
-    offsets_ptr, entries_ptr, bounds_ptr, begin, length, num_entries, num_blocks, TILE: tl.constexpr
+    offsets_ptr, entries_ptr, bounds_ptr, begin, length, num_entries, num_blocks, stride, TILE: tl.constexpr
 ):  # fmt: skip
     """For every block, the first of its entries that is at least `begin`, and that is at least begin + length."""
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -150,5 +149,5 @@ def _chunk_bounds_kernel(
         is_before = tl.load(entries_ptr + middle, mask=searching, other=0) < value
         low = tl.where(searching & is_before, middle + 1, low)
         high = tl.where(searching & (is_before == 0), middle, high)
-    place = (tl.program_id(2) * tl.num_programs(1) + head).to(tl.int64) * num_blocks + block
+    place = tl.program_id(2).to(tl.int64) * stride + head.to(tl.int64) * num_blocks + block
     tl.store(bounds_ptr + place, low, mask=mask)

@@ -12,8 +12,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moba.layout import Sequences
+
+
+def bounds_of(sequences: Sequences) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The tensors that say where sequences lie, in the order in which operators and `Sequences` take them."""
+    return sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k
 
 
 def num_global_blocks(sequences: Sequences, block_size: int) -> int:

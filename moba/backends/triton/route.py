@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from moba import routing
 from moba.backends.triton.case import Case
-from moba.backends.triton.means import block_means
-from moba.backends.triton.primitives import num_global_blocks
+from moba.backends.triton.launch import Plan, cdiv, make_plan, next_power_of_2, run_planned
+from moba.backends.triton.means import plan_block_means
 from moba.backends.triton.select import _select_kernel
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
@@ -55,17 +54,34 @@ def select(
     keep_recent: int,
 ) -> Tensor:
     """The routing by mean-key scores: int32 [R, T, H, K]. Arguments as in `Sequences` and `Selection`."""
-    num_rows, num_queries, num_heads, _ = q.shape
-    sequences = Sequences(num_rows, num_queries, k.shape[1], key_start, key_end, cu_q, cu_k)
-    indices = q.new_empty((num_rows, num_queries, num_heads, topk), dtype=torch.int32)
+    indices = q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
     if cu_q is not None and cu_q.numel() == 1:
         return indices.fill_(-1)
     if indices.numel():
-        means = block_means(k, sequences, block_size)
-        selection = Selection(block_size, topk, keep_first, keep_recent, routing.mean_key_scores)
-        arguments = select_arguments(q, means, indices, sequences, selection, arch_of(q.device))
-        _select_kernel[(num_rows * arguments["num_tiles"], num_heads)](**arguments)
+        run_planned(
+            _plan_select, q, k, indices, key_start, key_end, cu_q, cu_k, device=q.device,
+            block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent, arch=arch_of(q.device),
+        )  # fmt: skip
     return indices
+
+
+def _plan_select(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    *bounds: Tensor | None,
+    block_size: int,
+    topk: int,
+    keep_first: int,
+    keep_recent: int,
+    arch: int,
+) -> None:
+    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds)
+    selection = Selection(block_size, topk, keep_first, keep_recent, routing.mean_key_scores)
+    means = plan_block_means(plan, k, sequences, block_size)
+    arguments = select_arguments(q, means, indices, sequences, selection, arch)
+    plan.launch(_select_kernel, (q.shape[0] * arguments["num_tiles"], q.shape[2]), **arguments)
 
 
 @select.register_fake
@@ -89,7 +105,7 @@ def select_arguments(
 ) -> dict[str, Any]:
     """Arguments of one launch of the selection kernel."""
     places = selection.topk - 1 - selection.keep_first - selection.keep_recent
-    padded_dim = max(16, triton.next_power_of_2(q.shape[3]))
+    padded_dim = max(16, next_power_of_2(q.shape[3]))
     config = lookup(
         "select", arch, head_dim=padded_dim, block_size=selection.block_size, element_bytes=q.element_size()
     )
@@ -110,7 +126,7 @@ def select_arguments(
         "topk": selection.topk,
         "keep_first": selection.keep_first,
         "keep_recent": selection.keep_recent,
-        "num_tiles": triton.cdiv(sequences.num_queries, config["TILE_M"]),
+        "num_tiles": cdiv(sequences.num_queries, config["TILE_M"]),
         "heads_per_kv_head": q.shape[2] // means.shape[1],
         "q_stride_r": q.stride(0),
         "q_stride_t": q.stride(1),
@@ -138,14 +154,16 @@ def _aot_case(arch: int, dtype: torch.dtype, head_dim: int, topk: int, kind: str
     q = torch.empty(1, 131072, 16, head_dim, dtype=dtype, device="meta")
     bound = torch.empty(1, dtype=torch.int32, device="meta") if kind == "padded" else None
     cu = torch.empty(5, dtype=torch.int32, device="meta") if kind == "packed" else None
-    sequences = Sequences(1, 131072, 131072, bound, bound, cu, cu)
-    means = q.new_empty(16, num_global_blocks(sequences, 128), head_dim).transpose(0, 1)
     indices = q.new_empty((1, 131072, 16, topk), dtype=torch.int32)
-    selection = Selection(128, topk, 0, 0, routing.mean_key_scores)
+    plan = make_plan(
+        _plan_select, q, q, indices, bound, bound, cu, cu,
+        block_size=128, topk=topk, keep_first=0, keep_recent=0, arch=arch,
+    )  # fmt: skip
+    *_, (kernel, arguments) = plan.launches()
     chosen = {("plain", 128, 8, torch.bfloat16), ("packed", 80, 3, torch.bfloat16), ("plain", 256, 16, torch.float16)}
     return Case(
         f"select {str(dtype)[6:]} D={head_dim} topk={topk} {kind}",
-        _select_kernel,
-        select_arguments(q, means, indices, sequences, selection, arch),
+        kernel,
+        arguments,
         representative=(kind, head_dim, topk, dtype) in chosen and (arch == 90 or topk == 8),
     )

@@ -6,6 +6,9 @@ The arguments `key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr` are those of `mob
 import triton
 import triton.language as tl
 
+from moba.backends.triton.launch import cdiv
+from moba.layout import Sequences
+
 
 @triton.jit
 def last_at_most(ptr, count, value, DIVISOR: tl.constexpr, STEP: tl.constexpr):
@@ -136,9 +139,9 @@ def query_tile_span(
     return row, first_query, query_begin, query_end, offset, sequence_start
 
 
-def num_query_tiles(sequences, tile_m: int) -> tuple[int, int]:
+def num_query_tiles(sequences: Sequences, tile_m: int) -> tuple[int, int]:
     """Grid size for `query_tile_span`, and its tiles_per_row."""
     if sequences.cu_q is not None:
         return sequences.num_queries // tile_m + 2 * sequences.cu_q.numel(), 0
-    tiles_per_row = triton.cdiv(sequences.num_queries, tile_m) + (0 if sequences.num_queries == 1 else 1)
+    tiles_per_row = cdiv(sequences.num_queries, tile_m) + (0 if sequences.num_queries == 1 else 1)
     return sequences.num_rows * tiles_per_row, tiles_per_row
