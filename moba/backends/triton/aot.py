@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moba.backends.triton.case import Case
 from moba.backends.triton.tuning import ARCHITECTURES
 
-MODULES = ("means", "route", "by_block", "attend_cases")
+MODULES = ("means", "route", "by_block", "attend_cases", "decode_cases")
 
 # Shared memory that one program may opt in to, in bytes.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
