@@ -14,8 +14,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from moba.config import MoBAConfig
 from moba.hf.attention import moba_attention_forward, read_config
 from moba.hf.layout import layout_mask
+from moba.hf.paged import enable_paged
 
-__all__ = ["get_moba_config", "register_moba", "set_moba_config"]
+__all__ = ["enable_paged", "get_moba_config", "register_moba", "set_moba_config"]
 
 
 def register_moba(config: MoBAConfig | None = None) -> None:

@@ -74,7 +74,7 @@ def moba_attention_forward(
     Raises:
         ValueError: naming what MoBA cannot honour.
     """
-    _refuse(module, dropout, is_causal, kwargs)
+    refuse_unknown(module, dropout, is_causal, kwargs)
     config = layer_config(module, default)
     backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -147,7 +147,7 @@ def _is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
     return config.is_full_layer(layer, model_config.num_hidden_layers)
 
 
-def _refuse(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     """Raise for everything that would change the attention and that MoBA does not know."""
     if dropout:
         raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.attention_dropout=0.0")
