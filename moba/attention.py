@@ -277,6 +277,8 @@ def _paged_sequences(
     require_int("block_size", block_size, 1)
     if not isinstance(page_table, Tensor) or page_table.dtype != torch.int32 or page_table.ndim != 2:
         raise ValueError(f"page_table must be an int32 tensor [B, pages], got {_describe(page_table)}")
+    if page_table.shape[1] < 1:
+        raise ValueError("page_table must have at least one column, got none")
     if page_table.shape[0] != rows.shape[0]:
         raise ValueError(f"page_table must have a row for each of q's {rows.shape[0]}, got {page_table.shape[0]}")
     if page_table.device != pages.device:

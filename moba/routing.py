@@ -21,8 +21,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
-# Small enough for a chunk of scores to stay in a core's cache.
+# Elements, few enough for a chunk of scores, or of keys as they are summed, to stay in a core's cache.
 _SCORES_PER_CHUNK = 1 << 20
+_KEYS_PER_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,31 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     Returns:
         [..., S // block_size, G, D] in k's dtype.
 
-    Numerics: accumulated in fp32 (fp64 for fp64 keys) and rounded once to k's dtype.
+    Numerics: accumulated in fp32 (fp64 for fp64 keys) and rounded once to k's dtype. Summed by halves, with additions
+        of whole tensors only, so a block's mean is the same bits among whichever blocks and in whichever memory layout
+        it is computed.
     Source: MoBA, eq. 6.
     """
     num_finished = k.shape[-3] // block_size
     blocks = k[..., : num_finished * block_size, :, :].unflatten(-3, (num_finished, block_size))
-    return blocks.mean(dim=-3, dtype=accumulation_dtype(k.dtype)).to(k.dtype)
+    means = k.new_empty(*blocks.shape[:-3], *blocks.shape[-2:])
+    at_once = max(1, _KEYS_PER_CHUNK // max(1, means[..., :1, :, :].numel() * block_size))
+    for start in range(0, num_finished, at_once):
+        some = slice(start, start + at_once)
+        means[..., some, :, :] = _sum_by_halves(blocks[..., some, :, :, :]) / block_size
+    return means
+
+
+def _sum_by_halves(x: Tensor) -> Tensor:
+    """Sum of [..., n, G, D] over n, in the accumulation dtype."""
+    count = x.shape[-3]
+    half = (count + 1) // 2
+    total = x[..., :half, :, :].to(accumulation_dtype(x.dtype), copy=True)
+    total[..., : count - half, :, :] += x[..., half:, :, :]
+    while half > 1:
+        count, half = half, (half + 1) // 2
+        total[..., : count - half, :, :] += total[..., half:count, :, :]
+    return total[..., 0, :, :]
 
 
 def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:

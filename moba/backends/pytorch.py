@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from moba.backends import dense
+from moba.backends.cached import append_means as append_means
+from moba.backends.cached import decode as decode
 from moba.combine import combine
 from moba.layout import Sequences, Span
 from moba.routing import accumulation_dtype, by_block, outside_graphs
