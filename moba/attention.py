@@ -249,6 +249,7 @@ def append_block_means(
     _check_tensors(k, k, k, ndim=4)
     require_int("num_new", num_new, 0)
     require_int("block_size", block_size, 1)
+    require_one_of("backend", backend, BACKENDS)
     if page_table is not None:
         if key_start is not None:
             raise ValueError("key_start cannot be combined with page_table: rows begin with their first page")

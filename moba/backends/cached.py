@@ -62,12 +62,12 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route by the means and attend to the selected keys. See `moba.backends` for the contract."""
+    if q.numel() == 0:
+        lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+        return torch.empty_like(q), lse, q.new_empty(*q.shape[:3], selection.topk, dtype=torch.int32)
     positions = sequences.positions(q.device).long()
     chosen = _route(q, means, positions, sequences, selection)
-    if chosen.numel() == 0:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    else:
-        out, lse = _attend(q, k, v, chosen, positions, sequences, selection.block_size, scale)
+    out, lse = _attend(q, k, v, chosen, positions, sequences, selection.block_size, scale)
     indices = F.pad(chosen, (0, selection.topk - chosen.shape[-1]), value=-1)
     return out, lse, indices
 

@@ -1,0 +1,423 @@
+"""Decoding with block means, over every backend: the same function as attention that computes the means itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, make_qkv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import attend_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moba import append_block_means, moba_attention, moba_attention_paged
+from moba.backends import cached, load
+
+BOTH = {"return_lse": True, "return_routing": True}
+BLOCK, TOPK = 8, 3
+
+
+def int32(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def empty_means(k, block_size=BLOCK):
+    """Room for the means of keys [B, S, G, D], poisoned."""
+    return k.new_full((k.shape[0], k.shape[1] // block_size, *k.shape[2:]), torch.nan)
+
+
+def means_of(k, backend, block_size=BLOCK, **bounds):
+    means = empty_means(k, block_size)
+    append_block_means(means, k, num_new=k.shape[1], block_size=block_size, backend=backend, **bounds)
+    return means
+
+
+def same_bits(a, b):
+    return torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30)) and torch.equal(a.isnan(), b.isnan())
+
+
+CASES = {
+    "one query": (1, 1, 37, 2, 2, 16, 8, 3),
+    "batch of two": (2, 1, 40, 2, 1, 16, 16, 2),
+    "nine heads of three": (1, 1, 50, 9, 3, 32, 16, 2),
+    "several queries": (2, 5, 45, 4, 2, 16, 8, 3),
+    "sixteen queries": (1, 16, 45, 2, 1, 16, 8, 3),
+    "head dim 80": (1, 2, 48, 2, 1, 80, 16, 2),
+    "head dim 1": (1, 3, 20, 1, 1, 1, 4, 2),
+    "own block only": (1, 3, 40, 2, 1, 16, 16, 1),
+    "block of one": (1, 3, 20, 2, 1, 16, 1, 4),
+    "block of seven": (1, 3, 45, 2, 1, 16, 7, 3),
+    "block longer than the sequence": (1, 3, 20, 2, 1, 16, 64, 3),
+    "topk above the number of blocks": (1, 3, 40, 2, 1, 16, 16, 9),
+    "first token": (1, 1, 1, 2, 1, 16, 8, 3),
+    "many blocks": (1, 2, 130, 2, 1, 16, 4, 5),
+    "no query": (1, 0, 9, 2, 1, 16, 8, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_definition(backend, device, case, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        q = torch.zeros(1, 1, 1, 16, dtype=dtype)
+        assert "float64" in load(backend).unsupported(q, q)
+        pytest.skip("the triton backend refuses fp64 by design")
+    *shape, block_size, topk = CASES[case]
+    q, k, v = make_qkv(*shape, dtype=dtype, device=device, exact_for=block_size)
+    options = {"block_size": block_size, "topk": topk}
+    expected_out, expected_lse, expected_indices = attend_batch(q.cpu(), k.cpu(), v.cpu(), **options)
+    means = means_of(k, backend, block_size)
+    out, lse, routing = moba_attention(q, k, v, **options, block_means=means, backend=backend, **BOTH)
+    assert torch.equal(routing.indices.cpu(), expected_indices)
+    assert routing.indices.dtype == torch.int32
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(out, expected_out, TOLERANCE[dtype])
+    assert_close(lse, expected_lse, LSE_TOLERANCE[dtype])
+
+
+def test_token_by_token_is_prefill(backend, device):
+    """Every block boundary is crossed; keys and means that are not there yet are NaN."""
+    q, k, v = make_qkv(2, 45, 45, 4, 2, 16, device=device, exact_for=BLOCK)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend, **BOTH}
+    whole = moba_attention(q, k, v, **options)
+    cached_k, cached_v, means = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan), empty_means(k)
+    for end in range(1, 46):
+        cached_k[:, end - 1], cached_v[:, end - 1] = k[:, end - 1], v[:, end - 1]
+        key_end = int32([end, end], device)
+        append_block_means(means, cached_k, num_new=1, block_size=BLOCK, key_end=key_end, backend=backend)
+        for bounds, keys, values in (({}, k[:, :end], v[:, :end]), ({"key_end": key_end}, cached_k, cached_v)):
+            step = moba_attention(q[:, end - 1 : end], keys, values, block_means=means, **options, **bounds)
+            assert_close(step[0], whole[0][:, end - 1 : end], 2e-6)
+            assert_close(step[1], whole[1][:, end - 1 : end], 2e-6)
+            assert torch.equal(step[2].indices, whole[2].indices[:, end - 1 : end])
+    assert torch.equal(means, means_of(k, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 16), (7, 5), (1, 3), (12, 1)])
+def test_means_are_the_same_bits_however_keys_arrive(backend, device, dtype, block_size, head_dim):
+    k = torch.randn(2, 50, 3, head_dim, device=device).to(dtype)
+    expected = means_of(k, backend, block_size)
+    wide = k.double().cpu()[:, : 50 // block_size * block_size].unflatten(1, (-1, block_size)).mean(2)
+    assert_close(expected, wide, TOLERANCE[dtype])
+    heads_first = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert same_bits(means_of(heads_first, backend, block_size), expected)
+    for steps in ([50], [1] * 50, [20, 1, 29], [3, 4, 8, 16, 19]):
+        means, end = empty_means(k, block_size), 0
+        for num_new in steps:
+            end += num_new
+            append_block_means(means, heads_first[:, :end], num_new=num_new, block_size=block_size, backend=backend)
+        assert same_bits(means, expected)
+
+
+def test_means_are_those_that_routing_scores(backend, device):
+    """Given means and computed ones choose the same blocks on real numbers, too: scores closer than rounding apart."""
+    q, k, v = make_qkv(2, 4, 64, 4, 2, 16, device=device)
+    options = {"block_size": 4, "topk": 4, "backend": backend, "return_routing": True}
+    expected = moba_attention(q, k, v, **options)
+    actual = moba_attention(q, k, v, **options, block_means=means_of(k, backend, 4))
+    assert torch.equal(actual[1].indices, expected[1].indices)
+    assert_close(actual[0], expected[0], 2e-6)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    starts=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    steps=st.lists(st.integers(1, 16), min_size=1, max_size=4),
+    block_size=st.integers(1, 12),
+    topk=st.integers(1, 5),
+    kept=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    group=st.integers(1, 3),
+)
+def test_ragged_batches(backend, device, lengths, starts, steps, block_size, topk, kept, group):
+    """Rows with padding before, poison around, and fewer keys than queries."""
+    rows, starts = len(lengths), starts[: len(lengths)]
+    first = min(kept[0], topk - 1)
+    keep = {"keep_first": first, "keep_recent": min(kept[1], topk - 1 - first)}
+    num_keys = max(s + n for s, n in zip(starts, lengths, strict=True)) + 3
+    num_queries = min(steps[-1], num_keys)
+    q, k, v = make_qkv(rows, num_queries, num_keys, group, 1, 16, device=device, exact_for=block_size)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for x in (k, v):
+            x[row, :start], x[row, start + length :] = torch.nan, torch.nan
+    bounds = {"key_start": int32(starts, device), "key_end": None}
+    means = empty_means(k, block_size)
+    # The last keys of each row, in steps; a longer row's first keys come before all of them.
+    steps = [num_keys, *steps]
+    for i, num_new in enumerate(steps):
+        ends = [s + max(0, n - sum(steps[i + 1 :])) for s, n in zip(starts, lengths, strict=True)]
+        bounds["key_end"] = int32(ends, device)
+        append_block_means(means, k, num_new=num_new, block_size=block_size, backend=backend, **bounds)
+    options = {"block_size": block_size, "topk": topk, **keep}
+    out, lse, routing = moba_attention(q, k, v, **options, **bounds, block_means=means, backend=backend, **BOTH)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    expected = attend_batch(q.cpu(), k.cpu(), v.cpu(), **options, **{n: b.cpu() for n, b in bounds.items()})
+    assert torch.equal(routing.indices.cpu(), expected[2])
+    assert_close(out, expected[0], 2e-5)
+    assert_close(lse, expected[1], 2e-5)
+
+
+@pytest.mark.parametrize("padding", [1, 8, 11])
+def test_padded_query_rows(backend, device, padding):
+    q, k, v = make_qkv(2, 12, 30, 4, 2, 16, device=device)
+    bounds = {"key_start": int32([3, 30 - 12 + padding], device)}
+    out, lse, routing = moba_attention(
+        q, k, v, block_size=BLOCK, topk=TOPK, block_means=means_of(k, backend, **bounds), backend=backend, **bounds,
+        **BOTH,
+    )  # fmt: skip
+    assert (out[1, :padding] == 0).all()
+    assert (lse[1, :padding] == -torch.inf).all()
+    assert (routing.indices[1, :padding] == -1).all()
+    assert torch.isfinite(lse[1, padding:]).all()
+
+
+def moba_scores(q, means):
+    """The default rule, written as a user would write it; unfinished blocks would make it NaN everywhere."""
+    means = means.repeat_interleave(q.shape[1] // means.shape[1], dim=1)
+    scores = torch.einsum("thd,nhd->thn", q, means)
+    return scores + 0 * scores.sum()
+
+
+@pytest.mark.parametrize("router", ["mean", "recent", "sink", moba_scores, lambda q, m: -moba_scores(q, m)], ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["unpaged", "paged"])
+def test_routers(backend, device, router, paged):
+    q, k, v = make_qkv(2, 3, 60, 4, 2, 16, device=device, exact_for=6)
+    options = {"block_size": 6, "topk": 4, "router": router, "backend": backend, **BOTH}
+    key_end = int32([60, 41], device)
+    expected = moba_attention(q, k, v, key_end=key_end, **options)
+    if paged:
+        pages = Pages(k, v, [60, 41], page_size=12, block_size=6)
+        actual = moba_attention_paged(q, **pages.filled(backend), **options)
+    else:
+        means = means_of(k, backend, 6, key_end=key_end)
+        actual = moba_attention(q, k, v, key_end=key_end, block_means=means, **options)
+    assert torch.equal(actual[2].indices, expected[2].indices)
+    assert_close(actual[0], expected[0], 2e-6)
+    assert_close(actual[1], expected[1], 2e-6)
+
+
+class Pages:
+    """Rows of k and v [B, S, G, D] laid into shuffled pages among unused ones; all that is not theirs is poisoned."""
+
+    def __init__(self, k, v, lengths, page_size, block_size):
+        self.k, self.v, self.lengths, self.page_size, self.block_size = k, v, lengths, page_size, block_size
+        counts = [-(-length // page_size) for length in lengths]
+        num_pages = sum(counts) + 3
+        free = torch.randperm(num_pages).tolist()
+        # Entries behind a row's last page name no page.
+        table = torch.full((len(lengths), -(-k.shape[1] // page_size) + 1), 1 << 30, dtype=torch.int32)
+        shape = (num_pages, page_size, *k.shape[2:])
+        self.k_pages, self.v_pages = (k.new_full(shape, torch.nan) for _ in range(2))
+        for row, length in enumerate(lengths):
+            for i in range(counts[row]):
+                page = free.pop()
+                table[row, i] = page
+                keys = slice(i * page_size, min(length, (i + 1) * page_size))
+                count = keys.stop - keys.start
+                self.k_pages[page, :count], self.v_pages[page, :count] = k[row, keys], v[row, keys]
+        self.table, self.key_end = table.to(k.device), int32(lengths, k.device)
+        self.means = k.new_full((num_pages, max(1, page_size // block_size), *k.shape[2:]), torch.nan)
+
+    def append(self, num_new, backend, ends=None):
+        key_end = self.key_end if ends is None else int32(ends, self.k.device)
+        append_block_means(self.means, self.k_pages, num_new=num_new, block_size=self.block_size, key_end=key_end,
+                           page_table=self.table, backend=backend)  # fmt: skip
+
+    def filled(self, backend):
+        self.append(10**6, backend)
+        return self.arguments()
+
+    def arguments(self):
+        return {"k_pages": self.k_pages, "v_pages": self.v_pages, "page_table": self.table, "key_end": self.key_end,
+                "block_means": self.means}  # fmt: skip
+
+    def expected_means(self, backend):
+        """What the pages' means must be, from the rows' own."""
+        means = torch.full_like(self.means, torch.nan)
+        for row, length in enumerate(self.lengths):
+            of_row = means_of(self.k[row : row + 1, :length], backend, self.block_size)[0]
+            for block, mean in enumerate(of_row):
+                token = block * self.block_size
+                page = self.table[row, token // self.page_size]
+                means[page, token % self.page_size // self.block_size] = mean
+        return means
+
+
+@pytest.mark.parametrize("queries", [1, 4, 20])
+@pytest.mark.parametrize(("page_size", "block_size"), [(8, 8), (16, 4), (4, 8), (2, 8), (6, 6), (3, 6), (32, 8)])
+def test_pages(backend, device, page_size, block_size, queries):
+    q, k, v = make_qkv(3, queries, 45, 4, 2, 16, device=device, exact_for=block_size)
+    lengths = [45, 32, 7]
+    pages = Pages(k, v, lengths, page_size, block_size)
+    options = {"block_size": block_size, "topk": 3, "backend": backend, **BOTH}
+    out, lse, routing = moba_attention_paged(q, **pages.filled(backend), **options)
+    assert same_bits(pages.means, pages.expected_means(backend))
+    expected = moba_attention(q, k, v, key_end=pages.key_end, **options)
+    assert torch.equal(routing.indices, expected[2].indices)
+    assert_close(out, expected[0], 2e-6)
+    assert_close(lse, expected[1], 2e-6)
+
+
+@pytest.mark.parametrize(("page_size", "block_size"), [(8, 4), (2, 4)])
+def test_pages_token_by_token(backend, device, page_size, block_size):
+    """Rows of different lengths grow together; one of them is empty at first."""
+    _, k, v = make_qkv(3, 1, 40, 2, 1, 16, device=device)
+    pages = Pages(k, v, [40, 29, 21], page_size, block_size)
+    for left in range(21, -1, -1):
+        pages.append(1 if left < 21 else 10**6, backend, [length - left for length in pages.lengths])
+    assert same_bits(pages.means, pages.expected_means(backend))
+
+
+def test_unselected_keys_and_means_of_later_blocks_are_not_read(backend, device):
+    if backend == "reference":
+        pytest.skip("the reference masks what is not selected, so it reads every key")
+    q, k, v = make_qkv(1, 1, 60, 2, 1, 16, device=device)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend, **BOTH}
+    means = torch.cat([means_of(k, backend), torch.full_like(k[:, :3], torch.nan)], dim=1)
+    expected = moba_attention(q, k, v, block_means=means, **options)
+    unchosen = ~expected[2].block_mask(8).any(dim=2).any(dim=1)[0]
+    assert unchosen.sum() >= 3
+    poison = unchosen.repeat_interleave(BLOCK)[:60]
+    k, v = (x.masked_fill(poison[None, :, None, None], torch.nan) for x in (k, v))
+    actual = moba_attention(q, k, v, block_means=means, **options)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_the_given_means_decide(backend, device):
+    q, k, v = make_qkv(1, 2, 60, 2, 1, 16, device=device)
+    means = means_of(k, backend)
+    options = {"block_size": BLOCK, "topk": 2, "backend": backend, "return_routing": True}
+    _, routing = moba_attention(q, k, v, block_means=-means, **options)
+    _, opposite = moba_attention(-q, k, v, block_means=means, **options)
+    assert torch.equal(routing.indices, opposite.indices)
+    _, computed = moba_attention(q, k, v, **options)
+    assert not torch.equal(routing.indices, computed.indices)
+
+
+@pytest.mark.parametrize("view", ["heads first", "sliced", "interleaved", "expanded batch"])
+def test_strides(backend, device, view):
+    q, k, v = make_qkv(2, 2, 40, 4, 2, 16, device=device)
+    k, v = (x[:1].repeat(2, 1, 1, 1) for x in (k, v))
+    means = means_of(k, backend)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend}
+    expected = moba_attention(q, k, v, block_means=means, **options)
+    if view == "heads first":
+        k, v, means = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v, means))
+    elif view == "sliced":
+        k, v, means = (torch.cat([x, x[..., :5]], dim=3)[..., :16] for x in (k, v, means))
+    elif view == "interleaved":
+        k, v = torch.stack([k, v], dim=3).unbind(3)
+    else:
+        k, v, means = (x[:1].expand(2, -1, -1, -1) for x in (k, v, means))
+    assert_close(moba_attention(q, k, v, block_means=means, **options), expected, 2e-6)
+
+
+def test_more_queries_and_gradients_take_the_prefills_way(backend, device):
+    q, k, v = make_qkv(1, 17, 45, 2, 1, 16, device=device)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend}
+    means = means_of(k, backend)
+    assert torch.equal(moba_attention(q, k, v, block_means=means, **options), moba_attention(q, k, v, **options))
+    q = q[:, :2].clone().requires_grad_()
+    grads = [torch.autograd.grad(moba_attention(q, k, v, **options, **given).sum(), q)[0]
+             for given in ({}, {"block_means": means})]  # fmt: skip
+    assert torch.equal(*grads)
+
+
+def test_bitwise_repeatable(backend, device):
+    q, k, v = make_qkv(2, 3, 150, 4, 2, 16, dtype=torch.bfloat16, device=device)
+    options = {"block_size": 16, "topk": 3, "backend": backend, "return_lse": True}
+    means = means_of(k, backend, 16)
+    first = moba_attention(q, k, v, block_means=means, **options)
+    for _ in range(3):
+        again = moba_attention(q, k, v, block_means=means, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operator made while this was active."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.num_elements = max(self.num_elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "padded", "paged"])
+def test_nothing_grows_with_the_context(kind, dtype, monkeypatch):
+    """Of the pytorch backend, whose every allocation is an operator's result."""
+    monkeypatch.setattr(cached, "WORKSPACE_BYTES", 8192)
+    largest = []
+    for num_keys in (2048, 16384):
+        q, k, v = make_qkv(1, 1, num_keys, 2, 1, 32, dtype=dtype)
+        means, options = means_of(k, "pytorch", 64), {"block_size": 64, "topk": 3, "backend": "pytorch"}
+        pages = Pages(k, v, [num_keys], 64, 64)
+        bounds = {"key_start": int32([64], "cpu")} if kind == "padded" else {}
+        with LargestNewTensor() as made:
+            if kind == "paged":
+                pages.append(1, "pytorch")
+                moba_attention_paged(q, **pages.arguments(), **options)
+            else:
+                append_block_means(means, k, num_new=1, block_size=64, backend="pytorch", **bounds)
+                moba_attention(q, k, v, block_means=means, **options, **bounds)
+        largest.append(made.num_elements)
+    # A query row reads 192 keys; the scores of 256 blocks are fewer numbers than those keys.
+    assert largest[0] == largest[1]
+
+
+def test_refusals():
+    q, k, v = make_qkv(2, 1, 40, 4, 2, 16)
+    means = means_of(k, "pytorch")
+    options = {"block_size": BLOCK, "topk": TOPK}
+
+    def refuses(match, **changes):
+        with pytest.raises(ValueError, match=match):
+            moba_attention(q, k, v, **{**options, "block_means": means, **changes})
+
+    refuses(r"block_means must be torch.float32 \[2, at least 5, 2, 16\].*got torch.float32 \(2, 4, 2, 16\)",
+            block_means=means[:, :4])  # fmt: skip
+    refuses("block_means must be torch.float32", block_means=means.double())
+    refuses("block_means must be", block_means=3)
+    refuses("last dimension of block_means", block_means=means.transpose(2, 3).contiguous().transpose(2, 3))
+    routing = moba_attention(q, k, v, **options, return_routing=True)[1]
+    refuses("cannot be combined with `routing`", routing=routing)
+    for match, changes in {
+        "num_new must be an integer >= 0, got -1": {"num_new": -1},
+        "block_size must be an integer >= 1": {"block_size": 0},
+        "means must be": {"means": means[:1]},
+        "key_start must be an int32": {"key_start": torch.zeros(2)},
+        "0 <= key_start <= key_end <= S = 40": {"key_end": int32([41, 3], "cpu")},
+        "backend must be": {"backend": "none"},
+        "key_start cannot be combined with page_table": {
+            "key_start": int32([0, 0], "cpu"), "page_table": int32([[0], [1]], "cpu")},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            append_block_means(**{"means": means, "k": k, "num_new": 1, "block_size": BLOCK, **changes})
+
+
+def test_refusals_of_pages():
+    q, k, v = make_qkv(2, 1, 40, 4, 2, 16)
+    pages = Pages(k, v, [40, 30], 8, 8).filled("pytorch")
+    for match, changes in {
+        "block_size must divide the page size 8 or be a multiple of it, got 3": {"block_size": 3},
+        r"block_means must be torch.float32 \(12, 2, 2, 16\)": {"block_size": 4},
+        r"page_table must be an int32 tensor \[B, pages\], got torch.int64": {"page_table": pages["page_table"].long()},
+        "page_table must have a row for each of q's 2, got 1": {"page_table": pages["page_table"][:1]},
+        "page_table must have at least one column": {"page_table": pages["page_table"][:, :0]},
+        "key_end must be given": {"key_end": None},
+        "key_end must be an int32 tensor": {"key_end": pages["key_end"].long()},
+        "0 <= key_start <= key_end <= S = 48": {"key_end": int32([49, 1], "cpu")},
+        "at least one page": {"k_pages": k[:0], "v_pages": v[:0]},
+        "inference only": {"q": q.clone().requires_grad_()},
+        "topk must be": {"topk": 0},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            moba_attention_paged(**{"q": q, "block_size": 8, "topk": 3, **pages, **changes})
