@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moba.backends.triton.backward import plan_backward
-from moba.backends.triton.by_block import new_view
+from moba.backends.triton.by_block import new_view, plan_group_by_block
 from moba.backends.triton.forward import plan_forward
 from moba.backends.triton.launch import Plan, run_planned
 from moba.backends.triton.plan import View
@@ -84,8 +84,7 @@ def plan_attend(
 ) -> None:  # fmt: skip
     """The launches of `moba::triton_attend`."""
     sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), View(offsets, entries)
-    if q.numel() == 0 or indices.shape[3] == 1:
-        plan.zero(offsets)
+    plan_group_by_block(plan, indices, *view, sequences, options["block_size"], options["arch"])
     if q.numel():
         plan_forward(plan, q, k, v, indices, view, out, lse, sequences, **options)
 

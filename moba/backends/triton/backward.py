@@ -26,7 +26,6 @@ from moba.backends.triton.plan import (
     chunk_bounds,
     chunks,
     key_sources,
-    overlapped,
     padded_head_dim,
     tile_sizes,
     windows,
@@ -136,7 +135,7 @@ def plan_backward(
     kv_head_bytes = sums_bytes + (group * total_rows * row_bytes if is_fused else 0)
     num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
 
-    def add_own(chunk: Chunk, partial: Tensor) -> None:
+    def add_own(partial: Tensor, chunk: Chunk) -> None:
         plan.launch(_dq_own_kernel, (num_tiles, chunk.num_heads),
             q, *own_keys, d_out, lse2, delta, indices, partial, d_q, *strides, *indices.stride()[:3],
             chunk.first_head, chunk.row_begin, chunk.num_rows, num_heads=num_heads,
@@ -145,66 +144,46 @@ def plan_backward(
         )  # fmt: skip
 
     at_once = max(1, min(num_kv_heads, workspace_bytes // max(1, kv_head_bytes)))
-    if is_fused and at_once < num_kv_heads:
-        at_once = max(1, at_once // 2)
     at_once = cdiv(num_kv_heads, cdiv(num_kv_heads, at_once))
-    kv_parts = [range(first, min(first + at_once, num_kv_heads)) for first in range(0, num_kv_heads, at_once)]
-    extra = sums = None
+    extra = sums = partial = None
     if num_extra:
         extra = plan.buffer(at_once, num_blocks + 1, dtype=torch.int32)
         sums = plan.buffer(at_once, 2 * num_extra, 2, block_size, head_dim, dtype=torch.float32)
-
-    def add_keys(kv_heads: range, partial: Tensor | None) -> None:
-        """dK and dV of some key/value heads, and if fused the dQ partials of their query heads."""
+    if is_fused:
+        partial = plan.buffer(at_once * group, topk - 1, total_rows, head_dim, dtype=q.dtype)
+    for first_kv_head in range(0, num_kv_heads, at_once):
+        kv_heads = min(at_once, num_kv_heads - first_kv_head)
         if num_extra:
-            plan.launch(_count_segments_kernel, (len(kv_heads),),
-                view.offsets, extra, kv_heads[0], segment_length, num_blocks, GROUP=group, TILE=1024,
+            plan.launch(_count_segments_kernel, (kv_heads,),
+                view.offsets, extra, first_kv_head, segment_length, num_blocks, GROUP=group, TILE=1024,
             )  # fmt: skip
         key_tiles = cdiv(block_size, dkv["TILE_N"])
-        plan.launch(_dkv_kernel, ((num_extra + num_blocks) * key_tiles, len(kv_heads)),
+        plan.launch(_dkv_kernel, ((num_extra + num_blocks) * key_tiles, kv_heads),
             q, k, v, d_out, lse2, delta, view.offsets, view.entries, extra, d_k, d_v, sums, partial, *strides,
-            num_entries, kv_heads[0], num_kv_heads, segment_length, num_extra, cu_q_ptr=sequences.cu_q,
+            num_entries, first_kv_head, num_kv_heads, segment_length, num_extra, cu_q_ptr=sequences.cu_q,
             **layout, **blocks, **scales, **shape, **sparse, **one_row,
             **dkv, WITH_D_Q=is_fused,
         )  # fmt: skip
         if num_extra:
-            plan.launch(_reduce_segments_kernel, (num_extra, cdiv(block_size, 32), len(kv_heads)),
-                extra, sums, d_k, d_v, kv_heads[0], num_kv_heads, num_extra, cu_q_ptr=sequences.cu_q,
+            plan.launch(_reduce_segments_kernel, (num_extra, cdiv(block_size, 32), kv_heads),
+                extra, sums, d_k, d_v, first_kv_head, num_kv_heads, num_extra, cu_q_ptr=sequences.cu_q,
                 **layout, **blocks, **shape, BLOCK_SIZE=block_size, TILE_N=32, num_warps=4,
             )  # fmt: skip
-
+        if partial is not None:
+            add_own(partial, Chunk(first_kv_head * group, kv_heads * group, 0, total_rows))
     if is_fused:
-        fused = plan.buffer(min(2, len(kv_parts)), at_once * group, topk - 1, total_rows, head_dim, dtype=q.dtype)
-        overlapped(
-            plan,
-            kv_parts,
-            lambda heads, slot: add_keys(heads, fused[slot]),
-            lambda heads, slot: add_own(Chunk(heads[0] * group, len(heads) * group, 0, total_rows), fused[slot]),
-        )
         return
 
-    start = plan.record()
-    with plan.on_stream(2):
-        plan.wait(start)
-        for kv_heads in kv_parts:
-            add_keys(kv_heads, None)
-        has_keys = plan.record()
-
     parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
-    largest = parts[0].num_heads * parts[0].num_rows
-    partial = plan.buffer(min(2, len(parts)), topk - 1, largest * head_dim, dtype=q.dtype)
+    partial = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows * head_dim, dtype=q.dtype)
     bounds_memory = plan.buffer(2, parts[0].num_heads, num_blocks, dtype=torch.int32)
-
-    def add_past(chunk: Chunk, slot: int) -> None:
-        if topk == 1:
-            return
-        first, last, stride_first = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-        plan.launch(_dq_past_kernel, (windows(view, past), chunk.num_heads),
-            q, *past_keys, d_out, lse2, delta, view.offsets, first, last, view.entries, partial[slot], *strides,
-            stride_first, num_entries, chunk.first_head, chunk.row_begin, chunk.num_rows,
-            **layout, **blocks, **scales, **shape, **sparse, **one_row,
-            WITH_TMA=past_keys[0] is not k, **past,
-        )  # fmt: skip
-
-    overlapped(plan, parts, add_past, lambda chunk, slot: add_own(chunk, partial[slot]))
-    plan.wait(has_keys)
+    for chunk in parts:
+        if topk > 1:
+            first, last, stride_first = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
+            plan.launch(_dq_past_kernel, (windows(view, past), chunk.num_heads),
+                q, *past_keys, d_out, lse2, delta, view.offsets, first, last, view.entries, partial, *strides,
+                stride_first, num_entries, chunk.first_head, chunk.row_begin, chunk.num_rows,
+                **layout, **blocks, **scales, **shape, **sparse, **one_row,
+                WITH_TMA=past_keys[0] is not k, **past,
+            )  # fmt: skip
+        add_own(partial, chunk)

@@ -17,17 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.by_block import plan_group_by_block
 from moba.backends.triton.launch import Plan, next_power_of_2
 from moba.backends.triton.plan import (
     LOG2_E,
-    Chunk,
     View,
     chunk_bounds,
     chunks,
     keeps_keys,
     key_sources,
-    overlapped,
     padded_head_dim,
     tile_sizes,
     windows,
@@ -252,7 +249,7 @@ def plan_forward(
     """Attention over a routing. See `moba.backends` for the contract.
 
     Args:
-        indices: int32 [R, T, H, K]. view: memory for the same routing by block, which the plan fills too.
+        indices: int32 [R, T, H, K]. view: the same routing by block.
         out: [R, T, H, D] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
         workspace_bytes: bound on the memory of partials; more heads than fit are taken in turn.
         arch: compute capability whose row of the tuning table is taken.
@@ -284,45 +281,22 @@ def plan_forward(
     total_rows = num_rows * num_queries
 
     parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
-    slots, largest = min(2, len(parts)), parts[0].num_heads * parts[0].num_rows
-    partial = plan.buffer(slots, topk - 1, largest * head_dim, dtype=q.dtype)
-    partial_lse = plan.buffer(slots, topk - 1, largest, dtype=torch.float32)
+    partial = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows * head_dim, dtype=q.dtype)
+    partial_lse = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows, dtype=torch.float32)
     bounds_memory = plan.buffer(2, parts[0].num_heads, view.offsets.shape[1] - 1, dtype=torch.int32)
-    start = plan.record() if len(parts) > 1 else None
-
-    def group(chunk: Chunk) -> None:
-        """The by-block view of a chunk's heads, while the chunk before is attended to."""
-        heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
-        plan_group_by_block(
-            plan, indices[:, :, heads], view.offsets[heads], view.entries[heads], sequences, block_size, arch
-        )  # fmt: skip
-
-    def attend_past(chunk: Chunk, slot: int) -> None:
-        if topk == 1:
-            return
-        if start is None:
-            group(chunk)
-        elif chunk.row_begin == 0:
-            with plan.on_stream(2):
-                plan.wait(start)
-                group(chunk)
-                grouped = plan.record()
-            plan.wait(grouped)
-        first, last, stride_first = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-        plan.launch(past_kernel, (windows(view, past), chunk.num_heads),
-            q, *past_keys, view.offsets, first, last, view.entries, partial[slot], partial_lse[slot], *strides,
-            stride_first, view.entries.shape[1], chunk.first_head, chunk.row_begin, chunk.num_rows,
-            scale * LOG2_E, num_queries, num_keys, *bounds, sequences.cu_k, num_sequences,
-            view.offsets.shape[1] - 1, sequences.num_blocks(block_size), **shape,
-            ONE_ROW=num_rows == 1, WITH_TMA=past_keys[0] is not k, **past,
-        )  # fmt: skip
-
-    def attend_own(chunk: Chunk, slot: int) -> None:
+    for chunk in parts:
+        if topk > 1:
+            first, last, stride_first = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
+            plan.launch(past_kernel, (windows(view, past), chunk.num_heads),
+                q, *past_keys, view.offsets, first, last, view.entries, partial, partial_lse, *strides,
+                stride_first, view.entries.shape[1], chunk.first_head, chunk.row_begin, chunk.num_rows,
+                scale * LOG2_E, num_queries, num_keys, *bounds, sequences.cu_k, num_sequences,
+                view.offsets.shape[1] - 1, sequences.num_blocks(block_size), **shape,
+                ONE_ROW=num_rows == 1, WITH_TMA=past_keys[0] is not k, **past,
+            )  # fmt: skip
         plan.launch(_attend_own_kernel, (num_tiles, chunk.num_heads),
-            q, *own_keys, indices, partial[slot], partial_lse[slot], out, lse, *strides, *indices.stride()[:3],
+            q, *own_keys, indices, partial, partial_lse, out, lse, *strides, *indices.stride()[:3],
             chunk.first_head, chunk.row_begin, chunk.num_rows, scale * LOG2_E, num_queries, num_keys, num_heads,
             *bounds, sequences.cu_q, sequences.cu_k, num_sequences, tiles_per_row, **shape,
             WITH_TMA=own_keys[0] is not k, **own,
         )  # fmt: skip
-
-    overlapped(plan, parts, attend_past, attend_own)

@@ -3,18 +3,12 @@
 Building takes host code: choosing tiles, cutting chunks, a kernel's forty arguments. It sees stand-ins of the tensors,
 on the "meta" device, so aot.py builds the same plans without a GPU. Running takes the tensors' pointers, one allocation
 for all buffers, and one driver call a kernel.
-
-A plan may use several streams: number 0 is the caller's current stream, the others are side streams of the device. A
-stream waits for what it needs of another by an event; by a plan's end its stream 0 has waited for all others. Where
-there are no streams, on a CPU, steps run in the order in which they were added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -64,35 +58,16 @@ class _Descriptor(NamedTuple):
     padding: str = "zero"
 
 
-class _Kernel(NamedTuple):
+class _Step(NamedTuple):
+    """One launch; without a kernel, the zeroing of a tensor."""
+
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
-class _Zero(NamedTuple):
-    source: int
-
-
-class _Record(NamedTuple):
-    event: int
-
-
-class _Wait(NamedTuple):
-    event: int
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the steps of one run work with. Sources are the plan's tensors, then its buffers as bytes."""
-
-    sources: Sequence[Tensor | None]
-    pointers: Sequence[int]
-    streams: Sequence[torch.cuda.Stream]
-    events: Sequence[torch.cuda.Event]
-
-
-_Action = Callable[[_Run], object]
+# A launch that is ready: it takes all pointers, the tensors, and the memory of the buffers.
+_Launch = Callable[[list[int], Sequence[Tensor | None], Tensor], object]
 
 
 class Plan:
@@ -104,147 +79,111 @@ class Plan:
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self._num_tensors = len(tensors)
-        self._stand_ins = list(tensors)
-        self._sizes: list[int] = []
-        self._steps: list[tuple[int, _Kernel | _Zero | _Record | _Wait]] = []
-        self._num_streams = 1
-        self._num_events = 0
-        self._stream = 0
-        self._ready: list[_Action] | None = None
+        self._tensors = list(tensors)
+        self._offsets: list[int] = []
+        self._num_bytes = 0
+        self._steps: list[_Step] = []
+        self._ready: list[_Launch] | None = None
 
     def buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that lives while the plan runs: a stand-in, which may be viewed and sliced, to give to `launch`."""
         buffer = torch.empty(shape, dtype=dtype, device="meta")
-        self._stand_ins.append(buffer)
-        self._sizes.append(cdiv(buffer.numel() * buffer.element_size(), ALIGNMENT) * ALIGNMENT)
+        self._tensors.append(buffer)
+        self._offsets.append(self._num_bytes)
+        self._num_bytes += cdiv(buffer.numel() * buffer.element_size(), ALIGNMENT) * ALIGNMENT
         return buffer
-
-    @contextmanager
-    def on_stream(self, stream: int) -> Iterator[None]:
-        """Steps that are added inside run on this stream."""
-        before, self._stream = self._stream, stream
-        self._num_streams = max(self._num_streams, stream + 1)
-        yield
-        self._stream = before
-
-    def record(self) -> int:
-        """An event: all that was added to this stream so far is done."""
-        self._add(_Record(self._num_events))
-        self._num_events += 1
-        return self._num_events - 1
-
-    def wait(self, event: int) -> None:
-        """What is added to this stream from here on begins after the event."""
-        self._add(_Wait(event))
 
     def zero(self, tensor: Tensor) -> None:
         """Fill a tensor or buffer, not a view of one, with zeros."""
-        self._add(_Zero(self._place(tensor).source))
+        self._steps.append(_Step(None, (), {"tensor": self._place(tensor)}))
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Run a kernel on a grid. Tensors among its arguments are tensors or buffers of the plan, or views of them."""
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         arguments = {name: self._place(x) if isinstance(x, (Tensor, Tiles)) else x for name, x in named.items()}
-        self._add(_Kernel(kernel, (*grid, 1, 1)[:3], arguments))
-
-    def _add(self, step: _Kernel | _Zero | _Record | _Wait) -> None:
-        self._steps.append((self._stream, step))
+        self._steps.append(_Step(kernel, grid, arguments))
 
     def _place(self, x: Tensor | Tiles) -> _Place:
         tensor = x if isinstance(x, Tensor) else x.tensor
         storage = tensor.untyped_storage()._cdata
-        for source, known in enumerate(self._stand_ins):
+        for source, known in enumerate(self._tensors):
             if known is not None and known.untyped_storage()._cdata == storage:
                 return _Place(source, int(tensor.storage_offset()), x if isinstance(x, Tiles) else None)
         raise AssertionError(f"a tensor of shape {tuple(tensor.shape)} is none of the plan's")
 
     def launches(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Every kernel with its arguments by name, tensors on "meta"."""
-        for _, step in self._steps:
-            if isinstance(step, _Kernel):
-                yield step.kernel, {name: _argument(x, self._stand_ins) for name, x in step.arguments.items()}
+        for step in self._steps:
+            if step.kernel is not None:
+                yield step.kernel, {name: _argument(x, self._tensors) for name, x in step.arguments.items()}
 
     def run(self, *tensors: Tensor | None, device: torch.device) -> None:
-        """Run every step on tensors like those that the plan was built for."""
-        with _current(device):
-            memory = torch.empty(sum(self._sizes), dtype=torch.uint8, device=device).split(self._sizes)
-            sources = [*tensors, *memory]
-            streams: list[torch.cuda.Stream] = []
-            if self._num_streams > 1 and device.type == "cuda":
-                streams = [torch.cuda.current_stream(device), *_side_streams(device)[: self._num_streams - 1]]
-            events = [torch.cuda.Event() for _ in range(self._num_events)] if streams else []
-            run = _Run(sources, [0 if x is None else x.data_ptr() for x in sources], streams, events)
+        """Run every launch on the device's current stream, on tensors like those that the plan was built for."""
+        with _on(device):
+            memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
             if self._ready is None:
-                self._first_run(run)
+                self._first_run(tensors, memory)
                 return
-            for action in self._ready:
-                action(run)
+            start = memory.data_ptr()
+            pointers = [0 if x is None else x.data_ptr() for x in tensors]
+            pointers += [start + offset for offset in self._offsets]
+            for launch in self._ready:
+                launch(pointers, tensors, memory)
 
-    def _first_run(self, run: _Run) -> None:
-        """Run every step, kernels through Triton, which compiles what it has to."""
-        num = self._num_tensors
-        buffers = zip(run.sources[num:], self._stand_ins[num:], strict=True)
-        typed = [*run.sources[:num], *(x.view(y.dtype) for x, y in buffers if x is not None and y is not None)]
-        ready: list[_Action] = []
-        for stream, step in self._steps:
-            if isinstance(step, _Kernel):
-                arguments = {name: _argument(x, typed) for name, x in step.arguments.items()}
-                with torch.cuda.stream(run.streams[stream]) if run.streams else nullcontext():
-                    compiled = step.kernel[step.grid](**arguments)
-                if compiled is not None:  # the interpreter compiles nothing
-                    ready.append(self._relaunch(stream, step, compiled))
-            else:
-                action = self._action(stream, step)
-                action(run)
-                ready.append(action)
+    def _first_run(self, tensors: Sequence[Tensor | None], memory: Tensor) -> None:
+        """Launch through Triton, which compiles what it has to."""
+        ends = [*self._offsets, self._num_bytes][1:]
+        stand_ins = self._tensors[self._num_tensors :]
+        buffers = [
+            memory[start:end].view(x.dtype)
+            for start, end, x in zip(self._offsets, ends, stand_ins, strict=True)
+            if x is not None
+        ]
+        sources = [*tensors, *buffers]
+        ready: list[_Launch] = []
+        for step in self._steps:
+            if step.kernel is None:
+                ready.append(self._zeroing(step))
+                ready[-1]([], tensors, memory)
+                continue
+            compiled = step.kernel[step.grid](**{name: _argument(x, sources) for name, x in step.arguments.items()})
+            if compiled is not None:  # the interpreter compiles nothing
+                ready.append(self._repeat(step, compiled))
         if len(ready) == len(self._steps):
             self._ready = ready
 
-    def _action(self, stream: int, step: _Zero | _Record | _Wait) -> _Action:
-        if isinstance(step, _Zero):
-            source = step.source
+    def _zeroing(self, step: _Step) -> _Launch:
+        source = step.arguments["tensor"].source
+        if source < self._num_tensors:
+            return lambda pointers, tensors, memory: tensors[source].zero_()
+        stand_in = self._tensors[source]
+        start = self._offsets[source - self._num_tensors]
+        end = start + stand_in.numel() * stand_in.element_size()
+        return lambda pointers, tensors, memory: memory[start:end].zero_()
 
-            def zero(run: _Run) -> None:
-                tensor = run.sources[source]
-                assert tensor is not None
-                with torch.cuda.stream(run.streams[stream]) if run.streams else nullcontext():
-                    tensor.zero_()
-
-            return zero
-        event = step.event
-
-        def record(run: _Run) -> None:
-            if run.streams:
-                run.events[event].record(run.streams[stream])
-
-        def wait(run: _Run) -> None:
-            if run.streams:
-                run.streams[stream].wait_event(run.events[event])
-
-        return record if isinstance(step, _Record) else wait
-
-    def _relaunch(self, stream: int, step: _Kernel, compiled: Any) -> _Action:
+    def _repeat(self, step: _Step, compiled: Any) -> _Launch:
         """Launch a compiled kernel again: in place of tensors, their pointers."""
-        launch = compiled[step.grid]
+        run = compiled[(*step.grid, 1, 1)[:3]]
         template = [step.arguments[name] for name in step.kernel.arg_names]
-        places = [(i, x) for i, x in enumerate(template) if isinstance(x, _Place)]
-        pointers = [(i, x.source, x.offset * self._element_size(x.source)) for i, x in places if x.tiles is None]
-        tiles = [(i, x.source, x.tiles[1:]) for i, x in places if x.tiles is not None]
+        pointers_at, tiles_at = [], []
+        for i, x in enumerate(template):
+            if isinstance(x, _Place):
+                tensor = self._tensors[x.source]
+                assert tensor is not None
+                if x.tiles is None:
+                    pointers_at.append((i, x.source, x.offset * tensor.element_size()))
+                else:
+                    tiles_at.append((i, x.source, x.tiles[1:]))
 
-        def relaunch(run: _Run) -> None:
+        def launch(pointers: list[int], tensors: Sequence[Tensor | None], memory: Tensor) -> None:
             values = template.copy()
-            for i, source, offset in pointers:
-                values[i] = run.pointers[source] + offset
-            for i, source, parts in tiles:
-                values[i] = _Descriptor(run.sources[source], *parts)
-            launch(*values, stream=run.streams[stream].cuda_stream if run.streams else None)
+            for i, source, offset in pointers_at:
+                values[i] = pointers[source] + offset
+            for i, source, tiles in tiles_at:
+                values[i] = _Descriptor(tensors[source], *tiles)
+            run(*values)
 
-        return relaunch
-
-    def _element_size(self, source: int) -> int:
-        stand_in = self._stand_ins[source]
-        assert stand_in is not None
-        return stand_in.element_size()
+        return launch
 
 
 def _argument(x: Any, sources: Sequence[Tensor | None]) -> Any:
@@ -259,16 +198,11 @@ def _argument(x: Any, sources: Sequence[Tensor | None]) -> Any:
     return tensor.as_strided((1,), (1,), tensor.storage_offset() + x.offset) if x.offset else tensor
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def _on(device: torch.device) -> AbstractContextManager[object]:
     """Kernels are launched on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
-
-
-@cache
-def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(2)]
 
 
 _plans: dict[Any, Plan] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from moba.backends.triton.launch import Plan, Tiles, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
-
-Part = TypeVar("Part")
 
 LOG2_E = 1.4426950408889634
 # Most bytes of K, and of V, that a program keeps on chip.
@@ -93,15 +90,11 @@ def key_sources(k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: bool) -> 
 
 
 def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
-    """Cut heads, and where one head is too large query rows too, so that partials fit the budget.
-
-    All at once if they fit; otherwise two chunks at a time do, as `overlapped` needs.
+    """Cut heads, and where one head is too large query rows too, so that a chunk's partials fit the budget.
 
     Args:
         row_bytes: bytes of partials of one query of one head.
     """
-    if num_heads * num_rows * row_bytes > budget_bytes:
-        budget_bytes //= 2
     heads = min(num_heads, max(1, budget_bytes // max(1, num_rows * row_bytes)))
     heads = cdiv(num_heads, cdiv(num_heads, heads))
     rows = num_rows
@@ -112,30 +105,6 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
         for head in range(0, num_heads, heads)
         for row in range(0, num_rows, rows)
     ]
-
-
-def overlapped(
-    plan: Plan, parts: Sequence[Part], fill: Callable[[Part, int], None], drain: Callable[[Part, int], None]
-) -> None:
-    """For every part fill(part, slot), then drain(part, slot), which overlaps the next part's fill on another stream.
-
-    Two slots of memory are used in turn; a lone part has slot 0 and one stream.
-    """
-    if len(parts) == 1:
-        fill(parts[0], 0)
-        drain(parts[0], 0)
-        return
-    drained: list[int] = []
-    for number, part in enumerate(parts):
-        if number >= 2:
-            plan.wait(drained[number - 2])
-        fill(part, number % 2)
-        filled = plan.record()
-        with plan.on_stream(1):
-            plan.wait(filled)
-            drain(part, number % 2)
-            drained.append(plan.record())
-    plan.wait(drained[-1])
 
 
 class ChunkBounds(NamedTuple):
