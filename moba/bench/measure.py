@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+LEAST_SECONDS = 0.05
+MOST_RUNS = 50
+
 _SELF = Path("/proc/self")
 
 
@@ -30,7 +33,8 @@ def measure(function: Callable[[], object], device: torch.device, *, warmups: in
         function: what to measure; its result is dropped.
         device: where it runs. CUDA is timed with events, the CPU with a clock.
         warmups: runs before the first measured one; one of them, or the first measured, gives the peak memory.
-        repeats: measured runs.
+        repeats: measured runs. On CUDA both are raised for short functions, up to LEAST_SECONDS or MOST_RUNS each:
+            the host, too, needs some runs to warm up.
 
     Returns:
         The median and the peak; the peak is None where the system does not tell it.
@@ -56,8 +60,15 @@ def _measure_cuda(function: Callable[[], object], warmups: int, repeats: int) ->
     function()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
+    start_time = time.perf_counter()
     for _ in range(warmups - 1):
         function()
+    torch.cuda.synchronize()
+    if warmups > 1:
+        runs = min(MOST_RUNS, int(LEAST_SECONDS * (warmups - 1) / (time.perf_counter() - start_time)))
+        for _ in range(runs - warmups):
+            function()
+        repeats = max(repeats, runs)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in pairs:
         start.record()
