@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, *, dtype=torch.float32, device="cpu", exact_for=None):
@@ -41,3 +42,17 @@ def assert_close(actual, expected, tolerance):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # The log-sum-exp is fp32 for half inputs too, but torch's CPU kernel takes a cheaper exp for them.
 LSE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operator made while this was active."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.num_elements = max(self.num_elements, x.untyped_storage().nbytes() // x.element_size())
+        return result

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, make_qkv
+from helpers import LSE_TOLERANCE, TOLERANCE, LargestNewTensor, assert_close, make_qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import attend_batch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba import append_block_means, moba_attention, moba_attention_paged
 from moba.backends import cached, load
@@ -334,20 +333,6 @@ def test_bitwise_repeatable(backend, device):
     for _ in range(3):
         again = moba_attention(q, k, v, block_means=means, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-class LargestNewTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operator made while this was active."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        for x in result if isinstance(result, tuple) else (result,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.num_elements = max(self.num_elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

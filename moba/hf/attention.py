@@ -5,8 +5,9 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MoBAConfig
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
 from moba.routing import Routing
+
+if TYPE_CHECKING:
+    from moba.cache import BlockMeans
+
+logger = logging.getLogger("moba")
+_has_advised = False
 
 # What models pass along that does not change the attention itself.
 HARMLESS = frozenset(
@@ -56,7 +63,8 @@ def moba_attention_forward(
     """MoBA, or full attention where the config says so, for one layer of a transformers model.
 
     A call with one query and several keys is a decode step and follows `config.decode`. A prompt's last chunk cannot be
-    told from one if it has one token, and several tokens proposed at once (speculative decoding) look like a chunk.
+    told from one if it has one token, except inside `MoBACache.reading`; several tokens proposed at once (speculative
+    decoding) look like a chunk.
 
     Args:
         module: the attention layer; its `config.moba` overrides `default`.
@@ -79,9 +87,14 @@ def moba_attention_forward(
     backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layout = _layout(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, module)
-    is_decode = q.shape[1] == 1 and k.shape[1] > 1
+    cached: BlockMeans | None = getattr(key, "moba_block_means", None)
+    is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
-    if not _is_full_layer(module, config) and not (is_decode and config.decode == "full"):
+    is_full = _is_full_layer(module, config)
+    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full)
+    if not is_full and not (is_decode and config.decode == "full"):
+        if is_decode and cached is None:
+            _advise_cache()
         options = {
             "block_size": config.block_size,
             "topk": config.topk,
@@ -89,6 +102,7 @@ def moba_attention_forward(
             "keep_recent": config.keep_recent,
             "router": config.router,
             "backend": backend,
+            **({} if means is None else {"block_means": means}),
         }
         if observe is None:
             return _attend(q, k, v, layout, scaling, options), None
@@ -111,6 +125,34 @@ def moba_attention_forward(
     # One block that holds every key is full attention, and needs no T × S mask for padding and packing.
     whole = {"block_size": max(k.shape[1], 1), "topk": 1, "backend": backend}
     return _attend(q, k, v, layout, scaling, whole), None
+
+
+def _block_means(
+    cached: BlockMeans,
+    k: Tensor,
+    layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
+    config: MoBAConfig,
+    backend: str,
+    is_full: bool,
+) -> Tensor | None:
+    """The cache's means, brought up to date with k [B, S, G, D]; None where they do not serve."""
+    is_packed = isinstance(layout, (PackedRows, tuple))
+    if is_full or is_packed or torch.is_autocast_enabled(k.device.type):
+        cached.skip()
+        return None
+    start, end = (layout.key_start, layout.query_end) if isinstance(layout, PaddedRows) else (None, None)
+    return cached.update(k, block_size=config.block_size, key_start=start, key_end=end, backend=backend)
+
+
+def _advise_cache() -> None:
+    """Say once that decoding computes all block means anew at every step."""
+    global _has_advised
+    if not _has_advised and not torch.compiler.is_compiling():
+        _has_advised = True
+        logger.warning(
+            'decode="moba" without a MoBACache computes the means of all blocks at every step; pass '
+            "past_key_values=moba.cache.MoBACache(model.config) to generate or to the model"
+        )
 
 
 def layer_config(module: nn.Module, default: MoBAConfig | None) -> MoBAConfig:

@@ -1,0 +1,365 @@
+"""MoBACache: transformers' key-value cache with the mean of every finished block beside the keys.
+
+cache = MoBACache(model.config)
+model.generate(**inputs, past_key_values=cache)
+
+A layer's keys reach the attention function with its `BlockMeans` attached. That function knows where each row begins
+(left padding) and which settings hold, so it brings the means up to date: once for each block, when the block is
+finished, by the function that a prefill computes them with.
+
+Letters: B batch, S cached tokens, G key/value heads, D head dim, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from moba.attention import append_block_means
+from moba.config import require_int
+
+# Room for keys grows by this part of what is there, so appending a token copies a fixed number of keys on average.
+GROWTH = 1 / 4
+LEAST_GROWTH = 256
+
+
+class Phase:
+    """What a cache's user is doing, shared by its layers."""
+
+    is_prefill = False
+
+
+class BlockMeans:
+    """The means of the finished blocks of one layer, kept current by the attention function.
+
+    Attributes:
+        means: [B, G, N, D], room for as many blocks as there is room for keys; None before the first use.
+        phase: what the cache's user is doing.
+    """
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        self.means: Tensor | None = None
+        self._block_size = 0
+        self._key_start: Tensor | None = None
+        self._room = 0
+        self._num_new = 0
+        self._has_keys = False
+        self._is_complete = True  # but for the noted keys
+
+    def note(self, num_new: int, room: int) -> None:
+        """Keys were appended: `num_new` of them, to a layer with room for `room`."""
+        if self._num_new:
+            self._is_complete = False
+        self._num_new, self._room = num_new, room
+
+    def update(
+        self, k: Tensor, *, block_size: int, key_start: Tensor | None, key_end: Tensor | None, backend: str
+    ) -> Tensor:
+        """Compute the means of the blocks that the noted keys finished; of all blocks where some keys were not seen, as
+        under another attention, or were cut into other blocks.
+
+        Args:
+            k: [B, S, G, D], all keys of the layer.
+            block_size, key_start, key_end, backend: as in `moba_attention`. That a row begins elsewhere than before is
+                noticed on a CPU only: a GPU is not waited for.
+
+        Returns:
+            [B, N, G, D], as `moba_attention` takes them.
+        """
+        is_continued = self._is_complete and (not self._has_keys or self._fits(k, block_size, key_start))
+        means = self._with_room(k, block_size)
+        append_block_means(
+            means, k, num_new=self._num_new if is_continued else k.shape[1], block_size=block_size,
+            key_start=key_start, key_end=key_end, backend=backend,
+        )  # fmt: skip
+        self._block_size, self._key_start = block_size, key_start
+        self._num_new, self._has_keys, self._is_complete = 0, True, True
+        return means
+
+    def skip(self) -> None:
+        """The layer does without means; should it need them later, `update` computes them all."""
+        self.means, self._num_new, self._is_complete = None, 0, False
+
+    def reset(self) -> None:
+        """The layer's keys are gone."""
+        self._num_new, self._has_keys, self._is_complete = 0, False, True
+
+    def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """The layer's rows were reordered, repeated or selected by `take`."""
+        self.means = None if self.means is None else take(self.means)
+        self._key_start = None if self._key_start is None else take(self._key_start)
+
+    def _fits(self, k: Tensor, block_size: int, key_start: Tensor | None) -> bool:
+        """Whether the means so far belong to these keys, cut into these blocks."""
+        means = self.means
+        if means is None or self._block_size != block_size or means.dtype != k.dtype or means.device != k.device:
+            return False
+        if k.device.type != "cpu" or torch.compiler.is_compiling():
+            return True
+        zero = torch.zeros(k.shape[0], dtype=torch.int32)
+        before, now = (zero if start is None else start for start in (self._key_start, key_start))
+        return torch.equal(before, now)
+
+    def _with_room(self, k: Tensor, block_size: int) -> Tensor:
+        """The means [B, N, G, D] with room for every block, those of before in their places."""
+        shape = (k.shape[0], k.shape[2], self._room // block_size, k.shape[3])
+        means = self.means
+        if means is None or means.shape != shape or means.dtype != k.dtype or means.device != k.device:
+            with torch.inference_mode(False):
+                self.means = torch.empty(shape, dtype=k.dtype, device=k.device)
+            if means is not None and means.shape[:2] == shape[:2]:
+                num_kept = min(means.shape[2], shape[2])
+                self.means[:, :, :num_kept] = means[:, :, :num_kept]
+        assert self.means is not None
+        return self.means.transpose(1, 2)
+
+
+class _MoBALayer:
+    """What both kinds of layers have beside their keys and values."""
+
+    block_means: BlockMeans
+
+    def with_means(self, keys: Tensor, num_new: int, room: int) -> Tensor:
+        """The keys as they go to the attention function."""
+        self.block_means.note(num_new, room)
+        keys.moba_block_means = self.block_means  # type: ignore[attr-defined]
+        return keys
+
+
+class MoBADynamicLayer(_MoBALayer, DynamicLayer):
+    """Keys and values that grow in place, in room made for a quarter more at a time, and their block means."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.block_means = BlockMeans(phase)
+        self._rooms: tuple[Tensor, Tensor] | None = None  # of keys and values, which are views of their fronts
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shape from the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._use((key_states[:, :, :0], value_states[:, :, :0]), 0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, G, T, D]; all of them [B, G, S, D], views.
+
+        Raises:
+            ValueError: if a gradient is asked for, which an append in place cannot give.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError("a MoBACache serves inference only: call the model under torch.no_grad()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._rooms is not None
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        if stop > self._rooms[0].shape[2]:
+            self._grow(key_states, value_states, stop)
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = states
+        self._use(self._rooms, stop)
+        return self.with_means(self.keys, stop - start, self._rooms[0].shape[2]), self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens, as transformers' layers do; a finished block that stays keeps its mean."""
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Drop all tokens and their memory."""
+        self.keys = self.values = self._rooms = None
+        self.is_initialized = False
+        self.block_means.reset()
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU. The means stay: they are needed at once, and small."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move keys and values back."""
+        self._move(getattr(self, "device", "cpu"))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self._take_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._take_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only."""
+        self._take_rows(lambda x: x[indices.to(x.device)])
+
+    def _use(self, rooms: tuple[Tensor, Tensor], length: int) -> None:
+        self._rooms = rooms
+        self.keys, self.values = (room[:, :, :length] for room in rooms)
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, least: int) -> None:
+        """Make room for `least` tokens and some more."""
+        length = self.keys.shape[2]
+        room = least + max(LEAST_GROWTH, int(least * GROWTH))
+        grown = []
+        for before, states in ((self.keys, key_states), (self.values, value_states)):
+            batch, num_heads, _, head_dim = states.shape
+            # A tensor made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                grown.append(torch.empty(batch, num_heads, room, head_dim, dtype=states.dtype, device=states.device))
+            grown[-1][:, :, :length] = before
+        self._use((grown[0], grown[1]), length)
+
+    def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self._replace(take)
+            self.block_means.take_rows(take)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized and self.keys.device != torch.device(device):
+            self._replace(lambda x: x.to(device, non_blocking=True))
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        assert self._rooms is not None
+        length = self.keys.shape[2]
+        with torch.inference_mode(False):
+            keys, values = (change(room) for room in self._rooms)
+        self._use((keys, values), length)
+
+
+class MoBAStaticLayer(_MoBALayer, StaticLayer):
+    """Keys and values in room made beforehand, and their block means."""
+
+    is_croppable = True
+
+    def __init__(self, phase: Phase, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.block_means = BlockMeans(phase)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the room."""
+        with torch.inference_mode(False):
+            super().lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, G, T, D]; the whole room [B, G, max_cache_len, D]."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return self.with_means(keys, key_states.shape[2], self.max_cache_len), values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove tokens.
+
+        Raises:
+            ValueError: for a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be negative or 0, got {tokens_to_remove}")
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reset(self) -> None:
+        """Drop all tokens, keep the memory."""
+        super().reset()
+        self.block_means.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        if self.is_initialized:
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self.block_means.take_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+
+class MoBACache(Cache):
+    """A cache for `generate` and for a model's forward pass: `past_key_values=MoBACache(model.config)`.
+
+    What it holds is what transformers' DynamicCache or StaticCache holds, and for layers that MoBA runs in, the mean of
+    every finished block: 1/block_size of the keys' memory. With `decode="moba"` a step then reads these means and the
+    selected blocks only. The block size is that of the attention that uses the cache. Cropping, beam search, copying
+    (copy.deepcopy) and continuing with new text keep the means right.
+
+    Args:
+        config: the model's config.
+        max_cache_len: tokens to make room for beforehand, which allows compiled steps; None: the room grows, by a
+            quarter at a time, so appending a token copies five keys on average and not all of them.
+        offloading: keep the keys and values of all but the running layer on the CPU, as transformers' caches do.
+
+    Raises:
+        ValueError: if max_cache_len is not a number of tokens.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, offloading: bool = False) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config must be a transformers model's config, got {type(config).__name__}")
+        self.phase = Phase()
+        if max_cache_len is None:
+            layers = [
+                MoBADynamicLayer(self.phase) if type(layer) is DynamicLayer else layer
+                for layer in DynamicCache(config=config).layers
+            ]
+        else:
+            require_int("max_cache_len", max_cache_len, 1)
+            layers = [
+                MoBAStaticLayer(self.phase, max_cache_len) if type(layer) is StaticLayer else layer
+                for layer in StaticCache(config=config, max_cache_len=max_cache_len).layers
+            ]
+        super().__init__(layers=layers, offloading=offloading)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, a forward pass of one token is a chunk of a prompt, and no step of decoding."""
+        self.phase.is_prefill = True
+        try:
+            yield
+        finally:
+            self.phase.is_prefill = False
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write keys and values to a file, from which `load` restores a cache that gives the same results."""
+        layers = []
+        layer: Any
+        for layer in self.layers:
+            length = int(layer.get_seq_length()) if hasattr(layer, "keys") else 0
+            layers.append([x[:, :, :length].clone() for x in (layer.keys, layer.values)] if length else None)
+        torch.save({"moba_cache": 1, "layers": layers}, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        config: PreTrainedConfig,
+        *,
+        max_cache_len: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> MoBACache:
+        """A cache with the tokens that `save` wrote.
+
+        Args:
+            path: the file. device: where the model is.
+            config, max_cache_len: as for a new cache.
+
+        Raises:
+            ValueError: if the file is no saved cache, or not of such a model.
+            OSError: if it cannot be read.
+        """
+        cache = cls(config, max_cache_len=max_cache_len)
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            layers = saved["layers"]
+        except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a saved MoBACache") from error
+        if len(layers) != len(cache.layers):
+            raise ValueError(f"{path} holds a cache of {len(layers)} layers, the model has {len(cache.layers)}")
+        layer: Any
+        for layer, tensors in zip(cache.layers, layers, strict=True):
+            if tensors is not None:
+                layer.update(*tensors)
+        return cache

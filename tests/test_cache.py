@@ -1,0 +1,388 @@
+"""MoBACache: generation, chunks, cropping, beams, copies, with the means always those of the cached keys."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+
+import pytest
+import torch
+from helpers import LargestNewTensor, assert_close
+from tiny_models import random_tokens, tiny_model
+from transformers import StaticCache
+
+from moba import MoBAConfig, register_moba
+from moba.cache import GROWTH, LEAST_GROWTH, MoBACache
+from moba.hf import attention as hf_attention
+from moba.routing import block_means
+
+SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
+CLOSE = 1e-4
+PROMPT, NEW = 45, 12
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_moba(MoBAConfig(**SPARSE))
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model()
+
+
+@pytest.fixture(params=["dynamic", "static"])
+def new_cache(request):
+    length = None if request.param == "dynamic" else 96
+    return lambda model: MoBACache(model.config, max_cache_len=length)
+
+
+def use(model, attention="moba"):
+    model.set_attn_implementation(attention)
+    return model
+
+
+@torch.no_grad()
+def read(model, tokens, cache, chunks=None, attention="moba", **inputs):
+    """Logits of the tokens, read in chunks."""
+    use(model, attention)
+    parts = tokens.split(chunks or [tokens.shape[1]], dim=1)
+    return torch.cat([model(part, past_key_values=cache, **inputs).logits for part in parts], dim=1)
+
+
+def generate(model, tokens, attention="moba", **options):
+    options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": NEW, **options}
+    return use(model, attention).generate(tokens, **options)
+
+
+@torch.no_grad()
+def greedy_without_cache(model, tokens, steps=NEW):
+    use(model)
+    for _ in range(steps):
+        tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def check_means(cache, block_size=8, starts=None):
+    """Every finished block's mean has the bits that a prefill of the cached keys would compute."""
+    for layer in cache.layers:
+        length = int(layer.get_seq_length())
+        for row in range(layer.keys.shape[0]):
+            start = 0 if starts is None else starts[row]
+            keys = layer.keys[row, :, start:length].transpose(0, 1).contiguous()
+            expected = block_means(keys, block_size).transpose(0, 1)
+            assert torch.equal(layer.block_means.means[row, :, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 16, 7, 1])
+def test_generate_is_recomputing_every_step(model, new_cache, chunk):
+    tokens = random_tokens(2, PROMPT)
+    cache = new_cache(model)
+    actual = generate(model, tokens, past_key_values=cache, prefill_chunk_size=chunk)
+    assert torch.equal(actual, greedy_without_cache(model, tokens))
+    check_means(cache)
+
+
+@pytest.mark.parametrize("chunks", [[45], [16, 16, 13], [20, 1, 24], [44, 1], [1] * 45])
+@pytest.mark.parametrize("full_layers", [0, 2])
+def test_chunks_of_a_prompt_are_the_prompt(model, new_cache, chunks, full_layers):
+    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+    tokens = random_tokens(2, PROMPT)
+    cache = new_cache(model)
+    actual = read(model, tokens, cache, chunks)
+    with torch.no_grad():
+        assert_close(actual, model(tokens, use_cache=False).logits, CLOSE)
+    if full_layers:
+        assert [layer.block_means.means is None for layer in cache.layers] == [False, True, True]
+    else:
+        check_means(cache)
+
+
+def test_one_token_chunks_inside_reading_are_no_decoding(model, new_cache):
+    register_moba(MoBAConfig(**{**SPARSE, "decode": "full"}))
+    tokens = random_tokens(2, PROMPT)
+    with torch.no_grad():
+        expected = use(model)(tokens, use_cache=False).logits
+    cache = new_cache(model)
+    with cache.reading():
+        assert_close(read(model, tokens, cache, [44, 1]), expected, CLOSE)
+    plain = read(model, tokens, new_cache(model), [44, 1])
+    assert (plain - expected)[:, -1].abs().max() > 0.01
+    check_means(cache)
+
+
+@pytest.mark.parametrize("decode", ["moba", "full"])
+@pytest.mark.parametrize("full_layers", [0, 2])
+def test_left_padded_rows_decode_like_the_rows_alone(model, new_cache, decode, full_layers):
+    register_moba(MoBAConfig(**{**SPARSE, "decode": decode}, full_layers=full_layers))
+    tokens = random_tokens(3, PROMPT)
+    mask = torch.ones_like(tokens)
+    pads = [0, 9, 30]
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    for chunk in (None, 16):
+        cache = new_cache(model)
+        together = generate(model, tokens, attention_mask=mask, past_key_values=cache, prefill_chunk_size=chunk)
+        for row, pad in enumerate(pads):
+            alone = generate(model, tokens[row : row + 1, pad:])
+            assert torch.equal(together[row, PROMPT:], alone[0, PROMPT - pad :])
+        if not full_layers:
+            check_means(cache, starts=pads)
+
+
+def test_full_decode_keeps_the_means_current(model, new_cache):
+    """A second question after an answer: the answer was written with full attention, the question reads with MoBA."""
+    register_moba(MoBAConfig(**{**SPARSE, "decode": "full"}))
+    tokens = random_tokens(1, PROMPT)
+    cache = new_cache(model)
+    generate(model, tokens, past_key_values=cache)
+    read(model, random_tokens(1, 9), cache)
+    check_means(cache)
+
+
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_beam_search_matches_the_reference(model, new_cache, decode):
+    register_moba(MoBAConfig(**{**SPARSE, "decode": decode}))
+    tokens = random_tokens(2, PROMPT)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expected = generate(model, tokens, "moba_naive", **options)
+    cache = new_cache(model)
+    assert torch.equal(generate(model, tokens, past_key_values=cache, **options), expected)
+    # The last step's reordering moved keys and means alike.
+    check_means(cache)
+
+
+@pytest.mark.parametrize("kind", ["prompt lookup", "assistant"])
+def test_assisted_generation_is_greedy(llama, kind):
+    tokens = random_tokens(1, 12).repeat(1, 4)
+    expected = greedy_without_cache(llama, tokens, 30)
+    draft = tiny_model(num_hidden_layers=1)
+    options = {"prompt_lookup_num_tokens": 5} if kind == "prompt lookup" else {"assistant_model": use(draft)}
+    cache = MoBACache(llama.config)
+    assert torch.equal(generate(llama, tokens, past_key_values=cache, max_new_tokens=30, **options), expected)
+    check_means(cache)
+
+
+@pytest.mark.parametrize("removed", [1, 5, 8, 21])
+def test_crop_and_go_on(model, new_cache, removed):
+    tokens = random_tokens(2, PROMPT)
+    other = torch.cat([tokens[:, : PROMPT - removed], random_tokens(2, 60)[:, PROMPT:]], dim=1)
+    cache = new_cache(model)
+    read(model, tokens, cache)
+    cache.crop(-removed)
+    assert int(cache.get_seq_length()) == PROMPT - removed
+    actual = read(model, other[:, PROMPT - removed :], cache, [2] + [1] * (other.shape[1] - PROMPT + removed - 2))
+    with torch.no_grad():
+        expected = model(other, use_cache=False).logits[:, PROMPT - removed :]
+    assert_close(actual, expected, CLOSE)
+    check_means(cache)
+    cache.crop(0)
+    assert int(cache.get_seq_length()) == other.shape[1]
+
+
+ROWS = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("pads", [None, [0, 9, 30]], ids=["whole", "padded"])
+def test_rows_may_be_reordered_repeated_and_selected(model, kind, pads):
+    change, rows = ROWS[kind]
+    tokens = random_tokens(3, PROMPT + 20)
+    mask = torch.ones_like(tokens)
+    for row, pad in enumerate(pads or [0, 0, 0]):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def step(cache, rows, start, stop):
+        return read(model, tokens[rows, start:stop], cache, attention_mask=mask[rows, :stop],
+                    position_ids=positions[rows, start:stop])  # fmt: skip
+
+    cache, expected = MoBACache(model.config), MoBACache(model.config)
+    step(cache, [0, 1, 2], 0, PROMPT)
+    change(cache)
+    step(expected, rows, 0, PROMPT)
+    for start in range(PROMPT, PROMPT + 20):
+        assert_close(step(cache, rows, start, start + 1), step(expected, rows, start, start + 1), CLOSE)
+    check_means(cache, starts=None if pads is None else [pads[row] for row in rows])
+
+
+def test_static_rows_may_be_reordered(llama):
+    cache = MoBACache(llama.config, max_cache_len=64)
+    tokens = random_tokens(3, PROMPT)
+    read(llama, tokens, cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    check_means(cache)
+    logits = read(llama, tokens[[2, 2, 2], :3], cache)
+    assert_close(logits[1], logits[2], CLOSE)
+    assert (logits[0] - logits[1]).abs().max() > 0.05
+
+
+def test_reset_starts_anew(model, new_cache):
+    cache = new_cache(model)
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :11] = 0
+    read(model, random_tokens(2, PROMPT), cache, attention_mask=mask)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    tokens = random_tokens(2, 30)
+    actual = read(model, tokens, cache, [17, 1, 1, 11])
+    with torch.no_grad():
+        assert_close(actual, model(tokens, use_cache=False).logits, CLOSE)
+    check_means(cache)
+
+
+@pytest.mark.parametrize("way", ["copy", "file"])
+def test_a_prefix_is_reused(model, new_cache, way, tmp_path):
+    """Two texts go on from one saved beginning, which stays as it was."""
+    tokens = random_tokens(1, PROMPT)
+    prefix = new_cache(model)
+    read(model, tokens, prefix)
+    prefix.save(tmp_path / "prefix.pt")
+    for seed in (1, 2):
+        more = torch.randint(2, 60, (1, 20), generator=torch.Generator().manual_seed(seed))
+        length = None if prefix.layers[0].get_max_length() == -1 else 96
+        if way == "copy":
+            cache = copy.deepcopy(prefix)
+        else:
+            cache = MoBACache.load(tmp_path / "prefix.pt", model.config, max_cache_len=length)
+        text = torch.cat([tokens, more], dim=1)
+        assert torch.equal(generate(model, text, past_key_values=cache), greedy_without_cache(model, text))
+        check_means(cache)
+        assert int(prefix.get_seq_length()) == PROMPT
+
+
+def test_a_prefix_read_once_serves_a_batch(llama):
+    prefix = MoBACache(llama.config)
+    tokens = random_tokens(1, 30)
+    read(llama, tokens, prefix)
+    prefix.batch_repeat_interleave(3)
+    texts = torch.cat([tokens.expand(3, -1), random_tokens(3, 7)], dim=1)
+    assert torch.equal(generate(llama, texts, past_key_values=prefix), greedy_without_cache(llama, texts))
+
+
+def test_keys_that_other_attention_read_get_means(model, new_cache):
+    cache = new_cache(model)
+    tokens = random_tokens(2, 60)
+    read(model, tokens[:, :20], cache)
+    read(model, tokens[:, 20:40], cache, [10, 10], attention="sdpa")
+    read(model, tokens[:, 40:], cache, [19, 1])
+    check_means(cache)
+    register_moba(MoBAConfig(**{**SPARSE, "block_size": 5}))
+    read(model, tokens[:, :3], cache)
+    check_means(cache, 5)
+
+
+def test_padding_that_changes_is_noticed(llama):
+    tokens = random_tokens(1, PROMPT)
+    cache = MoBACache(llama.config)
+    read(llama, tokens, cache)
+    mask = torch.ones(1, PROMPT + 1, dtype=torch.long)
+    mask[:, :3] = 0
+    read(llama, tokens[:, :1], cache, attention_mask=mask, position_ids=torch.tensor([[PROMPT]]))
+    check_means(cache, starts=[3])
+
+
+def test_offloaded_layers_come_back(llama):
+    cache = MoBACache(llama.config)
+    tokens = random_tokens(1, PROMPT)
+    read(llama, tokens[:, :30], cache)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    actual = read(llama, tokens[:, 30:], cache)
+    with torch.no_grad():
+        assert_close(actual, llama(tokens, use_cache=False).logits[:, 30:], CLOSE)
+
+
+@pytest.mark.parametrize("length", [None, 4096], ids=["dynamic", "static"])
+def test_appending_neither_copies_nor_allocates_the_context(llama, length):
+    """But for the quarter of room that a dynamic cache adds when it is full."""
+    layer = MoBACache(llama.config, max_cache_len=length).layers[0]
+    states = torch.randn(1, 2, 1, 8)
+    layer.update(states.expand(-1, -1, 2000, -1), states.expand(-1, -1, 2000, -1))
+    address, count = layer.keys.data_ptr(), 0
+    with LargestNewTensor() as made:
+        for _ in range(LEAST_GROWTH - 1):
+            layer.update(states, states)
+            count += 1
+    assert layer.keys.data_ptr() == address
+    assert made.num_elements <= states.numel()
+    assert int(layer.get_seq_length()) == 2000 + count
+
+
+def test_room_grows_by_a_part_of_the_whole(llama):
+    layer = MoBACache(llama.config).layers[0]
+    states = torch.randn(1, 2, 1, 8)
+    expected, rooms = [], set()
+    for i in range(3000):
+        layer.update(states + i, states - i)
+        expected.append(states + i)
+        rooms.add(layer.keys.untyped_storage().nbytes() // (2 * 8 * 4))
+    rooms = sorted(rooms)
+    assert all(b >= a + LEAST_GROWTH or b >= a * (1 + GROWTH) for a, b in itertools.pairwise(rooms))
+    assert rooms[-1] <= 3000 * (1 + GROWTH) + LEAST_GROWTH
+    assert torch.equal(layer.keys, torch.cat(expected, dim=2))
+
+
+def test_memory_of_the_means(model, new_cache):
+    cache = new_cache(model)
+    generate(model, random_tokens(2, PROMPT), past_key_values=cache)
+    for layer in cache.layers:
+        keys = layer.keys.untyped_storage().nbytes()
+        assert layer.block_means.means.untyped_storage().nbytes() <= keys / SPARSE["block_size"]
+
+
+def test_inference_mode_and_no_grad_may_alternate(model, new_cache):
+    tokens = random_tokens(1, PROMPT)
+    cache = new_cache(model)
+    with torch.inference_mode():
+        model.set_attn_implementation("moba")
+        model(tokens[:, :30], past_key_values=cache)
+    actual = read(model, tokens[:, 30:], cache)
+    with torch.no_grad():
+        assert_close(actual, model(tokens, use_cache=False).logits[:, 30:], CLOSE)
+
+
+def test_a_growing_cache_serves_inference_only(llama):
+    with pytest.raises(ValueError, match="inference only: call the model under torch"):
+        use(llama)(random_tokens(1, 5), past_key_values=MoBACache(llama.config))
+
+
+def test_advice_without_a_cache_of_means(llama, monkeypatch, caplog):
+    monkeypatch.setattr(hf_attention, "_has_advised", False)
+    with caplog.at_level(logging.WARNING, logger="moba"):
+        generate(llama, random_tokens(1, PROMPT), past_key_values=MoBACache(llama.config))
+        assert not caplog.records
+        generate(llama, random_tokens(1, PROMPT))
+        generate(llama, random_tokens(1, PROMPT), past_key_values=StaticCache(llama.config, max_cache_len=80))
+    assert len(caplog.records) == 1
+    assert "past_key_values=moba.cache.MoBACache(model.config)" in caplog.text
+
+
+def test_refusals(llama, tmp_path):
+    with pytest.raises(ValueError, match="config must be a transformers model's config, got LlamaForCausalLM"):
+        MoBACache(llama)
+    with pytest.raises(ValueError, match="max_cache_len must be an integer >= 1, got 0"):
+        MoBACache(llama.config, max_cache_len=0)
+    with pytest.raises(ValueError, match="tokens_to_remove must be negative or 0, got 3"):
+        MoBACache(llama.config, max_cache_len=8).crop(3)
+    (tmp_path / "text").write_text("no cache")
+    with pytest.raises(ValueError, match="text is not a saved MoBACache"):
+        MoBACache.load(tmp_path / "text", llama.config)
+    with pytest.raises(OSError, match="none"):
+        MoBACache.load(tmp_path / "none", llama.config)
+    cache = MoBACache(llama.config)
+    read(llama, random_tokens(1, 9), cache)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="holds a cache of 3 layers, the model has 2"):
+        MoBACache.load(tmp_path / "cache", tiny_model(num_hidden_layers=2).config)
