@@ -3,11 +3,8 @@
 import typer
 
 from moba.bench.attention import attention
+from moba.bench.decode import decode
 
 app = typer.Typer(help="Measure MoBA beside dense attention on this machine.", no_args_is_help=True)
 app.command()(attention)
-
-
-@app.callback()
-def _bench() -> None:
-    """Keep `attention` a command of its own while it is the only one."""
+app.command()(decode)

@@ -20,7 +20,7 @@ from moba.bench import machine
 from moba.bench.cases import Case, cpu_suite, cuda_suite, fixed_blocks_suite
 from moba.bench.check import check
 from moba.bench.measure import Measurement, measure
-from moba.bench.report import plot, table, to_markdown
+from moba.bench.report import plot, table, write
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Operations of a forward that take seconds: from there on one run is measured, not the median of several.
@@ -78,7 +78,7 @@ def attention(
                 torch.cuda.empty_cache()
             progress.advance(task)
             if out is not None:  # after every case, so that a run cut short keeps what it measured
-                _write(header, records, out)
+                write(header, records, out)
 
     for name, value in header.items():
         typer.echo(f"{name:>9}: {value}")
@@ -88,12 +88,6 @@ def attention(
     typer.echo(json.dumps({"header": header, "records": records}))
     if any("failed" in record for record in records):
         raise typer.Exit(1)
-
-
-def _write(header: dict[str, str], records: list[dict[str, Any]], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(to_markdown(header, records))
 
 
 def run_case(

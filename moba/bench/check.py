@@ -44,19 +44,19 @@ def check(
                 query, own = q[0, row, head].double(), row // block_size
                 blocks = routing.indices[0, row, head]
                 blocks = blocks[blocks >= 0].long()
-                if problem := _check_blocks(query, means[:own], blocks.tolist(), own, topk):
+                if problem := check_blocks(query, means[:own], blocks.tolist(), own, topk):
                     return f"routing of row {row}, head {head}: {problem}"
                 keys = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
                 keys = keys[keys <= row]
                 chosen_k, chosen_v = k[0, keys, kv_head].double(), v[0, keys, kv_head].double()
                 weights = torch.softmax(query.shape[0] ** -0.5 * (chosen_k @ query), dim=0)
                 exact = weights @ chosen_v
-                errors["out"].append(_relative(out[0, row, head], exact))
+                errors["out"].append(relative_error(out[0, row, head], exact))
                 if d_out is not None and d_q is not None and row > 0:  # a single key's weight has no gradient
                     through = chosen_v @ d_out[0, row, head].double()
                     d_scores = weights * (through - weights @ through)
                     exact = query.shape[0] ** -0.5 * (d_scores @ chosen_k)
-                    errors["d_q"].append(_relative(d_q[0, row, head], exact))
+                    errors["d_q"].append(relative_error(d_q[0, row, head], exact))
     # A gradient passes through two roundings of what the output passes through one.
     bounds = {"out": BOUND[q.dtype], "d_q": 2 * BOUND[q.dtype]}
     bad = [
@@ -67,7 +67,8 @@ def check(
     return "; ".join(bad) or None
 
 
-def _check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, topk: int) -> str | None:
+def check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, topk: int) -> str | None:
+    """Whether a query [D] chose its best blocks among the means [own, D], in fp64; None or what is wrong."""
     if blocks != sorted(set(blocks)) or blocks[-1:] != [own] or len(blocks) != min(topk, own + 1):
         return f"{blocks} is not {min(topk, own + 1)} ascending blocks ending in the own block {own}"
     left_out = sorted(set(range(own)) - set(blocks))
@@ -79,5 +80,6 @@ def _check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, top
     return f"a block left out scores {gap:.2e} above one chosen" if gap > error else None
 
 
-def _relative(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """‖actual − exact‖ / ‖exact‖ in fp64."""
     return ((actual.double() - exact).norm() / exact.norm()).item()

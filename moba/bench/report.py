@@ -1,17 +1,23 @@
-"""Results as a table, as markdown and as a picture."""
+"""Results as a table, as files and as a picture."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+Records = list[dict[str, Any]]
+# Column titles and cells of records.
+Rows = Callable[[Records], tuple[list[str], list[list[str]]]]
+
 BASELINES = {"dense": "dense", "dense_fa2": "dense FA2", "dense_cudnn": "dense cuDNN", "dense_fa3": "dense FA3",
              "flex": "FlexAttention", "masked_sdpa": "dense, boolean mask", "reference": "reference"}  # fmt: skip
 
 
-def rows(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def rows(records: Records) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells: MoBA's times, then each baseline's with how many times longer it takes."""
     present = [name for name in BASELINES if any(name in record for record in records)]
     titles = ["case", "MoBA fwd ms", "of that routing", "fwd+bwd ms", "TFLOP/s", "peak MiB"]
@@ -32,7 +38,7 @@ def rows(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return titles, cells
 
 
-def table(records: list[dict[str, Any]]) -> Table:
+def table(records: Records, rows: Rows = rows) -> Table:
     """For the terminal."""
     titles, cells = rows(records)
     result = Table()
@@ -43,7 +49,14 @@ def table(records: list[dict[str, Any]]) -> Table:
     return result
 
 
-def to_markdown(header: dict[str, str], records: list[dict[str, Any]]) -> str:
+def write(header: dict[str, str], records: Records, out: Path, rows: Rows = rows) -> None:
+    """Write OUT.json and OUT.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(to_markdown(header, records, rows))
+
+
+def to_markdown(header: dict[str, str], records: Records, rows: Rows = rows) -> str:
     """For a file."""
     titles, cells = rows(records)
     lines = [f"- {name}: {value}" for name, value in header.items()]
@@ -52,7 +65,7 @@ def to_markdown(header: dict[str, str], records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(header: dict[str, str], records: list[dict[str, Any]], path: Path) -> None:
+def plot(header: dict[str, str], records: Records, path: Path) -> None:
     """Forward time against length, a line for each shape and baseline, both axes logarithmic."""
     import matplotlib.pyplot as plt
 
