@@ -39,6 +39,20 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Pages and block means start as NaN, so that one read before it is written shows."""
+    init = PagedMoBA.__init__
+
+    def poisoned(self, *args):
+        init(self, *args)
+        for tensor in [x for pages in self._pages for x in pages] + self._means:
+            if tensor is not None:
+                tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(PagedMoBA, "__init__", poisoned)
+
+
 def batching(page=16, pages=40, tokens=32, **options):
     return ContinuousBatchingConfig(**{PAGE_SIZE: page, "num_blocks": pages, "max_batch_tokens": tokens, **options})
 
@@ -424,8 +438,7 @@ def test_a_transformers_that_cannot_be_served(model, monkeypatch):
 
 def test_smollm2_serves_concurrent_requests(smollm2):  # noqa: F811
     model, tokenizer = smollm2
-    set_moba_config(model, MoBAConfig(32, 3, keep_first=1, decode="moba", backend="pytorch"))
-    enable_paged(model)
+    use(model, block_size=32, keep_first=1)
     text = "The committee met on Tuesday to discuss the harvest, the roads and the school. "
     prompts = [tokenizer(text * n + "In short:")["input_ids"] for n in (10, 1, 5)]
     expected = [alone(model, tokens, 20) for tokens in prompts]
