@@ -13,6 +13,7 @@ from moba.backends.triton.tiles import (
     load_rows,
     own_key_range,
     own_keys_visible,
+    past_slots,
     row_offsets,
     store_rows,
 )
@@ -127,10 +128,13 @@ def _dq_own_kernel(
     d_q = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     if TOPK > 1:
         indices_ptr += long_row * stride_ir + head * stride_ih
+        bits = past_slots(indices_ptr, query, stride_it, position, is_real, TOPK, BLOCK_SIZE)
         place = query_row.to(tl.int64) - row_begin
         slot_rows = tl.full([], num_rows, tl.int64)
         for slot in tl.range(0, TOPK - 1, num_stages=MERGE_STAGES):
-            exists = holds_past_block(indices_ptr, query, stride_it, slot, position, is_real, BLOCK_SIZE)
+            exists = holds_past_block(
+                bits, indices_ptr, query, stride_it, slot, position, is_real, TOPK, BLOCK_SIZE
+            )  # fmt: skip
             offsets = (place + slot * slot_rows) * HEAD_DIM
             d_q += load_rows(partial_ptr, offsets, exists, HEAD_DIM, BLOCK_D).to(tl.float32)
 

@@ -40,6 +40,7 @@ from moba.backends.triton.tiles import (
     online_softmax,
     own_key_range,
     own_keys_visible,
+    past_slots,
     row_offsets,
     store_partials,
     store_rows,
@@ -190,14 +191,19 @@ def _attend_own_kernel(
     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     if TOPK > 1:
         indices_ptr += long_row * stride_ir + head * stride_ih
+        bits = past_slots(indices_ptr, query, stride_it, position, is_real, TOPK, BLOCK_SIZE)
         place = query_row.to(tl.int64) - row_begin
         slot_rows = tl.full([], num_rows, tl.int64)
         for slot in tl.static_range(TOPK - 1):
-            exists = holds_past_block(indices_ptr, query, stride_it, slot, position, is_real, BLOCK_SIZE)
+            exists = holds_past_block(
+                bits, indices_ptr, query, stride_it, slot, position, is_real, TOPK, BLOCK_SIZE
+            )  # fmt: skip
             partial_lse = tl.load(partial_lse_ptr + place + slot * slot_rows, mask=exists, other=LOWEST)
             maximum = tl.maximum(maximum, partial_lse)
         for slot in tl.range(0, TOPK - 1, num_stages=MERGE_STAGES):
-            exists = holds_past_block(indices_ptr, query, stride_it, slot, position, is_real, BLOCK_SIZE)
+            exists = holds_past_block(
+                bits, indices_ptr, query, stride_it, slot, position, is_real, TOPK, BLOCK_SIZE
+            )  # fmt: skip
             index = place + slot * slot_rows
             partial_lse = tl.load(partial_lse_ptr + index, mask=exists, other=LOWEST)
             weight = tl.where(exists, tl.exp2(partial_lse - maximum), 0.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Slots of a query's routing whose state fits one number.
+MAX_SLOT_BITS = tl.constexpr(32)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below any logit, and finite: a row may meet masked keys before its first real one, and -inf - -inf is not a number.
 LOWEST = tl.constexpr(-3.0e38)
@@ -95,10 +97,28 @@ def store_partials(
 
 
 @triton.jit
-def holds_past_block(indices_ptr, query, stride_it, slot, position, is_real, BLOCK_SIZE: tl.constexpr):
-    """Whether one slot of the queries' routing holds a past block: [M]."""
-    block = tl.load(indices_ptr + query.to(tl.int64) * stride_it + slot, mask=is_real, other=-1)
-    return (block >= 0) & (block < position // BLOCK_SIZE)
+def past_slots(
+    indices_ptr, query, stride_it, position, is_real, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Which slots of the queries' routing hold past blocks, as bits: int32 [M], of the first 32 slots."""
+    slots = tl.arange(0, MAX_SLOT_BITS if TOPK > MAX_SLOT_BITS else triton.next_power_of_2(TOPK))
+    pointers = indices_ptr + query.to(tl.int64)[:, None] * stride_it + slots[None, :]
+    block = tl.load(pointers, mask=is_real[:, None] & (slots < TOPK - 1)[None, :], other=-1)
+    is_past = (block >= 0) & (block < (position // BLOCK_SIZE)[:, None])
+    return tl.sum(tl.where(is_past, 1 << slots[None, :], 0), 1)
+
+
+@triton.jit
+def holds_past_block(
+    bits, indices_ptr, query, stride_it, slot, position, is_real, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Whether one slot of the queries' routing holds a past block: [M]. `bits` are those of `past_slots`."""
+    if TOPK - 1 <= MAX_SLOT_BITS:
+        holds = ((bits >> slot) & 1) == 1
+    else:
+        block = tl.load(indices_ptr + query.to(tl.int64) * stride_it + slot, mask=is_real, other=-1)
+        holds = (block >= 0) & (block < position // BLOCK_SIZE)
+    return holds
 
 
 @triton.jit

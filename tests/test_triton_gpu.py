@@ -1,0 +1,109 @@
+"""What only a GPU shows: load, graphs, compilation to machine code, sizes beyond 2³¹ elements, several devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+
+from moba import moba_attention
+from moba.bench.check import check
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+OPTIONS = {"block_size": 128, "topk": 4, "backend": "triton"}
+
+
+def inputs(num_tokens, num_heads=4, num_kv_heads=2, head_dim=64, device="cuda"):
+    """q, k, v that ask for gradients, and the gradient of out; bf16."""
+    q, k, v = make_qkv(
+        1, num_tokens, num_tokens, num_heads, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device
+    )
+    return [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
+
+
+def train(leaves, d_out, **options):
+    out = moba_attention(*leaves, **{**OPTIONS, **options})
+    return out.detach(), *torch.autograd.grad(out, leaves, d_out)
+
+
+def assert_same(actual, expected):
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("block_size", "topk"), [(128, 8), (512, 3)])
+def test_repeats_under_load_bit_for_bit(block_size, topk):
+    leaves, d_out = inputs(32768, num_heads=16, num_kv_heads=16, head_dim=128)
+    expected = train(leaves, d_out, block_size=block_size, topk=topk)
+    load, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        with torch.cuda.stream(load):
+            for _ in range(4):
+                matrix @ matrix
+        assert_same(train(leaves, d_out, block_size=block_size, topk=topk), expected)
+
+
+def test_forward_and_backward_in_a_cuda_graph():
+    leaves, d_out = inputs(4096)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        train(leaves, d_out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train(leaves, d_out)
+    others, d_other = inputs(4096)
+    for x, y in zip((*leaves, d_out), (*others, d_other), strict=True):
+        x.data.copy_(y)
+    graph.replay()
+    assert_same(captured, train(others, d_other))
+
+
+def test_compiled_without_graph_breaks():
+    leaves, d_out = inputs(2048)
+    compiled = torch.compile(lambda q, k, v: moba_attention(q, k, v, **OPTIONS), fullgraph=True)
+    out = compiled(*leaves)
+    assert_same((out.detach(), *torch.autograd.grad(out, leaves, d_out)), train(leaves, d_out))
+
+
+def test_more_than_2_31_elements():
+    needed = 60 << 30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    num_tokens, block_size, topk, group = 1_100_000, 4096, 2, 8
+    leaves, d_out = inputs(num_tokens, num_heads=16, num_kv_heads=2, head_dim=128)
+    q, k, v = leaves
+    assert q.numel() > 2**31
+    out, lse, routing = moba_attention(
+        q, k, v, block_size=block_size, topk=topk, backend="triton", return_lse=True, return_routing=True
+    )
+    d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
+    with torch.no_grad():
+        assert check(q, k, v, out, routing, topk, d_out, d_q) is None
+        # Only its own queries attend to the last block.
+        last = slice(num_tokens // block_size * block_size, num_tokens)
+        for kv_head in range(k.shape[2]):
+            exact_k, exact_v = (torch.zeros(num_tokens - last.start, 128, device="cuda").double() for _ in range(2))
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                query, gradient, result = (x[0, last, head].double() for x in (q, d_out, out))
+                keys, values = k[0, last, kv_head].double(), v[0, last, kv_head].double()
+                weights = (128**-0.5 * query @ keys.T - lse[0, last, head, None].double()).exp().tril()
+                d_weights = gradient @ values.T - (gradient * result).sum(1, keepdim=True)
+                exact_k += 128**-0.5 * (weights * d_weights).T @ query
+                exact_v += weights.T @ gradient
+            assert relative_error(d_k[0, last, kv_head], exact_k) < 1e-2
+            assert relative_error(d_v[0, last, kv_head], exact_v) < 1e-2
+
+
+def test_tensors_on_another_device_than_the_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    leaves, d_out = inputs(1024)
+    expected = train(leaves, d_out)
+    others = [x.detach().to("cuda:1").requires_grad_() for x in leaves]
+    for _ in range(2):  # the second time from the plan
+        actual = train(others, d_out.to("cuda:1"))
+        assert actual[0].device.index == 1
+        assert_same([x.to("cuda:0") for x in actual], expected)
