@@ -15,12 +15,13 @@ if not torch.cuda.is_available():
 OPTIONS = {"block_size": 128, "topk": 4, "backend": "triton"}
 
 
-def inputs(num_tokens, num_heads=4, num_kv_heads=2, head_dim=64, device="cuda"):
+def inputs(num_tokens, num_heads=4, num_kv_heads=2, head_dim=64):
     """q, k, v that ask for gradients, and the gradient of out; bf16."""
-    q, k, v = make_qkv(
-        1, num_tokens, num_tokens, num_heads, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device
+    q, k, v, d_out = (
+        torch.randn(1, num_tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
     )
-    return [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
+    return [x.requires_grad_() for x in (q, k, v)], d_out
 
 
 def train(leaves, d_out, **options):
