@@ -237,7 +237,8 @@ def plan_route(
         family = decode_select.FAMILY.value
         num_columns = cdiv(num_blocks, family) * family
         families = next_power_of_2(num_columns // family)
-        slots = min(next_power_of_2(places), families)
+        is_small = families * family <= decode_select.MAX_AT_ONCE
+        slots = families if is_small else min(next_power_of_2(places), families)
         if max(families, slots * family) > decode_select.MAX_HELD:
             slots = 0
         keys = plan.buffer(*q.shape[:3], num_columns, dtype=torch.int32)

@@ -57,6 +57,8 @@ def _decode_attend_kernel(
     first_row = tl.sum(tl.where(is_first, query_row, 0))
     block = tl.load(indices_ptr + first_row * TOPK + slot, mask=exists, other=-1)
     start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
+    q_ptr += tl.cast(row, tl.int64) * stride_qr
+    q = load_rows(q_ptr, query.to(tl.int64) * stride_qt + head * stride_qh, is_query, HEAD_DIM, BLOCK_D)
 
     if IS_ALONE:
         slots = tl.zeros([TILE_M], tl.int32) + slot
@@ -81,10 +83,8 @@ def _decode_attend_kernel(
         first_key = block * BLOCK_SIZE
         begin = part * PART
         stop = tl.minimum(tl.minimum(begin + PART, BLOCK_SIZE), tl.max(position) + 1 - first_key)
-        q_ptr += tl.cast(row, tl.int64) * stride_qr
         k_ptr += tl.cast(kv_head, tl.int64) * stride_kg
         v_ptr += tl.cast(kv_head, tl.int64) * stride_vg
-        q = load_rows(q_ptr, query.to(tl.int64) * stride_qt + head * stride_qh, chose, HEAD_DIM, BLOCK_D)
         maximum = tl.full([TILE_M], LOWEST, tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)

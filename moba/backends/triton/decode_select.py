@@ -20,6 +20,8 @@ from moba.backends.triton.spans import row_bounds
 FAMILY = tl.constexpr(32)
 # Most families, and most blocks of selected families, that one program holds.
 MAX_HELD = 16384
+# So many blocks are selected among at once: selecting families first would take longer.
+MAX_AT_ONCE = 1024
 # Scores that a program takes at a time where it streams them.
 CHUNK = tl.constexpr(4096)
 # As in select.py: NaN and below counts as the least finite number, masked places as less.
@@ -137,7 +139,7 @@ def _places_of_largest(keys, need, num_above, num_equal, threshold):
     """
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
-    # Two counts in one scan: fewer than 2^15 keys each.
+    # Two counts in one scan: at most MAX_HELD, fewer than 2^15.
     both = tl.cumsum(above | (equal << 15), axis=0)
     above_so_far = num_above + (both & 0x7FFF)
     equal_so_far = num_equal + (both >> 15)
@@ -150,10 +152,18 @@ def _places_of_largest(keys, need, num_above, num_equal, threshold):
 @triton.jit
 def _largest(keys, count):
     """Of keys [C], flags of the `count` largest (of all real ones, if fewer) and their places in order of index."""
-    threshold = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= count, 0, NO_KEY)
-    for i in range(31):
-        trial = threshold + (1 << (30 - i))
-        threshold = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= count, trial, threshold)
+    # Two bits a step: a step waits for a sum over all threads, and its sums do not wait for one another.
+    threshold = NO_KEY
+    for i in range(16):
+        step = 1 << (30 - 2 * i)
+        first = threshold + step
+        second = first + step
+        third = second + step
+        counts = tl.sum((keys >= first).to(tl.int32) | ((keys >= second).to(tl.int32) << 15))
+        num_third = tl.sum((keys >= third).to(tl.int32))
+        threshold = tl.where((counts & 0x7FFF) >= count, first, threshold)
+        threshold = tl.where((counts >> 15) >= count, second, threshold)
+        threshold = tl.where(num_third >= count, third, threshold)
     threshold = tl.maximum(threshold, LOWEST_KEY)
     need = count - tl.sum((keys > threshold).to(tl.int32))
     taken, place, _, _ = _places_of_largest(keys, need, 0, 0, threshold)
