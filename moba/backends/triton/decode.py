@@ -16,6 +16,7 @@ from moba import routing
 from moba.backends.triton import decode_attend, decode_select
 from moba.backends.triton.decode_means import _append_means_kernel, append_means_launch
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
+from moba.backends.triton.overlap import is_early, launch_options
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 from moba.routing import Selection
@@ -144,7 +145,7 @@ def _attend(
     if q.numel():
         run_planned(
             _plan_attend, q, k, v, key_start, key_end, page_table, out, lse, indices.contiguous(), device=q.device,
-            block_size=block_size, scale=scale, arch=arch_of(q.device),
+            block_size=block_size, scale=scale, arch=arch_of(q.device), is_first=True,
         )  # fmt: skip
     return out, lse
 
@@ -220,8 +221,9 @@ def _plan_decode(
     selection = Selection(block_size, indices.shape[3], keep_first, keep_recent, None)
     plan_route(plan, q, means, indices, sequences, selection, arch)
     _plan_attend(
-        plan, q, k, v, key_start, key_end, page_table, out, lse, indices, block_size=block_size, scale=scale, arch=arch
-    )
+        plan, q, k, v, key_start, key_end, page_table, out, lse, indices, block_size=block_size, scale=scale,
+        arch=arch, is_first=False,
+    )  # fmt: skip
 
 
 def plan_route(
@@ -250,7 +252,8 @@ def plan_route(
         keys, maxima, indices, sequences.key_start, sequences.key_end,
         sequences.num_queries, sequences.num_keys, num_columns, q.shape[2], selection.topk, selection.keep_first,
         selection.keep_recent, BLOCK_SIZE=selection.block_size, FAMILIES=families, SLOTS=slots,
-        num_warps=min(16, max(1, next_power_of_2(held // VALUES_PER_WARP))),
+        EARLY=is_early(arch), num_warps=min(16, max(1, next_power_of_2(held // VALUES_PER_WARP))),
+        **(launch_options(arch) if families else {}),
     )  # fmt: skip
 
 
@@ -280,7 +283,7 @@ def _launch_scores(
         *q.stride()[:3], *means.stride()[:3], 0 if table is None else table.stride(0),
         GROUP=group, BLOCK_SIZE=selection.block_size, PAGE_SIZE=0 if table is None else sequences.page_size,
         HEAD_DIM=head_dim, TILE_D=padded_dim if q.element_size() == 2 else min(padded_dim, 32), TILE_M=tile_m,
-        TILE_N=tile_n, **config,
+        TILE_N=tile_n, EARLY=is_early(arch), **config,
     )  # fmt: skip
 
 
@@ -299,8 +302,11 @@ def _plan_attend(
     block_size: int,
     scale: float,
     arch: int,
+    is_first: bool,
 ) -> None:
-    """The launches that attend over a routing: partial results, and their merge."""
+    """The launches that attend over a routing: partial results, and their merge. is_first: no kernel of the plan
+    wrote `indices`.
+    """
     num_rows, num_queries, num_heads, head_dim = q.shape
     topk = indices.shape[3]
     sequences = _sequences(num_rows, num_queries, k, key_start, key_end, page_table)
@@ -321,7 +327,8 @@ def _plan_attend(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if page_table is None else page_table.stride(0),
         GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=0 if page_table is None else sequences.page_size,
         PARTS=parts, PART=part, HEAD_DIM=head_dim, BLOCK_D=padded_dim, IS_ALONE=members == 1, TILE_M=tile_m,
-        TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,
+        TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), EARLY=is_early(arch), **config,
+        **({} if is_first else launch_options(arch)),
     )  # fmt: skip
     merge = dict(_config("decode_merge", arch, q, block_size))
     tile_d = min(merge.pop("TILE_D"), padded_dim)
@@ -329,7 +336,7 @@ def _plan_attend(
     plan.launch(
         decode_attend._decode_merge_kernel, (num_rows * num_queries * num_heads, cdiv(head_dim, tile_d)),
         partial, partial_lse, out, lse, NUM_PARTIALS=topk * parts, HEAD_DIM=head_dim, TILE_D=tile_d, TILE_P=tile_p,
-        **merge,
+        EARLY=is_early(arch), **merge, **launch_options(arch),
     )  # fmt: skip
 
 
