@@ -79,6 +79,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attend_own": (
         Row(
+            {"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4, "maxnreg": 168},
+            arch=(90,),
+            max_head_dim=128,
+            max_block_size=128,
+            element_bytes=2,
+        ),
+        Row(
             {"TILE_M": 64, "TILE_N": 64, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4},
             arch=LARGE_CHIPS,
             max_head_dim=128,
@@ -88,6 +95,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_M": 16, "TILE_N": 32, "NUM_STAGES": 1, "MERGE_STAGES": 1, "num_warps": 8}),
     ),
     "dkv": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 128, "NUM_STAGES": 2, "num_warps": 8},
+            arch=(90,),
+            max_head_dim=128,
+            max_block_size=128,
+            element_bytes=2,
+        ),
         Row(
             {"TILE_M": 64, "TILE_N": 128, "NUM_STAGES": 3, "num_warps": 8},
             arch=(90,),
