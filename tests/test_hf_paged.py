@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +71,7 @@ def prompt(length, seed=0):
 def alone(model, tokens, new=NEW, attention="moba"):
     """The tokens that one request gets from `generate`."""
     model.set_attn_implementation(attention)
-    tokens = torch.tensor([tokens])
+    tokens = torch.tensor([tokens], device=model.device)
     made = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy(new))
     return made[0, tokens.shape[1] :].tolist()
 
@@ -443,3 +446,33 @@ def test_smollm2_serves_concurrent_requests(smollm2):  # noqa: F811
     prompts = [tokenizer(text * n + "In short:")["input_ids"] for n in (10, 1, 5)]
     expected = [alone(model, tokens, 20) for tokens in prompts]
     assert serve(model, prompts, 20, batching(64, 16, 128)) == expected
+
+
+def test_the_serving_example():
+    script = Path(__file__).parent.parent / "examples" / "serve_batch.py"
+    command = [sys.executable, str(script), "--every", "0.5", "--max-new-tokens", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum("arrives with" in line for line in lines) == sum("done after" in line for line in lines) == 5
+    assert lines[-1].startswith("20 tokens for 5 requests in ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and asynchronous batching need a GPU")
+@pytest.mark.parametrize("options", [{}, {"use_async_batching": True}, {"use_cuda_graph": (False, True)}], ids=str)
+@pytest.mark.parametrize("full_layers", [0, 1])
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_on_a_gpu(decode, full_layers, options):
+    if decode == "full" and "use_cuda_graph" in options:
+        pytest.skip("refused, see test_batching_configs_that_cannot_be_honoured")
+    gpu = use(tiny_model(head_dim=16).cuda(), decode=decode, full_layers=full_layers, backend="triton")
+    prompts = [prompt(length, length) for length in (45, 7, 60, 16, 1, 33)]
+    config = batching(max_requests_per_batch=8, **options)
+    expected = [alone(gpu, p, 30) for p in prompts]
+    assert serve(gpu, prompts, 30, config) == expected
+    with Served(gpu, config) as served:
+        names = []
+        for tokens in prompts:
+            names.append(served.add(tokens, max_new_tokens=30))
+            served.wait(names[-1], 5)
+        assert [served.wait(name) for name in names] == expected

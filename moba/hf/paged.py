@@ -102,15 +102,15 @@ def _start_manager(
     batching = batching or getattr(generation_config or model.generation_config, "continuous_batching_config", None)
     batching = _resolve(batching, config, book_type)
     if model.config._attn_implementation != ATTENTION:
-        model.attention_when_not_serving = model.config._attn_implementation
+        model._attention_when_not_serving = model.config._attn_implementation
     # Not by set_attn_implementation, which takes every name with "flash" in it for a kernel to be downloaded.
     model.config._attn_implementation = ATTENTION
     try:
         manager = type(model).init_continuous_batching(model, generation_config, batching, workload_hints)
     except BaseException:
-        model.config._attn_implementation = model.attention_when_not_serving
+        model.config._attn_implementation = model._attention_when_not_serving
         raise
-    manager._original_attn_impl = model.attention_when_not_serving
+    manager._original_attn_impl = model._attention_when_not_serving
     if kept is None:
         manager.moba_config = config
         _fit_manager(manager, model, batching, book_type)
