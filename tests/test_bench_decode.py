@@ -80,11 +80,14 @@ def test_bytes_are_counted():
 
 
 def test_layers_outgrow_caches_but_not_the_memory():
-    case = DecodeCase(8192, 1, 32, 8, 128, 128, 16, torch.bfloat16)
+    case = DecodeCase(131072, 1, 32, 8, 128, 128, 16, torch.bfloat16)
     layer_bytes = case.dense_bytes + case.means_bytes
-    assert case.num_layers(1 << 40) * case.dense_bytes >= decode_cases.COLD_BYTES
-    assert case.num_layers(3 * layer_bytes) == 2
-    assert case.num_layers(layer_bytes) == 0
+    selected = 32 * 16 * 128 * 128 * 2 * 2
+    assert (case.num_layers(torch.device("cuda"), 1 << 40) - 1) * (
+        case.means_bytes + selected
+    ) >= decode_cases.COLD_BYTES
+    assert case.num_layers(CPU, 3 * layer_bytes) == 2
+    assert case.num_layers(CPU, layer_bytes) == 0
 
 
 def test_cases_that_do_not_fit_or_fail_stand_in_the_table(monkeypatch):

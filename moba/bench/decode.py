@@ -113,7 +113,7 @@ def run_case(
         "dtype": str(case.dtype).removeprefix("torch."), "copy_bytes_per_second": copy_rate,
         "dense_bytes": case.dense_bytes, "dense_bound_ms": case.dense_bytes / copy_rate * 1e3,
     }  # fmt: skip
-    num_layers = case.num_layers(free_bytes(device))
+    num_layers = case.num_layers(device, free_bytes(device))
     if num_layers == 0:
         record["skipped"] = f"{(case.dense_bytes + case.means_bytes) / 2**30:.1f} GiB do not fit the free memory"
         return record
@@ -134,6 +134,8 @@ def run_case(
     ):
         record["failed"] = problem
         return record
+    # "auto" takes dense attention where it is the same function.
+    record["is_dense"] = backend == "auto" and case.queries == 1 and case.block_size * case.topk >= case.tokens
     record["moba_bytes"] = case.bytes_read(routing)
     record["moba_bound_ms"] = record["moba_bytes"] / copy_rate * 1e3
     record["moba_ms"] = _step_ms([partial(moba, layer) for layer in layers], device, repeats)

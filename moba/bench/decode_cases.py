@@ -11,9 +11,11 @@ import torch
 from moba.bench.cases import length_name
 from moba.routing import Routing
 
-# Bytes of keys and values that the layers of one measurement hold together, so that no cache serves the next layer.
+# Bytes that a measurement's layers read together, so that no cache holds what the next round of them reads.
 COLD_BYTES = 256 << 20
+# Most layers, and most bytes of their keys and values: making them takes time.
 MOST_LAYERS = 24
+MOST_BYTES = {"cpu": 4 << 30, "cuda": 48 << 30}
 # Share of the free memory that a case may take.
 MEMORY_SHARE = 0.8
 
@@ -66,10 +68,13 @@ class DecodeCase:
         sizes[-1] = self.tokens - (chosen.shape[-1] - 1) * self.block_size
         return self.means_bytes + 2 * int((chosen * sizes).sum()) * self.head_dim * self.dtype.itemsize
 
-    def num_layers(self, free_bytes: int) -> int:
+    def num_layers(self, device: torch.device, free_bytes: int) -> int:
         """How many layers' keys and values a measurement goes through; 0 if not even one fits the memory."""
         layer_bytes = self.dense_bytes + self.means_bytes
-        wanted = min(MOST_LAYERS, -(-COLD_BYTES // layer_bytes) + 1)
+        chosen = min(self.tokens * self.kv_heads, self.queries * self.heads * self.topk * self.block_size)
+        read = self.means_bytes + 2 * self.batch * chosen * self.head_dim * self.dtype.itemsize
+        wanted = min(MOST_LAYERS, -(-COLD_BYTES // read) + 1)
+        wanted = min(wanted, max(1, MOST_BYTES[device.type] // layer_bytes))
         return min(wanted, int(MEMORY_SHARE * free_bytes) // layer_bytes)
 
 

@@ -30,7 +30,12 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
             cells.append([record["case"], f"{what}: {record[what]}", *[""] * (len(titles) - 2)])
             continue
         ms, best = record["moba_ms"], best_dense(record)
-        line = [record["case"], _us(ms), _us(ms / record["batch"] / record["queries"]), _mb(record["moba_bytes"])]
+        line = [
+            record["case"],
+            _us(ms) + (" (dense)" if record["is_dense"] else ""),
+            _us(ms / record["batch"] / record["queries"]),
+            _mb(record["moba_bytes"]),
+        ]
         line.append(_share(record["moba_bound_ms"], ms))
         if best is None:
             line += [""] * 3
