@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moba.config import MoBAConfig
+from moba.config import MoBAConfig, require_int
+
+if TYPE_CHECKING:
+    from moba.cache import MoBACache
 
 
 @torch.inference_mode()
@@ -16,31 +19,35 @@ def prefill(
     model: Any,
     prompt: Tensor,
     *,
+    cache: MoBACache | None = None,
     chunk_tokens: int = 1024,
     on_progress: Callable[[int], None] = lambda num_read: None,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, MoBACache]:
     """Read a prompt in chunks against a cache: the same computation as reading it at once, in less memory.
 
     Args:
         model: a causal language model of transformers.
         prompt: int64 [T] token ids, T >= 1.
-        chunk_tokens: tokens read in one forward pass, >= 2.
+        cache: what the model has read before, to go on from; it is changed. None: a new cache.
+        chunk_tokens: tokens read in one forward pass, >= 1.
         on_progress: called with the number of prompt tokens read so far, after each chunk.
 
     Returns:
         fp32 logits [vocabulary] that follow the prompt, and the cache.
 
     Raises:
-        ValueError: if there is no token or chunks are shorter than two tokens.
+        ValueError: if there is no token or chunks are shorter than one.
     """
-    from transformers import DynamicCache
+    from moba.cache import MoBACache
 
-    cache = DynamicCache(config=model.config)
+    bounds = chunk_bounds(prompt.numel(), chunk_tokens)
+    cache = MoBACache(model.config) if cache is None else cache
     prompt = prompt.to(model.device)
     logits = torch.empty(0)
-    for start, stop in chunk_bounds(prompt.numel(), chunk_tokens):
-        logits = _step(model, prompt[start:stop], cache)
-        on_progress(stop)
+    with cache.reading():
+        for start, stop in bounds:
+            logits = _step(model, prompt[start:stop], cache)
+            on_progress(stop)
     return logits, cache
 
 
@@ -52,18 +59,19 @@ def generate_tokens(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    cache: MoBACache | None = None,
     chunk_tokens: int = 1024,
     on_progress: Callable[[int], None] = lambda num_read: None,
 ) -> Iterator[int]:
     """Read a prompt and yield new tokens until the model ends its text or `max_new_tokens` are made.
 
     Args:
-        model, prompt, chunk_tokens, on_progress: as for `prefill`.
+        model, prompt, cache, chunk_tokens, on_progress: as for `prefill`.
         max_new_tokens: at most this many tokens; the token that ends the text is yielded too.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn at this temperature.
         seed: of the draws.
     """
-    logits, cache = prefill(model, prompt, chunk_tokens=chunk_tokens, on_progress=on_progress)
+    logits, cache = prefill(model, prompt, cache=cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     ends = end_tokens(model)
     for num_made in range(1, max_new_tokens + 1):
@@ -93,19 +101,13 @@ def _step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
 def chunk_bounds(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
     """Start and stop of each chunk.
 
-    A last chunk of one token would pass for a decode step, so it joins the one before.
-
     Raises:
-        ValueError: if there is no token or chunks are shorter than two tokens.
+        ValueError: if there is no token or chunks are shorter than one.
     """
     if num_tokens < 1:
         raise ValueError("the prompt must have at least one token, got none")
-    if chunk_tokens < 2:
-        raise ValueError(f"chunk_tokens must be at least 2, got {chunk_tokens}")
-    starts = list(range(0, num_tokens, chunk_tokens))
-    if len(starts) > 1 and num_tokens - starts[-1] == 1:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], num_tokens], strict=True))
+    require_int("chunk_tokens", chunk_tokens, 1)
+    return [(start, min(start + chunk_tokens, num_tokens)) for start in range(0, num_tokens, chunk_tokens)]
 
 
 def num_keys_read(config: MoBAConfig | None, num_layers: int, num_prompt: int, num_new: int = 0) -> tuple[int, int]:

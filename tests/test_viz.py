@@ -157,10 +157,10 @@ def test_recorded_chunks_are_the_routing_of_the_whole(model):
     with torch.no_grad(), record_routings(model) as whole:
         expected = model(tokens).logits
     with record_routings(model) as parts:
-        logits, _ = prefill(model, tokens[0], chunk_tokens=8)
+        logits, _ = prefill(model, tokens[0], chunk_tokens=8)  # the last chunk is one token
     assert torch.allclose(logits, expected[0, -1], atol=1e-4)
     assert sorted(whole) == sorted(parts) == [0, 2]
-    assert len(parts[0]) == 5
+    assert len(parts[0]) == 6
     for layer, routing in parts.joined().items():
         assert torch.equal(routing.indices, whole.joined()[layer].indices)
         assert routing.block_size == BLOCK
@@ -197,10 +197,10 @@ def test_keys_read_are_counted_as_the_routing_reads_them(model):
     assert num_keys_read(None, 3, 41) == (3 * 41 * 42 // 2,) * 2
 
 
-def test_chunks_cover_the_prompt_and_never_end_in_a_single_token():
+def test_chunks_cover_the_prompt():
     assert chunk_bounds(10, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert chunk_bounds(9, 4) == [(0, 4), (4, 9)]
+    assert chunk_bounds(9, 4) == [(0, 4), (4, 8), (8, 9)]
     assert chunk_bounds(1, 4) == [(0, 1)]
-    for bad in ((0, 4), (3, 1)):
+    for bad in ((0, 4), (3, 0)):
         with pytest.raises(ValueError):
             chunk_bounds(*bad)

@@ -34,17 +34,18 @@ def token_losses(model: Any, tokens: Tensor, *, chunk_tokens: int = 1024) -> Ten
     Raises:
         ValueError: if there are fewer than two tokens.
     """
-    from transformers import DynamicCache
+    from moba.cache import MoBACache
 
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise ValueError(f"tokens must be int64 [T] with T >= 2, got shape {tuple(tokens.shape)}")
     tokens = tokens.to(model.device)
-    cache = DynamicCache(config=model.config)
+    cache = MoBACache(model.config)
     losses = []
-    for start, stop in chunk_bounds(tokens.numel(), chunk_tokens):
-        logits = model(input_ids=tokens[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
-        targets = tokens[start + 1 : stop + 1]
-        losses.append(F.cross_entropy(logits[: targets.numel()].float(), targets, reduction="none").cpu())
+    with cache.reading():
+        for start, stop in chunk_bounds(tokens.numel(), chunk_tokens):
+            logits = model(input_ids=tokens[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
+            targets = tokens[start + 1 : stop + 1]
+            losses.append(F.cross_entropy(logits[: targets.numel()].float(), targets, reduction="none").cpu())
     return torch.cat(losses)
 
 
