@@ -30,7 +30,7 @@ from moba.backends.triton.plan import (
     tile_sizes,
     windows,
 )
-from moba.backends.triton.spans import num_query_tiles
+from moba.backends.triton.primitives import num_query_tiles
 from moba.backends.triton.tiles import LN_2, load_rows, row_offsets
 from moba.layout import Sequences
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.overlap import await_previous, release_next
-from moba.backends.triton.spans import row_bounds
+from moba.backends.triton.primitives import row_bounds
 from moba.backends.triton.tiles import LN_2, LOWEST, load_rows, online_softmax, store_rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moba.backends.triton.decode_attend import key_offsets
 from moba.backends.triton.decode_select import mean_offsets
 from moba.backends.triton.means import NUM_WARPS, sum_tokens, tile_sizes
-from moba.backends.triton.spans import row_bounds
+from moba.backends.triton.primitives import row_bounds
 from moba.layout import Sequences
 
 

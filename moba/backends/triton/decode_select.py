@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.overlap import await_previous, release_next
-from moba.backends.triton.spans import row_bounds
+from moba.backends.triton.primitives import row_bounds
 
 FAMILY = tl.constexpr(32)
 # Most families, and most blocks of selected families, that one program holds.

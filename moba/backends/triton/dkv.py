@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.launch import cdiv
-from moba.backends.triton.spans import block_span, last_at_most
+from moba.backends.triton.primitives import block_span, last_at_most
 from moba.backends.triton.tiles import load_entries, load_rows, row_offsets, store_rows
 
 # Memory that the sums of split blocks may take, and the fewest queries that are worth a segment of their own.
@@ -98,13 +98,13 @@ def _dkv_kernel(
     if exists == 0:
         return
 
-    tensor_row, first_key, end_key, first_query, query_begin, query_end = block_span(
+    tensor_row, first_key, size, first_query, query_begin, query_end = block_span(
         block, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row,
-        BLOCK_SIZE,
+        num_blocks, BLOCK_SIZE,
     )  # fmt: skip
     key_in_block = key_tile * TILE_N + tl.arange(0, TILE_N)
     key = first_key + key_in_block
-    key_mask = (key_in_block < BLOCK_SIZE) & (key < end_key)
+    key_mask = key_in_block < size
     long_row = tl.full([], tensor_row, tl.int64)
     long_kv_head = kv_head.to(tl.int64)
     k = load_rows(k_ptr + long_row * stride_kr + long_kv_head * stride_kg, key.to(tl.int64) * stride_ks, key_mask,
@@ -118,7 +118,7 @@ def _dkv_kernel(
     begin = segment * segment_length
     end = begin + segment_length
     own_begin = tl.maximum(first_query + key_tile * TILE_N, query_begin)
-    own_end = tl.minimum(first_query + end_key - first_key, query_end)
+    own_end = tl.minimum(first_query + size, query_end)
     if segment > 0:
         own_end = own_begin
     seen = 0
@@ -216,9 +216,9 @@ def _reduce_segments_kernel(
     block = last_at_most(extra_ptr, num_blocks, item, 1, 0)
     if tl.load(extra_ptr + block) != item:
         return
-    tensor_row, first_key, end_key, _, _, _ = block_span(
+    tensor_row, first_key, size, _, _, _ = block_span(
         block, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row,
-        BLOCK_SIZE,
+        num_blocks, BLOCK_SIZE,
     )  # fmt: skip
     key_in_block = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     mask = key_in_block < BLOCK_SIZE
@@ -231,7 +231,7 @@ def _reduce_segments_kernel(
         d_k += load_rows(sums_ptr, place * HEAD_DIM, mask, HEAD_DIM, BLOCK_D)
         d_v += load_rows(sums_ptr, (place + BLOCK_SIZE) * HEAD_DIM, mask, HEAD_DIM, BLOCK_D)
     key = first_key + key_in_block
-    mask = mask & (key < end_key)
+    mask = key_in_block < size
     place = (tl.full([], tensor_row, tl.int64) * num_keys + key) * num_kv_heads + first_kv_head + local_kv_head
     store_rows(d_k_ptr, place * HEAD_DIM, d_k, mask, HEAD_DIM, BLOCK_D)
     store_rows(d_v_ptr, place * HEAD_DIM, d_v, mask, HEAD_DIM, BLOCK_D)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.spans import block_keys, last_at_most, query_tile_span
+from moba.backends.triton.primitives import block_places, last_at_most, query_tile_span
 from moba.backends.triton.tiles import (
     holds_past_block,
     load_entries,
@@ -61,8 +61,8 @@ def _dq_past_kernel(
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, num_blocks, begin, 1, BLOCK_COST)
     while (block < num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        key_row, first_key = block_keys(
-            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, BLOCK_SIZE
+        key_row, _, first_key, _, _ = block_places(
+            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, BLOCK_SIZE
         )
         first = tl.load(first_ptr + block)
         last = tl.load(last_ptr + block)

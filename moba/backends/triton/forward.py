@@ -29,7 +29,7 @@ from moba.backends.triton.plan import (
     tile_sizes,
     windows,
 )
-from moba.backends.triton.spans import block_keys, last_at_most, num_query_tiles, query_tile_span
+from moba.backends.triton.primitives import block_places, last_at_most, num_query_tiles, query_tile_span
 from moba.backends.triton.tiles import (
     LN_2,
     LOWEST,
@@ -74,8 +74,8 @@ def _attend_past_stationary_kernel(
     keys = tl.arange(0, TILE_N)
     block = last_at_most(offsets_ptr, num_blocks, begin, 1, BLOCK_COST)
     while (block < num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        key_row, first_key = block_keys(
-            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, BLOCK_SIZE
+        key_row, _, first_key, _, _ = block_places(
+            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, BLOCK_SIZE
         )
         k = load_keys(k_ptr, key_row, head // GROUP, first_key, keys < BLOCK_SIZE, stride_kr, stride_ks, stride_kg,
                       HEAD_DIM, BLOCK_D, TILE_N, WITH_TMA)  # fmt: skip
@@ -124,8 +124,8 @@ def _attend_past_streaming_kernel(
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, num_blocks, begin, 1, BLOCK_COST)
     while (block < num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        key_row, first_key = block_keys(
-            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, BLOCK_SIZE
+        key_row, _, first_key, _, _ = block_places(
+            block, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, BLOCK_SIZE
         )
         first = tl.load(first_ptr + block)
         last = tl.load(last_ptr + block)

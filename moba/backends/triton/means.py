@@ -59,7 +59,7 @@ def _block_means_kernel(
     """Program (i, g): TILE_BLOCKS blocks of kv head g."""
     blocks = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     head = tl.program_id(1).to(tl.int64)
-    row, first_key, size = block_places(
+    row, _, first_key, _, size = block_places(
         blocks, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, block_size
     )
     is_finished = size == block_size
