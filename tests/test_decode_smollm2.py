@@ -39,7 +39,7 @@ def test_tokens_are_those_of_a_prefill_at_every_step(smollm2):
     assert logits.argmax(dim=-1).tolist() == made
     # … and around every block boundary, a prefill of just the text so far is run as well.
     steps = [step for step in range(NEW) if (PROMPT + step) % BLOCK in (BLOCK - 1, 0)]
-    assert len(steps) == 7
+    assert len(steps) == 8
     for step in steps:
         last = model(text[None, : PROMPT + step], use_cache=False, logits_to_keep=1).logits[0, -1]
         assert last.argmax().item() == made[step]
