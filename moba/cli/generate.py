@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,7 @@ import typer
 
 from moba.cli import options
 from moba.cli.demo import DEMO_QUESTION, DEMO_TITLE, demo_prompt
-from moba.cli.options import Attention
+from moba.cli.options import Attention, Drawing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moba.cli.session import Session
 
 _OUTPUT = "Output"
+_BATCH = "Many prompts"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def generate(
     full_layers: options.FullLayersOption = None,
     router: options.RouterOption = None,
     decode: options.DecodeOption = None,
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            "--prefill-chunk", metavar="N", help="Prompt tokens read at a time; no result depends on it.",
+            rich_help_panel="Model",
+        ),
+    ] = 1024,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Stop after so many.", rich_help_panel=_OUTPUT)
     ] = 256,
@@ -76,6 +84,20 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Run full attention too and compare.", rich_help_panel=_OUTPUT)
     ] = False,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch-file", metavar="PATH", rich_help_panel=_BATCH,
+            help='JSON lines {"prompt": …}, with "id", "max_new_tokens" if wanted. Run again, a stopped batch goes on.',
+        ),
+    ] = None,
+    batch_output: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch-output", metavar="PATH", rich_help_panel=_BATCH, show_default="PATH.out.jsonl beside PATH.jsonl",
+            help="JSON lines with the answers, each on the disk when it is finished.",
+        ),
+    ] = None,
     demo: Annotated[
         bool,
         typer.Option(
@@ -91,11 +113,15 @@ def generate(
         moba generate --prompt-file report.txt --prompt "Summarise this report." --compare
 
         cat story.txt | moba generate --no-chat --block-size 512 --topk 3
+
+        moba generate --batch-file questions.jsonl --decode moba
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be an integer >= 1, got {prefill_chunk}")
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,
@@ -104,6 +130,16 @@ def generate(
         raise ValueError("--demo brings its own prompt and attention; leave out --prompt, --prompt-file and --attn")
     if compare and attn is Attention.sdpa:
         raise ValueError("--compare runs full attention beside MoBA; leave out --attn sdpa")
+    drawing = Drawing(max_new_tokens, temperature, seed, prefill_chunk)
+    if batch_output is not None and batch_file is None:
+        raise ValueError("--batch-output needs --batch-file")
+    if batch_file is not None:
+        if compare or demo or prompt is not None or prompt_file is not None:
+            raise ValueError("--batch-file brings the prompts; leave out --prompt, --prompt-file, --compare and --demo")
+        from moba.cli.batch import run_batch
+
+        run_batch(batch_file, batch_output, model, choice, attn, dtype, device, chat, drawing)
+        return
     text = demo_prompt() if demo else options.read_prompt(prompt, prompt_file)
 
     from moba.cli.session import open_session, say
@@ -115,9 +151,9 @@ def generate(
         say(f"reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}")
     runs = []
     with record_routings(session.model) if demo else nullcontext() as record:
-        runs.append(_run(session, attn, ids, max_new_tokens, temperature, seed))
+        runs.append(_run(session, attn, ids, drawing))
     if compare or demo:
-        runs.append(_run(session, Attention.sdpa, ids, max_new_tokens, temperature, seed))
+        runs.append(_run(session, Attention.sdpa, ids, drawing))
         _print_comparison(runs)
     if record is not None:
         from moba.cli.pictures import write_pictures
@@ -125,9 +161,7 @@ def generate(
         write_pictures(Path("moba-inspect"), record.joined(), session.tokenizer, ids, DEMO_TITLE)
 
 
-def _run(
-    session: Session, attention: Attention, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
-) -> Run:
+def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing) -> Run:
     """Generate with one attention, streaming the text; says at the end what it took."""
     from moba.cli.measure import PeakMemory
     from moba.cli.session import NAMES, messages, reading_progress, say
@@ -142,9 +176,11 @@ def _run(
         task = progress.add_task("reading", total=ids.numel())
         start = time.perf_counter()
         stream = generate_tokens(
-            session.model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            session.model,
+            ids,
             on_progress=lambda num_read: progress.update(task, completed=num_read),
-        )  # fmt: skip
+            **asdict(drawing),
+        )
         for token in stream:
             if not tokens:
                 first_token_s = time.perf_counter() - start

@@ -139,6 +139,16 @@ DecodeOption = Annotated[
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How a text is written: arguments of `moba.generation.generate_tokens`."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
 class Choice:
     """The MoBA settings of a run and whether keeping the first block was our choice, not the user's or the model's."""
 

@@ -1,0 +1,234 @@
+"""Prompts from a file of JSON lines, answers into another, one finished line at a time: a killed run loses none."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moba.cli.options import Attention, Choice, Drawing, Dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moba.cli.session import Session
+
+KEYS = ("id", "max_new_tokens", "prompt")
+
+
+@dataclass(frozen=True)
+class BatchPrompt:
+    """One line of a batch file.
+
+    Attributes:
+        where: file and line, for messages.
+        line: number of the line, from 1.
+        text: the prompt.
+        id: whatever the user wants to find beside the answer.
+        max_new_tokens: the line's own limit, or None.
+    """
+
+    where: str
+    line: int
+    text: str
+    id: Any
+    max_new_tokens: int | None
+
+
+def run_batch(
+    batch_file: Path,
+    output: Path | None,
+    model: str | None,
+    choice: Choice,
+    attention: Attention,
+    dtype: Dtype,
+    device: str,
+    chat: bool,
+    drawing: Drawing,
+) -> None:
+    """Answer every prompt of a batch file that has no answer yet.
+
+    Raises:
+        ValueError: naming the line that cannot be answered, before anything is generated; or what `Answers` refuses.
+        OSError: if files cannot be read or written.
+    """
+    from moba.cli.session import open_session, say
+
+    prompts = read_batch(batch_file)
+    settings = {"model": model, "attention": attention.value, "dtype": dtype.value, "chat": chat}
+    settings |= {
+        "config": choice.config.to_dict() | {"backend": None},
+        "drawing": asdict(drawing) | {"chunk_tokens": 0},
+    }
+    with open_answers(output or default_output(batch_file), settings) as answers:
+        done = answers.finished(prompts)
+        left = [prompt for prompt in prompts if prompt.line not in done]
+        say(f"{len(done)} of {len(prompts)} prompts answered in {answers.path}")
+        if not left:
+            return
+        session = open_session(model, choice, attention, dtype, device)
+        encoded = [_encode(session, prompt, chat, drawing) for prompt in left]
+        for num_done, (prompt, ids) in enumerate(zip(left, encoded, strict=True), start=len(done) + 1):
+            record = _answer(session, prompt, ids, drawing)
+            answers.add(prompt, **record)
+            say(
+                f"{num_done} of {len(prompts)}: line {prompt.line}, {record['prompt_tokens']:,} tokens read, "
+                f"{record['new_tokens']:,} made in {record['seconds']:.1f} s"
+            )
+
+
+def _encode(session: Session, prompt: BatchPrompt, chat: bool, drawing: Drawing) -> Tensor:
+    try:
+        return session.encode(prompt.text, chat=chat, max_new_tokens=prompt.max_new_tokens or drawing.max_new_tokens)
+    except ValueError as error:
+        raise ValueError(f"{prompt.where}: {error}") from None
+
+
+def _answer(session: Session, prompt: BatchPrompt, ids: Tensor, drawing: Drawing) -> dict[str, Any]:
+    from moba.generation import end_tokens, generate_tokens
+
+    # Draws depend on the line and not on where a stopped run went on.
+    drawing = replace(drawing, seed=drawing.seed + prompt.line)
+    if prompt.max_new_tokens is not None:
+        drawing = replace(drawing, max_new_tokens=prompt.max_new_tokens)
+    start = time.perf_counter()
+    tokens = list(generate_tokens(session.model, ids, **asdict(drawing)))
+    return {
+        "text": session.tokenizer.decode(tokens, skip_special_tokens=True),
+        "prompt_tokens": ids.numel(),
+        "new_tokens": len(tokens),
+        "has_ended": tokens[-1] in end_tokens(session.model),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def default_output(batch_file: Path) -> Path:
+    """prompts.jsonl -> prompts.out.jsonl."""
+    return batch_file.with_suffix(".out" + (batch_file.suffix or ".jsonl"))
+
+
+def read_batch(path: Path) -> list[BatchPrompt]:
+    """All prompts of a batch file; blank lines are skipped.
+
+    Raises:
+        ValueError: naming the line that is not a JSON object with a prompt.
+        OSError: if the file cannot be read.
+    """
+    prompts = []
+    for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if data.strip():
+            prompts.append(_parse(data, number, f"{path}, line {number}"))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def _parse(data: bytes, line: int, where: str) -> BatchPrompt:
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    text = values.get("prompt") if isinstance(values, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: must be a JSON object with a text "prompt", got {_short(values)}')
+    if unknown := sorted(set(values) - set(KEYS)):
+        raise ValueError(f"{where}: unknown keys {unknown}; valid: {list(KEYS)}")
+    limit = values.get("max_new_tokens")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"{where}: max_new_tokens must be an integer >= 1, got {_short(limit)}")
+    return BatchPrompt(where, line, text, values.get("id"), limit)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+class Answers:
+    """The output file: what is finished, and a way to add to it.
+
+    Every record has `line`, `id`, `prompt` (a digest) and `settings` (a digest), and then what the run adds.
+    """
+
+    def __init__(self, path: Path, file: int, settings: dict[str, Any]) -> None:
+        self.path, self._file = path, file
+        self._settings = _digest(json.dumps(settings, sort_keys=True))
+
+    def finished(self, prompts: list[BatchPrompt]) -> set[int]:
+        """Line numbers that have an answer. A last line that was being written when its run was killed is removed.
+
+        Raises:
+            ValueError: if the file does not belong to these prompts and settings.
+        """
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        by_line = {prompt.line: prompt for prompt in prompts}
+        done = set()
+        for number, record in enumerate(data[:whole].splitlines(), start=1):
+            done.add(self._check(record, number, by_line))
+        if whole < len(data):
+            os.ftruncate(self._file, whole)
+        return done
+
+    def add(self, prompt: BatchPrompt, **values: Any) -> None:
+        """Append a record; when this returns it is on the disk."""
+        record = {
+            "line": prompt.line,
+            "id": prompt.id,
+            **values,
+            "prompt": _digest(prompt.text),
+            "settings": self._settings,
+        }
+        data = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+    def _check(self, data: bytes, number: int, by_line: dict[int, BatchPrompt]) -> int:
+        where = f"{self.path}, line {number}"
+        advice = "choose another --batch-output, or remove it to start anew"
+        try:
+            record = json.loads(data)
+            line, prompt, settings = record["line"], record["prompt"], record["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{where}: not a line that this command wrote; {advice}") from None
+        if line not in by_line or prompt != _digest(by_line[line].text):
+            raise ValueError(f"{where}: the answer to another prompt than line {line} of the batch file; {advice}")
+        if settings != self._settings:
+            raise ValueError(f"{where}: made with other settings; {advice}")
+        return line
+
+
+@contextmanager
+def open_answers(path: Path, settings: dict[str, Any]) -> Iterator[Answers]:
+    """Open or make the output file, for this process alone.
+
+    Args:
+        settings: everything that changes the answers; a file made with others is refused.
+
+    Raises:
+        ValueError: if another process is writing to it.
+        OSError: if it cannot be written.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another run") from None
+        yield Answers(path, file, settings)
+    finally:
+        os.close(file)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
