@@ -62,10 +62,14 @@ def run_batch(
     from moba.cli.session import open_session, say
 
     prompts = read_batch(batch_file)
-    settings = {"model": model, "attention": attention.value, "dtype": dtype.value, "chat": chat}
-    settings |= {
+    settings = {
+        "model": model,
+        "attention": attention.value,
+        "dtype": dtype.value,
+        "chat": chat,
+        # What changes answers by rounding only may differ between the runs of a batch.
         "config": choice.config.to_dict() | {"backend": None},
-        "drawing": asdict(drawing) | {"chunk_tokens": 0},
+        "drawing": asdict(drawing) | {"chunk_tokens": None},
     }
     with open_answers(output or default_output(batch_file), settings) as answers:
         done = answers.finished(prompts)
