@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from real_model import smollm2  # noqa: F401
-from tiny_models import SHAPE, tiny_model
+from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -88,6 +88,7 @@ def use(model, **changes):
     config = MoBAConfig(**{**SPARSE, **changes})
     register_moba(config)
     enable_paged(model, config)
+    model.set_attn_implementation("moba")
     return model
 
 
@@ -147,6 +148,13 @@ def test_a_batch_is_its_requests_alone(any_model, decode, full_layers, page):
     assert serve(any_model, prompts, config=batching(page)) == [alone(any_model, p) for p in prompts]
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"Llama", "Qwen3"}))
+def test_other_families(family):
+    other = use(tiny_model(family), full_layers=1)
+    prompts = [prompt(length, length) for length in (45, 20)]
+    assert serve(other, prompts) == [alone(other, p) for p in prompts]
+
+
 def test_both_decode_modes_and_dense_attention_differ(model):
     """Otherwise the tests here could not tell one attention from another."""
     tokens = prompt(60, 60)
@@ -179,6 +187,9 @@ def test_requests_arrive_at_any_time(model, decode, scheduler):
             requests[name] = (tokens, new)
             if dice.random() < 0.7:
                 served.wait(name, dice.randint(1, new))
+            if seed in (4, 8):
+                served.manager.cancel_request(name)
+                del requests[name]
         for name, (tokens, new) in requests.items():
             assert served.wait(name) == alone_while_serving(model, tokens, new), name
     assert set(served.errors.values()) == {None}
@@ -247,6 +258,25 @@ def test_several_answers_to_a_prompt(model, decode, sharing):
         outputs = [served.manager.get_result(timeout=60) for _ in range(3)]
     assert sorted(output.request_id for output in outputs)[0] == name
     assert [output.generated_tokens for output in outputs] == [alone(model, tokens)] * 3
+
+
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_equal_prompts_at_once(model, decode):
+    """Each reads its prompt into pages of its own, which transformers then finds to be the same."""
+    use(model, decode=decode)
+    tokens = prompt(50, 1)
+    assert serve(model, [tokens] * 4) == [alone(model, tokens)] * 4
+
+
+@pytest.mark.parametrize("most_pages", [0, 3])
+def test_requests_longer_than_a_page_table(model, calls, most_pages):
+    """Steps of such a request, and of all that share its batch, come without page tables."""
+    calls.watch(PagedMoBA, "_lay_out")
+    use(model)
+    prompts = [prompt(length, length) for length in (40, 30)]
+    config = batching(max_blocks_per_request=most_pages)
+    assert serve(model, prompts, 20, config) == [alone(model, p, 20) for p in prompts]
+    assert (calls["_lay_out"] > 15) == (most_pages == 0)
 
 
 @pytest.mark.parametrize("decode", ["moba", "full"])
@@ -328,6 +358,15 @@ def test_a_batch_of_decode_steps_allocates_nothing_of_the_length_of_the_context(
     monkeypatch.setattr(PagedMoBA, "start_step", start)
     monkeypatch.setattr(PagedMoBA, "attend", watched)
     sizes = []
+    shares = []
+    init = PagedMoBA.__init__
+
+    def weighed(self, *args):
+        init(self, *args)
+        keys, means = sum(k.numel() for k, _ in self._pages), sum(x.numel() for x in self._means)
+        shares.append(means / keys)
+
+    monkeypatch.setattr(PagedMoBA, "__init__", weighed)
     for length in (600, 6000):
         largest.clear()
         serve(long, [prompt(length, 1)], 3, batching(64, 120, 2048))
@@ -335,6 +374,7 @@ def test_a_batch_of_decode_steps_allocates_nothing_of_the_length_of_the_context(
     # Ten times the keys: what is as long as a list of blocks may grow, and stays far below one number a key.
     assert sizes[1] < 2 * sizes[0]
     assert sizes[1] < 6000 * 4
+    assert shares == [1 / 64] * 2
 
 
 def test_other_models_and_other_calls_are_untouched(model):
@@ -415,7 +455,6 @@ def test_the_model_cannot_be_called_while_it_serves(model):
 )
 def test_batching_configs_that_cannot_be_honoured(model, options, changes, message):
     use(model, **changes)
-    model.set_attn_implementation("moba")
     with pytest.raises(ValueError, match=message):
         model.generate_batch([prompt(5)], greedy(), batching(**options))
     assert model.config._attn_implementation == "moba"
