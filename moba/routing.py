@@ -139,10 +139,12 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     num_finished = k.shape[-3] // block_size
     blocks = k[..., : num_finished * block_size, :, :].unflatten(-3, (num_finished, block_size))
     means = k.new_empty(*blocks.shape[:-3], *blocks.shape[-2:])
+    # A tensor: on a GPU, dividing by a number multiplies by its rounded reciprocal.
+    size = torch.full((), block_size, dtype=accumulation_dtype(k.dtype), device=k.device)
     at_once = max(1, _KEYS_PER_CHUNK // max(1, means[..., :1, :, :].numel() * block_size))
     for start in range(0, num_finished, at_once):
         some = slice(start, start + at_once)
-        means[..., some, :, :] = _sum_by_halves(blocks[..., some, :, :, :]) / block_size
+        means[..., some, :, :] = _sum_by_halves(blocks[..., some, :, :, :]) / size
     return means
 
 

@@ -221,3 +221,23 @@ def test_compiles_without_graph_breaks_and_checkpoints():
         assert_close(a, b, 1e-6)
     again = torch.utils.checkpoint.checkpoint(loss, q, k, v, use_reentrant=False)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, [q, k, v]), expected, strict=True))
+
+
+def test_public_functions_compile_without_graph_breaks():
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 40, 40, 2, 1, 16, device=DEVICE))
+    cu = torch.tensor([0, 17, 40], dtype=torch.int32, device=DEVICE)
+    options = {"block_size": 8, "topk": 2, "backend": "triton"}
+
+    def plain(q, k, v):
+        return moba_attention(q, k, v, **options)
+
+    def packed(q, k, v):
+        return moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu, **options)
+
+    for function in (plain, packed):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        actual, expected = compiled(q, k, v), function(q, k, v)
+        assert torch.equal(actual, expected)
+        for a, b in zip(torch.autograd.grad(actual.sum(), [q, k, v]), torch.autograd.grad(expected.sum(), [q, k, v]),
+                        strict=True):  # fmt: skip
+            assert torch.equal(a, b)

@@ -18,6 +18,8 @@ from moba.backends.triton.route import route as route
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
+# Triton settles this when kernels are imported. A constant, as torch.compile cannot trace the question.
+IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:
@@ -26,7 +28,7 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
         return "Triton kernels take float16, bfloat16 and float32, not float64"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
-    if triton.knobs.runtime.interpret:
+    if IS_INTERPRETED:
         return None if q.device.type in ("cpu", "cuda") else f"tensors are on {q.device}, not on a CPU or a CUDA device"
     if q.device.type != "cuda" or torch.version.cuda is None:
         return f"needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1); tensors are on {q.device}"
