@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TRANSFORMERS := transformers==5.23.0
 
-.PHONY: demo test test-compat check bench clean
+.PHONY: demo test test-compat check bench aot clean
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ $(COMPAT)/.installed: pyproject.toml Makefile
 
 bench: $(VENV)/.installed
 	$(BIN)/moba bench attention
+
+# Every Triton kernel x dtype x head dim x configuration for sm_80 to sm_100; CI compiles a representative part.
+aot: $(VENV)/.installed
+	$(BIN)/python -m moba.backends.triton.aot --full
 
 clean:
 	rm -rf $(VENV) $(COMPAT) build *.egg-info

@@ -66,37 +66,41 @@ def to_markdown(header: dict[str, str], records: Records, rows: Rows = rows) -> 
 
 
 def plot(header: dict[str, str], records: Records, path: Path) -> None:
-    """Forward time against length, a line for each shape and baseline, both axes logarithmic."""
+    """Forward time against length, both axes logarithmic: a panel for each kind of heads, a line for each way."""
     import matplotlib.pyplot as plt
 
     from moba.bench.cases import length_name
 
-    lines: dict[str, list[tuple[int, float]]] = {}
+    records = [record for record in records if "failed" not in record]
+    fixed = all(record["tokens"] == 64 * record["block_size"] for record in records)
+    panels: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
-        if "failed" in record:
-            continue
-        fixed = record["tokens"] == 64 * record["block_size"] and record["heads"] == 1
-        shape = "64 blocks" if fixed else f"{record['block_size']}"
-        heads = f"{record['heads']} heads" if record["heads"] == record["kv_heads"] else "GQA"
-        label = f"MoBA {shape}/{record['topk']}, {heads}, {record['dtype']}"
-        lines.setdefault(label, []).append((record["tokens"], record["moba"].get("forward_ms")))
-        for name, title in BASELINES.items():
-            if record.get(name, {}).get("forward_ms") is not None:
-                points = lines.setdefault(f"{title}, {heads}, {record['dtype']}", [])
-                if record["tokens"] not in [tokens for tokens, _ in points]:
-                    points.append((record["tokens"], record[name]["forward_ms"]))
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for label, points in lines.items():
-        points.sort()
-        style = "o-" if label.startswith("MoBA") else "s--"
-        axes.plot([n for n, _ in points], [ms for _, ms in points], style, label=label, markersize=4)
-    ticks = sorted({n for points in lines.values() for n, _ in points})
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms", title=header["device"])
-    axes.set_xticks(ticks, [length_name(n) for n in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left")
-    figure.savefig(path, dpi=130)
+        heads = f"{record['heads']} query, {record['kv_heads']} key/value heads, {record['dtype']}"
+        lines = panels.setdefault(heads, {})
+        ways = {f"MoBA {'64 blocks' if fixed else record['block_size']}/{record['topk']}": record["moba"]}
+        ways |= {title: record[name] for name, title in BASELINES.items() if name in record}
+        for title, times in ways.items():
+            if "forward_ms" in times:
+                lines.setdefault(title, {})[record["tokens"]] = times["forward_ms"]
+    # Heads that were measured at one length say little in a picture of growth; the table has them.
+    grown = {heads: lines for heads, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+    panels = grown or panels or {"nothing measured": {}}
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(2 + 6 * len(panels), 5), layout="constrained", squeeze=False
+    )  # fmt: skip
+    for axes, (heads, lines) in zip(all_axes[0], panels.items(), strict=True):
+        for title, points in lines.items():
+            style = {"marker": "o"} if title.startswith("MoBA") else {"marker": "s", "linestyle": "--"}
+            lengths = sorted(points)
+            axes.plot(lengths, [points[n] for n in lengths], label=title, markersize=4, **style)
+        ticks = sorted({n for points in lines.values() for n in points})
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms", title=heads)
+        axes.set_xticks(ticks, [length_name(n) for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left")
+    figure.suptitle(header["device"])
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
