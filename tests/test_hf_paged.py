@@ -18,6 +18,7 @@ from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -277,6 +278,25 @@ def test_requests_longer_than_a_page_table(model, calls, most_pages):
     config = batching(max_blocks_per_request=most_pages)
     assert serve(model, prompts, 20, config) == [alone(model, p, 20) for p in prompts]
     assert (calls["_lay_out"] > 15) == (most_pages == 0)
+
+
+@pytest.mark.parametrize("full_layers", [0, 1])
+@pytest.mark.parametrize("decode", ["moba", "full"])
+def test_padded_batches(model, monkeypatch, calls, decode, full_layers):
+    """As CUDA graphs ask for: prompts padded with tokens and decode steps with requests, after a warm-up."""
+    init = ModelRunner.__init__
+
+    def padding(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.pad_inputs = True
+
+    monkeypatch.setattr(ModelRunner, "__init__", padding)
+    calls.watch(ModelRunner, "run_one_warmup", lambda seconds: 1 if seconds > 0 else -100)  # 0 if it failed
+    use(model, decode=decode, full_layers=full_layers)
+    prompts = [prompt(length, length) for length in (45, 7, 60)]
+    config = batching(tokens=64, max_requests_per_batch=8)
+    assert serve(model, prompts, config=config) == [alone(model, p) for p in prompts]
+    assert calls["run_one_warmup"] == (5 if decode == "moba" else 1)
 
 
 @pytest.mark.parametrize("decode", ["moba", "full"])
