@@ -485,6 +485,8 @@ def test_models_that_cannot_be_served(model, monkeypatch):
         enable_paged(model)
     with pytest.raises(ValueError, match="config must be a MoBAConfig or None, got 'moba'"):
         enable_paged(model, "moba")
+    with pytest.raises(ValueError, match=r"full_layers must fit the model's 3 layers, got \(3,\)"):
+        enable_paged(model, MoBAConfig(8, 3, full_layers=(3,)))
     with pytest.raises(ValueError, match=r"full_attention for MoBA in pages, got \['sliding_attention'\]"):
         enable_paged(tiny_model("Mistral", sliding_window=16), MoBAConfig(**SPARSE))
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import MoBAConfig
-from moba.hf.attention import moba_attention_forward, read_config
+from moba.hf.attention import check_full_layers, moba_attention_forward, read_config
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
 
@@ -54,10 +54,7 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
         return
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
-    layers = config.full_layers
-    num_layers = model_config.num_hidden_layers
-    if (max(layers, default=-1) >= num_layers) if isinstance(layers, tuple) else layers > num_layers:
-        raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
+    check_full_layers(config, model_config.num_hidden_layers)
     model_config.moba = config.to_dict()
 
 

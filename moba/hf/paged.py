@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba.config import MoBAConfig
-from moba.hf.attention import read_config
+from moba.hf.attention import check_full_layers, read_config
 from moba.hf.paged_step import PagedMoBA, paged_attention_forward
 from moba.hf.pages import PageBook, find_page_book
 
@@ -48,7 +48,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
             managers made from then on.
 
     Raises:
-        ValueError: if the installed transformers or the model cannot be served, or there is no config. The two methods
+        ValueError: if the installed transformers or the model cannot be served, or no config fits it. The two methods
             raise it for a ContinuousBatchingConfig that cannot be honoured. A request too long for the cache fails
             alone, with the reason in its `error`.
     """
@@ -58,6 +58,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
     chosen = config or read_config(text_config)
     if chosen is None:
         raise ValueError("no MoBA config: give enable_paged one, or write it to the model with set_moba_config")
+    check_full_layers(chosen, text_config.num_hidden_layers)
     book_type = find_page_book()
     _check_model(model, text_config)
     AttentionInterface.register(ATTENTION, paged_attention_forward)
