@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,9 @@ def run_case(
     if num_layers == 0:
         record["skipped"] = f"{(case.dense_bytes + case.means_bytes) / 2**30:.1f} GiB do not fit the free memory"
         return record
-    torch.manual_seed(0)
-    layers = [_new_layer(case, device, backend) for _ in range(num_layers)]
+    # A generator of its own: a baseline that fails as it is recorded would leave the device's unusable.
+    generator = torch.Generator(device).manual_seed(0)
+    layers = [_new_layer(case, generator, backend) for _ in range(num_layers)]
     record["layers"] = num_layers
 
     def moba(layer: Layer, **options: Any) -> Any:
@@ -145,12 +147,12 @@ def run_case(
     return record
 
 
-def _new_layer(case: DecodeCase, device: torch.device, backend: str) -> Layer:
-    q = torch.randn(case.batch, case.queries, case.heads, case.head_dim, device=device, dtype=case.dtype)
-    k, v = (
-        torch.randn(case.batch, case.kv_heads, case.tokens, case.head_dim, device=device, dtype=case.dtype)
-        for _ in range(2)
-    )
+def _new_layer(case: DecodeCase, generator: torch.Generator, backend: str) -> Layer:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=case.dtype)
+
+    q = draw(case.batch, case.queries, case.heads, case.head_dim)
+    k, v = (draw(case.batch, case.kv_heads, case.tokens, case.head_dim) for _ in range(2))
     means = k.new_empty(case.batch, case.tokens // case.block_size, case.kv_heads, case.head_dim)
     append_block_means(means, k.transpose(1, 2), num_new=case.tokens, block_size=case.block_size, backend=backend)
     return Layer(q, k, v, means)
@@ -165,7 +167,10 @@ def _dense_times(
     for name, dense in dense_baselines(device, case.queries, flex).items():
         try:
             q, k, v = layers[0].q.transpose(1, 2), layers[0].k, layers[0].v
-            if problem := check_dense(q, k, v, dense(q, k, v)):
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # SDPA's reasons, one by one, why it cannot take a backend
+                out = dense(q, k, v)
+            if problem := check_dense(q, k, v, out):
                 failed[name] = problem
                 continue
             steps = [partial(dense, layer.q.transpose(1, 2), layer.k, layer.v) for layer in layers]
@@ -187,7 +192,7 @@ def _step_ms(steps: Sequence[Callable[[], object]], device: torch.device, repeat
         return measure(run, device, warmups=1, repeats=repeats).ms / len(steps)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        steps[0]()
+        run()  # what compiles or fails does so before the recording
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

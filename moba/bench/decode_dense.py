@@ -54,7 +54,7 @@ def _sdpa(backend: SDPBackend | None, as_queries: bool) -> Dense:
         else:
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
-        return out.view(shape)
+        return out.reshape(shape)
 
     return attend
 
