@@ -59,7 +59,7 @@ def moba_attention(
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
             key_start, that `append_block_means` wrote for these keys. With at most 16 queries a row and no gradient
             asked for, a step of decoding then reads the means and the selected keys only. More queries, or gradients,
-            take the prefill's way, which computes the same means again.
+            take the prefill's way without computing the means again.
         backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
         return_lse, return_routing: also return the log-sum-exp, the routing.
 
@@ -211,8 +211,49 @@ def moba_attention_paged(
         sequences = sequences.without_pages()
     return _attention(
         q, k_pages, v_pages, sequences, block_size, topk, scale, keep_first, keep_recent, router, None, backend,
-        return_lse, return_routing, block_means,
+        return_lse, return_routing, None if sequences.page_table is None else block_means,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def moba_route(
+    q: Tensor,
+    block_means: Tensor,
+    *,
+    num_keys: int,
+    block_size: int,
+    topk: int,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    router: Router = "mean",
+    backend: str = "auto",
+) -> Routing:
+    """The routing alone, by block means, where the keys themselves are elsewhere.
+
+    Args:
+        q: [B, T, H, D]. The queries are the last T of num_keys positions.
+        block_means: [B, N, G, D], N >= num_keys // block_size, in q's dtype, as `append_block_means` writes them.
+        num_keys: S, at least T.
+        block_size, topk, keep_first, keep_recent, router, backend: as in `moba_attention`.
+
+    Returns:
+        The `Routing` that `moba_attention` chooses over keys with these means.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+    """
+    validate_selection(block_size, topk, keep_first, keep_recent, router)
+    require_one_of("backend", backend, BACKENDS)
+    require_int("num_keys", num_keys, q.shape[1] if q.ndim == 4 else 0)
+    _check_tensors(q, block_means, block_means, ndim=4)
+    _check_means("block_means", block_means, block_means[:, :0], num_keys // block_size)
+    if q.shape[0] != block_means.shape[0]:
+        raise ValueError(f"block_means must have q's batch size {q.shape[0]}, got {block_means.shape[0]}")
+    implementation = backends.resolve(backend, q, block_means)
+    selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
+    with torch.autocast(q.device.type, enabled=False):
+        indices = implementation.route(q, None, Sequences(q.shape[0], q.shape[1], num_keys), selection, block_means)
+    return Routing(indices, block_size)
 
 
 @torch.no_grad()
@@ -335,7 +376,7 @@ def _attention(
         else:
             if routing is None:
                 with torch.no_grad():
-                    indices = implementation.route(q, k, sequences, selection)
+                    indices = implementation.route(q, k, sequences, selection, block_means)
             else:
                 indices = _replayed(routing, q, block_size, topk)
             out, lse = implementation.attend(q, k, v, indices, sequences, block_size=block_size, scale=scale)

@@ -273,11 +273,19 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection) -> Tensor:
     return chosen.masked_fill(chosen > num_blocks, -1).to(torch.int32)
 
 
-def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor:
+def span_means(k: Tensor | None, means: Tensor | None, span: Span, block_size: int) -> Tensor:
+    """Means [N, G, D] of one sequence's finished blocks: those of means [R, N, G, D] if given, else of k's keys."""
+    if means is not None:
+        return means[span.row, : span.k_len // block_size]
+    assert k is not None
+    return block_means(k[span.row, span.k_start : span.k_start + span.k_len], block_size)
+
+
+def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Tensor:
     """Route one sequence in chunks of query rows, so that scores never take N × N/B memory.
 
     Args:
-        q: [T, H, D] the sequence's queries. k: [S, G, D] its keys.
+        q: [T, H, D] the sequence's queries. means: [N, G, D] of its finished blocks.
 
     Returns:
         int32 [T, H, K].
@@ -288,7 +296,6 @@ def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor
         return kept_indices(positions, selection)[:, None].expand(-1, num_heads, -1)
     indices = q.new_full((num_queries, num_heads, selection.topk), -1, dtype=torch.int32)
     own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
-    means = block_means(k, selection.block_size)
     start = 0
     while start < num_queries:
         num_candidates = means.shape[0]
@@ -303,11 +310,14 @@ def route_span(q: Tensor, k: Tensor, span: Span, selection: Selection) -> Tensor
 
 
 @outside_graphs
-def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
+def route(
+    q: Tensor, k: Tensor | None, sequences: Sequences, selection: Selection, means: Tensor | None = None
+) -> Tensor:
     """The routing of every query, in plain torch: int32 [R, T, H, K].
 
     Args:
-        q: [R, T, H, D]. k: [R, S, G, D], any strides with a contiguous last dimension.
+        q: [R, T, H, D]. k: [R, S, G, D], any strides with a contiguous last dimension; not read if there are
+            means: [R, N, G, D], of finished blocks.
     """
     if selection.score is None:
         positions = sequences.positions(q.device)
@@ -315,6 +325,6 @@ def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> T
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
     for span in sequences.spans():
         rows = slice(span.q_start, span.q_start + span.q_len)
-        keys = k[span.row, span.k_start : span.k_start + span.k_len]
-        indices[span.row, rows] = route_span(q[span.row, rows], keys, span, selection)
+        finished = span_means(k, means, span, selection.block_size)
+        indices[span.row, rows] = route_span(q[span.row, rows], finished, span, selection)
     return indices

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import attend_batch
 
-from moba import append_block_means, moba_attention, moba_attention_paged
+from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
 from moba.backends import cached, load
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -410,3 +410,24 @@ def test_refusals_of_pages():
     }.items():
         with pytest.raises(ValueError, match=match):
             moba_attention_paged(**{"q": q, "block_size": 8, "topk": 3, **pages, **changes})
+
+
+@pytest.mark.parametrize("keep_first", [0, 1])
+def test_a_prefill_by_given_means_is_a_prefill(backend, device, keep_first):
+    q, k, v = make_qkv(2, 33, 50, 4, 2, 16, device=device)
+    options = {"block_size": 7, "topk": 4, "keep_first": keep_first, "backend": backend}
+    expected = moba_attention(q, k, v, **options, **BOTH)
+    means = means_of(k, backend, 7)
+    actual = moba_attention(q, k, v, block_means=means, **options, **BOTH)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(moba_route(q, means, num_keys=50, **options).indices, expected[2].indices)
+
+
+def test_routing_alone_refuses_what_does_not_fit(device):
+    q, means = torch.zeros(1, 4, 2, 8, device=device), torch.zeros(1, 3, 1, 8, device=device)
+    with pytest.raises(ValueError, match="num_keys"):
+        moba_route(q, means, num_keys=3, block_size=4, topk=2)
+    with pytest.raises(ValueError, match="block_means"):
+        moba_route(q, means, num_keys=16, block_size=4, topk=2)
+    with pytest.raises(ValueError, match="batch"):
+        moba_route(q.expand(2, -1, -1, -1), means, num_keys=8, block_size=4, topk=2)

@@ -19,14 +19,15 @@ def unsupported(q: Tensor, k: Tensor) -> str | None:
 
 
 @outside_graphs
-def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
+def route(
+    q: Tensor, k: Tensor | None, sequences: Sequences, selection: Selection, means: Tensor | None = None
+) -> Tensor:
     """Equations 3-6: score every block, keep the top-k. See `moba.backends` for the contract."""
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
-        k_rows = slice(span.k_start, span.k_start + span.k_len)
-        means = routing.block_means(k[span.row, k_rows], selection.block_size)
-        indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], means, span, selection)
+        finished = routing.span_means(k, means, span, selection.block_size)
+        indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], finished, span, selection)
     return indices
 
 

@@ -110,6 +110,16 @@ def _head_major(memory: Tensor) -> Tensor:
     return memory.transpose(0, 1)[: memory.shape[1] - SPARE_BLOCKS]
 
 
+def global_means(means: Tensor, sequences: Sequences, block_size: int) -> Tensor:
+    """Means [R, N, G, D] of each row's blocks as `block_means` would return them, by global block number."""
+    num_rows, num_blocks = sequences.num_rows, sequences.num_blocks(block_size)
+    memory = means.new_empty(means.shape[2], num_rows * num_blocks + SPARE_BLOCKS, means.shape[3])
+    count = min(num_blocks, means.shape[1])
+    rows = memory[:, : num_rows * num_blocks].unflatten(1, (num_rows, num_blocks))
+    rows[:, :, :count] = means[:, :count].permute(2, 0, 1, 3)
+    return _head_major(memory)
+
+
 def plan_block_means(plan: Plan, k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     """`block_means` as a step of a plan."""
     means = _head_major(plan.buffer(*means_shape(k, sequences, block_size), dtype=k.dtype))

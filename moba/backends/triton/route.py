@@ -11,7 +11,7 @@ from torch import Tensor
 from moba import routing
 from moba.backends.triton.case import Case
 from moba.backends.triton.launch import Plan, cdiv, make_plan, next_power_of_2, run_planned
-from moba.backends.triton.means import plan_block_means
+from moba.backends.triton.means import global_means, plan_block_means
 from moba.backends.triton.select import _select_kernel
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
@@ -21,7 +21,9 @@ from moba.routing import Selection
 LIST_LENGTHS = (4, 8, 16)
 
 
-def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
+def route(
+    q: Tensor, k: Tensor | None, sequences: Sequences, selection: Selection, means: Tensor | None = None
+) -> Tensor:
     """The routing of every query: int32 [R, T, H, K]. See `moba.backends` for the contract.
 
     A router that is a user's function runs in plain torch, as no kernel can call it.
@@ -30,12 +32,14 @@ def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> T
         inputs, in full fp32 for fp32 ones. Selections do not depend on tile sizes.
     """
     if selection.score not in (None, routing.mean_key_scores):
-        return routing.route(q, k, sequences, selection)
+        return routing.route(q, k, sequences, selection, means)
     if selection.score is None or selection.topk >= sequences.num_blocks(selection.block_size):
         indices = routing.kept_indices(sequences.positions(q.device), selection)
         return indices[:, :, None].expand(-1, -1, q.shape[2], -1)
     return select(
-        q, k, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
+        q, k if means is None else None,
+        None if means is None else global_means(means, sequences, selection.block_size),
+        sequences.num_keys, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
         selection.block_size, selection.topk, selection.keep_first, selection.keep_recent,
     )  # fmt: skip
 
@@ -43,7 +47,9 @@ def route(q: Tensor, k: Tensor, sequences: Sequences, selection: Selection) -> T
 @torch.library.custom_op("moba::triton_route", mutates_args=())
 def select(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
+    means: Tensor | None,
+    num_keys: int,
     key_start: Tensor | None,
     key_end: Tensor | None,
     cu_q: Tensor | None,
@@ -53,14 +59,17 @@ def select(
     keep_first: int,
     keep_recent: int,
 ) -> Tensor:
-    """The routing by mean-key scores: int32 [R, T, H, K]. Arguments as in `Sequences` and `Selection`."""
+    """The routing by mean-key scores: int32 [R, T, H, K], by means as `global_means` gives them, or by those of k.
+
+    Other arguments are as in `Sequences` and `Selection`.
+    """
     indices = q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
     if cu_q is not None and cu_q.numel() == 1:
         return indices.fill_(-1)
     if indices.numel():
         run_planned(
-            _plan_select, q, k, indices, key_start, key_end, cu_q, cu_k, device=q.device,
-            block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent, arch=arch_of(q.device),
+            _plan_select, q, k, means, indices, key_start, key_end, cu_q, cu_k, device=q.device,
+            num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent, arch=arch_of(q.device),
         )  # fmt: skip
     return indices
 
@@ -68,18 +77,22 @@ def select(
 def _plan_select(
     plan: Plan,
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
+    means: Tensor | None,
     indices: Tensor,
     *bounds: Tensor | None,
+    num_keys: int,
     block_size: int,
     topk: int,
     keep_first: int,
     keep_recent: int,
     arch: int,
 ) -> None:
-    sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds)
+    sequences = Sequences(q.shape[0], q.shape[1], num_keys, *bounds)
     selection = Selection(block_size, topk, keep_first, keep_recent, routing.mean_key_scores)
-    means = plan_block_means(plan, k, sequences, block_size)
+    if means is None:
+        assert k is not None
+        means = plan_block_means(plan, k, sequences, block_size)
     arguments = select_arguments(q, means, indices, sequences, selection, arch)
     plan.launch(_select_kernel, (q.shape[0] * arguments["num_tiles"], q.shape[2]), **arguments)
 
@@ -87,7 +100,9 @@ def _plan_select(
 @select.register_fake
 def _(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
+    means: Tensor | None,
+    num_keys: int,
     key_start: Tensor | None,
     key_end: Tensor | None,
     cu_q: Tensor | None,
@@ -156,7 +171,7 @@ def _aot_case(arch: int, dtype: torch.dtype, head_dim: int, topk: int, kind: str
     cu = torch.empty(5, dtype=torch.int32, device="meta") if kind == "packed" else None
     indices = q.new_empty((1, 131072, 16, topk), dtype=torch.int32)
     plan = make_plan(
-        _plan_select, q, q, indices, bound, bound, cu, cu,
+        _plan_select, q, q, None, indices, bound, bound, cu, cu, num_keys=131072,
         block_size=128, topk=topk, keep_first=0, keep_recent=0, arch=arch,
     )  # fmt: skip
     *_, (kernel, arguments) = plan.launches()
