@@ -375,6 +375,56 @@ def test_a_step_is_four_kernels(monkeypatch):
     assert names == ["_score_kernel", "_decode_select_kernel", "_decode_attend_kernel", "_decode_merge_kernel"]
 
 
+def test_a_growing_cache_takes_one_plan(monkeypatch):
+    plans = {}
+    monkeypatch.setattr(launch, "_plans", plans)
+    q, k, v = inputs(1, 1, 60, 2, 1, 16, 8)
+    room = torch.cat([k, torch.full_like(k, torch.nan)], dim=1)
+    means = torch.full((1, 15, 1, 16), torch.nan, device=DEVICE)
+    for length in (33, 34, 40, 60):
+        some = room[:, :length]
+        num_new = length if length == 33 else 1
+        backend.append_means(means[:, : length // 8], some, Sequences(1, num_new, length), 8)
+        if length < 60:
+            backend.decode(q, some, v[:, :length], means, Sequences(1, 1, length), _selection(8, 3), scale=SCALE)
+    assert len(plans) == 3  # 33 new keys, one new key, and the step
+
+
+def _selection(block_size, topk):
+    return Selection.of(block_size, topk, 0, 0, "mean")
+
+
+class _Kernel:
+    """Stands for a compiled kernel, and records what it is launched with."""
+
+    arg_names = ("x_ptr", "num_keys", "SIZE")
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def run(*args, **named):
+            self.launches.append((grid, args or tuple(named.values())))
+            return self
+
+        return run
+
+
+def test_a_plan_takes_numbers_at_every_run():
+    kernel, x = _Kernel(), torch.zeros(4)
+
+    def build(plan, x):
+        plan.launch(kernel, (3,), x, launch.Number(0), SIZE=8)
+
+    plan = launch.make_plan(build, x)
+    assert [arguments["num_keys"] for _, arguments in plan.launches()] == [0]
+    for number in (5, 6, 7):
+        plan.run(x, device=x.device, numbers=(number,))
+    (_, first), *others = kernel.launches
+    assert first[1:] == (5, 8)
+    assert others == [((3, 1, 1), (x.data_ptr(), number, 8)) for number in (6, 7)]
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 def test_one_graph_serves_a_growing_context():
     q, k, v = inputs(1, 1, 5000, 8, 2, 64, 32, torch.bfloat16)

@@ -36,7 +36,7 @@ MODULES = ("means", "route", "by_block", "attend_cases", "decode_cases")
 # Shared memory that one program may opt in to, in bytes.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

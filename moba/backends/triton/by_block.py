@@ -221,8 +221,10 @@ def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tu
         ValueError: if R · T · K does not fit int32.
     """
     offsets, entries = new_view(indices, sequences, block_size)
-    options = {"num_keys": sequences.num_keys, "block_size": block_size, "arch": arch_of(indices.device)}
-    run_planned(_plan, indices, offsets, entries, *bounds_of(sequences), device=indices.device, **options)
+    run_planned(
+        _plan, indices, offsets, entries, *bounds_of(sequences), device=indices.device, num_keys=sequences.num_keys,
+        block_size=block_size, arch=arch_of(indices.device),
+    )  # fmt: skip
     return offsets, entries
 
 

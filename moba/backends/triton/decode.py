@@ -14,18 +14,19 @@ from torch import Tensor
 
 from moba import routing
 from moba.backends.triton import decode_attend, decode_select
-from moba.backends.triton.decode_means import _append_means_kernel, append_means_launch
-from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
-from moba.backends.triton.overlap import is_early, launch_options
+from moba.backends.triton.decode_means import launch_append_means
+from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 from moba.routing import Selection
 
+# What differs from step to step: the length of a cache that grows, and with it the stride of some page tables.
+NUM_KEYS, STRIDE_TABLE = Number(0), Number(1)
 LOG2_E = 1.4426950408889634
 # Slots of the routing that a program compares at a time.
 MAX_TILE_K = 64
-# Keys that a warp holds as it selects.
-VALUES_PER_WARP = 512
+# Keys that a warp holds as it selects: by families, which is short work, or among all blocks at once.
+HELD_BY_FAMILIES, HELD_AT_ONCE = 512, 256
 
 
 def decode(
@@ -75,16 +76,25 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     )
 
 
-def _sequences(
-    num_rows: int,
-    num_queries: int,
-    k: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    page_table: Tensor | None,
-) -> Sequences:
-    num_keys = k.shape[1] if page_table is None else k.shape[1] * page_table.shape[1]
-    return Sequences(num_rows, num_queries, num_keys, key_start, key_end, page_table=page_table)
+def _numbers(k: Tensor, page_table: Tensor | None) -> tuple[int, int]:
+    """What NUM_KEYS and STRIDE_TABLE stand for."""
+    return (k.shape[1], 0) if page_table is None else (k.shape[1] * page_table.shape[1], page_table.stride(0))
+
+
+def _page_size(k: Tensor, page_table: Tensor | None) -> int:
+    """Keys in a page, 0 without pages."""
+    return 0 if page_table is None else k.shape[1]
+
+
+def _capacity(num_keys: int) -> int:
+    """Keys that the scores of a plan have room for: at least num_keys, and seldom another as that grows."""
+    step = max(1024, next_power_of_2(num_keys) // 8)
+    return cdiv(num_keys, step) * step
+
+
+def _begin(x: Tensor | None) -> Tensor | None:
+    """What a plan needs of a tensor [R, S, ...]: where it lies, and no size that grows with the context."""
+    return None if x is None else x[:, :1]
 
 
 @torch.library.custom_op("moba::triton_decode", mutates_args=())
@@ -104,9 +114,12 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, indices = _empty_results(q, topk)
     if q.numel():
+        numbers = _numbers(k, page_table)
         run_planned(
-            _plan_decode, q, k, v, means, key_start, key_end, page_table, out, lse, indices, device=q.device,
-            block_size=block_size, keep_first=keep_first, keep_recent=keep_recent, scale=scale, arch=arch_of(q.device),
+            _plan_decode, q, _begin(k), _begin(v), _begin(means), key_start, key_end, _begin(page_table), out, lse,
+            indices, device=q.device, block_size=block_size, keep_first=keep_first, keep_recent=keep_recent,
+            scale=scale, arch=arch_of(q.device), numbers=numbers, capacity=_capacity(numbers[0]),
+            page_size=_page_size(k, page_table),
         )  # fmt: skip
     return out, lse, indices
 
@@ -144,8 +157,9 @@ def _attend(
     out, lse, _ = _empty_results(q, 0)
     if q.numel():
         run_planned(
-            _plan_attend, q, k, v, key_start, key_end, page_table, out, lse, indices.contiguous(), device=q.device,
-            block_size=block_size, scale=scale, arch=arch_of(q.device), is_first=True,
+            _plan_attend, q, _begin(k), _begin(v), key_start, key_end, _begin(page_table), out, lse,
+            indices.contiguous(), device=q.device, numbers=_numbers(k, page_table), block_size=block_size, scale=scale,
+            arch=arch_of(q.device), page_size=_page_size(k, page_table),
         )  # fmt: skip
     return out, lse
 
@@ -177,8 +191,9 @@ def _append_means(
 ) -> None:
     if k.numel() and means.numel() and num_new:
         run_planned(
-            _plan_append, means, k, key_start, key_end, page_table, device=k.device, num_new=num_new,
-            block_size=block_size,
+            _plan_append, _begin(means), _begin(k), key_start, key_end, _begin(page_table), device=k.device,
+            numbers=_numbers(k, page_table), num_new=num_new, block_size=block_size,
+            page_size=_page_size(k, page_table),
         )  # fmt: skip
 
 
@@ -191,11 +206,23 @@ def _empty_results(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _plan_append(plan: Plan, means: Tensor, k: Tensor, *bounds: Tensor | None, num_new: int, block_size: int) -> None:
-    table = bounds[2]
-    num_rows = k.shape[0] if table is None else table.shape[0]
-    grid, arguments = append_means_launch(means, k, _sequences(num_rows, num_new, k, *bounds), block_size)
-    plan.launch(_append_means_kernel, grid, **arguments)
+def _plan_append(
+    plan: Plan,
+    means: Tensor,
+    k: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    page_table: Tensor | None,
+    *,
+    num_new: int,
+    block_size: int,
+    page_size: int,
+) -> None:
+    launch_append_means(
+        plan, means, k, key_start, key_end, page_table, num_rows=(k if page_table is None else page_table).shape[0],
+        num_new=num_new, num_keys=NUM_KEYS, stride_table=STRIDE_TABLE, page_size=page_size,
+        block_size=block_size,
+    )  # fmt: skip
 
 
 def _plan_decode(
@@ -216,23 +243,33 @@ def _plan_decode(
     keep_recent: int,
     scale: float,
     arch: int,
+    capacity: int,
+    page_size: int,
 ) -> None:
-    sequences = _sequences(q.shape[0], q.shape[1], k, key_start, key_end, page_table)
     selection = Selection(block_size, indices.shape[3], keep_first, keep_recent, None)
-    plan_route(plan, q, means, indices, sequences, selection, arch)
+    bounds = (key_start, key_end, page_table)
+    _plan_route(plan, q, means, indices, bounds, selection, arch=arch, capacity=capacity, page_size=page_size)
     _plan_attend(
-        plan, q, k, v, key_start, key_end, page_table, out, lse, indices, block_size=block_size, scale=scale,
-        arch=arch, is_first=False,
-    )  # fmt: skip
+        plan, q, k, v, *bounds, out, lse, indices, block_size=block_size, scale=scale, arch=arch, page_size=page_size
+    )
 
 
-def plan_route(
-    plan: Plan, q: Tensor, means: Tensor, indices: Tensor, sequences: Sequences, selection: Selection, arch: int
+def _plan_route(
+    plan: Plan,
+    q: Tensor,
+    means: Tensor,
+    indices: Tensor,
+    bounds: tuple[Tensor | None, Tensor | None, Tensor | None],
+    selection: Selection,
+    *,
+    arch: int,
+    capacity: int,
+    page_size: int,
 ) -> None:
     """The launches that write the routing by the given means: scores, where any place goes by score, and selection."""
     places = selection.topk - 1 - selection.keep_first - selection.keep_recent
     # No query chooses among more blocks by score.
-    num_blocks = max(0, (sequences.num_keys - 1) // selection.block_size)
+    num_blocks = max(0, (capacity - 1) // selection.block_size)
     keys = maxima = indices
     num_columns = families = slots = 0
     if places and num_blocks:
@@ -245,15 +282,15 @@ def plan_route(
             slots = 0
         keys = plan.buffer(*q.shape[:3], num_columns, dtype=torch.int32)
         maxima = plan.buffer(*q.shape[:3], num_columns // family, dtype=torch.int32)
-        _launch_scores(plan, q, means, keys, maxima, sequences, selection, arch)
+        _launch_scores(plan, q, means, keys, maxima, bounds, selection, arch=arch, page_size=page_size)
     held = max(families, slots * decode_select.FAMILY.value) if slots else decode_select.CHUNK.value
+    held_by_warp = HELD_BY_FAMILIES if families > slots else HELD_AT_ONCE
     plan.launch(
         decode_select._decode_select_kernel, (indices.numel() // selection.topk,),
-        keys, maxima, indices, sequences.key_start, sequences.key_end,
-        sequences.num_queries, sequences.num_keys, num_columns, q.shape[2], selection.topk, selection.keep_first,
-        selection.keep_recent, BLOCK_SIZE=selection.block_size, FAMILIES=families, SLOTS=slots,
-        EARLY=is_early(arch), num_warps=min(16, max(1, next_power_of_2(held // VALUES_PER_WARP))),
-        **(launch_options(arch) if families else {}),
+        keys, maxima, indices, *bounds[:2],
+        q.shape[1], NUM_KEYS, num_columns, q.shape[2], selection.topk, selection.keep_first, selection.keep_recent,
+        BLOCK_SIZE=selection.block_size, FAMILIES=families, SLOTS=slots,
+        num_warps=min(16, max(1, next_power_of_2(held // held_by_warp))),
     )  # fmt: skip
 
 
@@ -263,9 +300,11 @@ def _launch_scores(
     means: Tensor,
     keys: Tensor,
     maxima: Tensor,
-    sequences: Sequences,
+    bounds: tuple[Tensor | None, Tensor | None, Tensor | None],
     selection: Selection,
+    *,
     arch: int,
+    page_size: int,
 ) -> None:
     num_rows, num_queries, num_heads, head_dim = q.shape
     num_kv_heads = means.shape[2]
@@ -274,16 +313,15 @@ def _launch_scores(
     config = dict(_config("decode_score", arch, q, selection.block_size))
     tile_n = config.pop("TILE_N")
     tile_m = _tile_m(num_queries * group)
-    table = sequences.page_table
     plan.launch(
         decode_select._score_kernel,
         (cdiv(keys.shape[3], tile_n), num_rows * num_kv_heads, cdiv(num_queries * group, tile_m)),
-        q, means, keys, maxima, sequences.key_start, sequences.key_end, table,
-        num_queries, sequences.num_keys, keys.shape[3], selection.keep_first, selection.keep_recent, num_kv_heads,
-        *q.stride()[:3], *means.stride()[:3], 0 if table is None else table.stride(0),
-        GROUP=group, BLOCK_SIZE=selection.block_size, PAGE_SIZE=0 if table is None else sequences.page_size,
+        q, means, keys, maxima, *bounds,
+        num_queries, NUM_KEYS, keys.shape[3], selection.keep_first, selection.keep_recent, num_kv_heads,
+        *q.stride()[:3], *means.stride()[:3], STRIDE_TABLE,
+        GROUP=group, BLOCK_SIZE=selection.block_size, PAGE_SIZE=page_size,
         HEAD_DIM=head_dim, TILE_D=padded_dim if q.element_size() == 2 else min(padded_dim, 32), TILE_M=tile_m,
-        TILE_N=tile_n, EARLY=is_early(arch), **config,
+        TILE_N=tile_n, **config,
     )  # fmt: skip
 
 
@@ -302,14 +340,11 @@ def _plan_attend(
     block_size: int,
     scale: float,
     arch: int,
-    is_first: bool,
+    page_size: int,
 ) -> None:
-    """The launches that attend over a routing: partial results, and their merge. is_first: no kernel of the plan
-    wrote `indices`.
-    """
+    """The launches that attend over a routing: partial results, and their merge."""
     num_rows, num_queries, num_heads, head_dim = q.shape
     topk = indices.shape[3]
-    sequences = _sequences(num_rows, num_queries, k, key_start, key_end, page_table)
     group = num_heads // k.shape[2]
     members = num_queries * group
     tile_m = _tile_m(members)
@@ -323,12 +358,11 @@ def _plan_attend(
         decode_attend._decode_attend_kernel,
         (min(tile_m, members) * topk * parts, num_rows * k.shape[2], cdiv(members, tile_m)),
         q, k, v, indices, partial, partial_lse, key_start, key_end, page_table,
-        scale * LOG2_E, num_queries, sequences.num_keys, k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if page_table is None else page_table.stride(0),
-        GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=0 if page_table is None else sequences.page_size,
+        scale * LOG2_E, num_queries, NUM_KEYS, k.shape[2],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], STRIDE_TABLE,
+        GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=page_size,
         PARTS=parts, PART=part, HEAD_DIM=head_dim, BLOCK_D=padded_dim, IS_ALONE=members == 1, TILE_M=tile_m,
-        TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), EARLY=is_early(arch), **config,
-        **({} if is_first else launch_options(arch)),
+        TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,
     )  # fmt: skip
     merge = dict(_config("decode_merge", arch, q, block_size))
     tile_d = min(merge.pop("TILE_D"), padded_dim)
@@ -336,7 +370,7 @@ def _plan_attend(
     plan.launch(
         decode_attend._decode_merge_kernel, (num_rows * num_queries * num_heads, cdiv(head_dim, tile_d)),
         partial, partial_lse, out, lse, NUM_PARTIALS=topk * parts, HEAD_DIM=head_dim, TILE_D=tile_d, TILE_P=tile_p,
-        EARLY=is_early(arch), **merge, **launch_options(arch),
+        **merge,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.overlap import await_previous, release_next
 from moba.backends.triton.primitives import row_bounds
 from moba.backends.triton.tiles import LN_2, LOWEST, load_rows, online_softmax, store_rows
 
@@ -33,17 +32,16 @@ def key_offsets(
     return offsets
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "stride_table"])
 def _decode_attend_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, partial_ptr, partial_lse_ptr, key_start_ptr, key_end_ptr, table_ptr,
     scale_log2, num_queries, num_keys, num_kv_heads,
     stride_qr, stride_qt, stride_qh, stride_kr, stride_ks, stride_kg, stride_vr, stride_vs, stride_vg, stride_table,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr, EARLY: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ((query row of the tile, slot, part), row · G + kv head, tile). IS_ALONE: M = 1."""
-    release_next(EARLY)
     part = tl.program_id(0) % PARTS
     slot = tl.program_id(0) // PARTS % TOPK
     first_member = tl.program_id(0) // (PARTS * TOPK)
@@ -60,7 +58,6 @@ def _decode_attend_kernel(
     start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
     q_ptr += tl.cast(row, tl.int64) * stride_qr
     q = load_rows(q_ptr, query.to(tl.int64) * stride_qt + head * stride_qh, is_query, HEAD_DIM, BLOCK_D)
-    await_previous(EARLY)
     block = tl.load(indices_ptr + first_row * TOPK + slot, mask=exists, other=-1)
 
     if IS_ALONE:
@@ -118,7 +115,6 @@ def _decode_attend_kernel(
 def _decode_merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
     NUM_PARTIALS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (query row, tile of dims): lse = log Σ exp(lse_p), out = Σ exp(lse_p - lse) · out_p, in a fixed order."""
     query_row = tl.program_id(0).to(tl.int64)
@@ -126,7 +122,6 @@ def _decode_merge_kernel(
     is_dim = dims < HEAD_DIM
     partial_ptr += query_row * NUM_PARTIALS * HEAD_DIM
     partial_lse_ptr += query_row * NUM_PARTIALS
-    await_previous(EARLY)
     largest = tl.full([TILE_P], LOWEST, tl.float32)
     for first in range(0, NUM_PARTIALS, TILE_P):
         places = first + tl.arange(0, TILE_P)

@@ -19,6 +19,7 @@ HEAD_DIMS = {
 # Block size and topk: one family of blocks a query and several, one part of a block and several, and few tokens.
 RULES = ((128, 16), (4096, 12), (16, 64))
 NUM_KEYS = 131072
+PAGE_SIZE = 256
 # The least and the most shared memory.
 REPRESENTATIVE_ARCHITECTURES = (86, 90)
 
@@ -53,17 +54,20 @@ def _cases(
     if layout == "padded":
         bounds = (bound, bound, None)
     elif layout == "pages":
-        page_size = 256
-        bounds = (None, bound, empty(num_rows, NUM_KEYS // page_size, kind=torch.int32))
-        k, v = (empty(1024, page_size, num_kv_heads, head_dim) for _ in range(2))
-        means = empty(1024, page_size // block_size, num_kv_heads, head_dim)
+        bounds = (None, bound, empty(num_rows, NUM_KEYS // PAGE_SIZE, kind=torch.int32))
+        k, v = (empty(1024, PAGE_SIZE, num_kv_heads, head_dim) for _ in range(2))
+        means = empty(1024, PAGE_SIZE // block_size, num_kv_heads, head_dim)
+    page_size = PAGE_SIZE if layout == "pages" else 0
     indices = empty(num_rows, num_queries, num_heads, topk, kind=torch.int32)
     results = (empty(*q.shape), empty(*q.shape[:3], kind=torch.float32), indices)
     decoding = make_plan(
         _plan_decode, q, k, v, means, *bounds, *results,
         block_size=block_size, keep_first=0, keep_recent=0, scale=head_dim**-0.5, arch=arch,
+        capacity=NUM_KEYS, page_size=page_size,
     )  # fmt: skip
-    appending = make_plan(_plan_append, means, k, *bounds, num_new=num_queries, block_size=block_size)
+    appending = make_plan(
+        _plan_append, means, k, *bounds, num_new=num_queries, block_size=block_size, page_size=page_size
+    )
     for kernel, arguments in (*decoding.launches(), *appending.launches()):
         name = f"{kernel.__name__} {str(dtype)[6:]} D{head_dim} {block_size}/{topk} {layout}"
         yield Case(name, kernel, arguments, representative)

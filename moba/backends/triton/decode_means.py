@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.decode_attend import key_offsets
 from moba.backends.triton.decode_select import mean_offsets
+from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2
 from moba.backends.triton.means import NUM_WARPS, sum_tokens, tile_sizes
 from moba.backends.triton.primitives import row_bounds
-from moba.layout import Sequences
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "stride_table"])
 def _append_means_kernel(
     k_ptr, means_ptr, key_start_ptr, key_end_ptr, table_ptr, num_queries, num_keys,
     stride_kr, stride_ks, stride_kg, stride_mr, stride_mn, stride_mg, stride_table,
@@ -50,33 +48,28 @@ def _append_means_kernel(
         tl.store(pointers, means.to(means_ptr.dtype.element_ty), mask=is_finished[:, None] & is_dim[None, :])
 
 
-def append_means_launch(
-    means: Tensor, k: Tensor, sequences: Sequences, block_size: int
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Grid and arguments of the one launch. See `moba.backends` for the contract."""
+def launch_append_means(
+    plan: Plan,
+    means: Tensor,
+    k: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    page_table: Tensor | None,
+    *,
+    num_rows: int,
+    num_new: int,
+    num_keys: Number,
+    stride_table: Number,
+    page_size: int,
+    block_size: int,
+) -> None:
+    """The one launch. See `moba.backends` for the contract."""
     tiles = tile_sizes(k.shape[3], block_size)
-    most_finished = -(-min(sequences.num_queries, sequences.num_keys) // block_size)
-    tiles["TILE_BLOCKS"] = min(tiles["TILE_BLOCKS"], triton.next_power_of_2(max(most_finished, 1)))
-    table = sequences.page_table
-    arguments = {
-        "k_ptr": k,
-        "means_ptr": means,
-        "key_start_ptr": sequences.key_start,
-        "key_end_ptr": sequences.key_end,
-        "table_ptr": table,
-        "num_queries": sequences.num_queries,
-        "num_keys": sequences.num_keys,
-        "stride_kr": k.stride(0),
-        "stride_ks": k.stride(1),
-        "stride_kg": k.stride(2),
-        "stride_mr": means.stride(0),
-        "stride_mn": means.stride(1),
-        "stride_mg": means.stride(2),
-        "stride_table": 0 if table is None else table.stride(0),
-        "BLOCK_SIZE": block_size,
-        "PAGE_SIZE": 0 if table is None else sequences.page_size,
-        "HEAD_DIM": k.shape[3],
-        **tiles,
-        "num_warps": NUM_WARPS,
-    }
-    return (-(-most_finished // tiles["TILE_BLOCKS"]), k.shape[2], sequences.num_rows), arguments
+    most_finished = cdiv(num_new, block_size)
+    tiles["TILE_BLOCKS"] = min(tiles["TILE_BLOCKS"], next_power_of_2(most_finished))
+    plan.launch(
+        _append_means_kernel, (cdiv(most_finished, tiles["TILE_BLOCKS"]), k.shape[2], num_rows),
+        k, means, key_start, key_end, page_table, num_new, num_keys,
+        *k.stride()[:3], *means.stride()[:3], stride_table,
+        BLOCK_SIZE=block_size, PAGE_SIZE=page_size, HEAD_DIM=k.shape[3], **tiles, num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -15,7 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.overlap import await_previous, release_next
 from moba.backends.triton.primitives import row_bounds
 
 FAMILY = tl.constexpr(32)
@@ -69,19 +68,18 @@ def _ordered(scores):
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns", "stride_table"])
 def _score_kernel(
     q_ptr, means_ptr, keys_ptr, maxima_ptr, key_start_ptr, key_end_ptr, table_ptr,
     num_queries, num_keys, num_columns, keep_first, keep_recent, num_kv_heads,
     stride_qr, stride_qt, stride_qh, stride_mr, stride_mn, stride_mg, stride_table,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TILE_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, EARLY: tl.constexpr,
+    TILE_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of blocks, row · G + kv head, tile of query rows): their scores and the maxima of families.
 
     For fp32, TILE_D < D: products of all D dims would unroll into too much code.
     """
-    release_next(EARLY)
     row = tl.program_id(1) // num_kv_heads
     kv_head = tl.program_id(1) % num_kv_heads
     member = tl.program_id(2) * TILE_M + tl.arange(0, TILE_M)
@@ -228,10 +226,9 @@ def _select_held(keys_ptr, maxima_ptr, result_ptr, scratch_ptr, low, high, count
 def _decode_select_kernel(
     keys_ptr, maxima_ptr, indices_ptr, key_start_ptr, key_end_ptr,
     num_queries, num_keys, num_columns, num_heads, topk, keep_first, keep_recent,
-    BLOCK_SIZE: tl.constexpr, FAMILIES: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FAMILIES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Program: the routing of one query row. FAMILIES is 0 where kept blocks fill all places, SLOTS 0 to stream."""
-    release_next(EARLY)
     query_row = tl.program_id(0)
     row = query_row // (num_queries * num_heads)
     query = query_row // num_heads % num_queries
@@ -240,7 +237,6 @@ def _decode_select_kernel(
     low, high = candidates(own, keep_first, keep_recent)
     count = tl.minimum(topk - 1 - keep_first - keep_recent, high - low)
     indices_ptr += query_row.to(tl.int64) * topk
-    await_previous(EARLY)
     if FAMILIES > 0:  # noqa: SIM102 - settled as the kernel is compiled
         if count > 0:
             keys_ptr += query_row.to(tl.int64) * num_columns

@@ -40,6 +40,12 @@ class Tiles(NamedTuple):
     tile: tuple[int, int]
 
 
+class Number(NamedTuple):
+    """An argument that differs from run to run: its place among the run's numbers. No kernel may specialise on it."""
+
+    place: int
+
+
 class _Place(NamedTuple):
     """A tensor argument: number of the tensor or buffer in the plan, and the element that it begins at."""
 
@@ -66,8 +72,8 @@ class _Step(NamedTuple):
     arguments: dict[str, Any]
 
 
-# A launch that is ready: it takes all pointers, the tensors, and the memory of the buffers.
-_Launch = Callable[[list[int], Sequence[Tensor | None], Tensor], object]
+# A launch that is ready: it takes all pointers, the tensors, the memory of the buffers, and the run's numbers.
+_Launch = Callable[[list[int], Sequence[Tensor | None], Tensor, Sequence[int]], object]
 
 
 class Plan:
@@ -101,6 +107,8 @@ class Plan:
         """Run a kernel on a grid. Tensors among its arguments are tensors or buffers of the plan, or views of them."""
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         arguments = {name: self._place(x) if isinstance(x, (Tensor, Tiles)) else x for name, x in named.items()}
+        for parameter in getattr(kernel, "params", ()):
+            assert parameter.do_not_specialize or not isinstance(named.get(parameter.name), Number), parameter.name
         self._steps.append(_Step(kernel, grid, arguments))
 
     def _place(self, x: Tensor | Tiles) -> _Place:
@@ -115,22 +123,22 @@ class Plan:
         """Every kernel with its arguments by name, tensors on "meta"."""
         for step in self._steps:
             if step.kernel is not None:
-                yield step.kernel, {name: _argument(x, self._tensors) for name, x in step.arguments.items()}
+                yield step.kernel, {name: _argument(x, self._tensors, None) for name, x in step.arguments.items()}
 
-    def run(self, *tensors: Tensor | None, device: torch.device) -> None:
+    def run(self, *tensors: Tensor | None, device: torch.device, numbers: Sequence[int] = ()) -> None:
         """Run every launch on the device's current stream, on tensors like those that the plan was built for."""
         with _on(device):
             memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
             if self._ready is None:
-                self._first_run(tensors, memory)
+                self._first_run(tensors, memory, numbers)
                 return
             start = memory.data_ptr()
             pointers = [0 if x is None else x.data_ptr() for x in tensors]
             pointers += [start + offset for offset in self._offsets]
             for launch in self._ready:
-                launch(pointers, tensors, memory)
+                launch(pointers, tensors, memory, numbers)
 
-    def _first_run(self, tensors: Sequence[Tensor | None], memory: Tensor) -> None:
+    def _first_run(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
         """Launch through Triton, which compiles what it has to."""
         ends = [*self._offsets, self._num_bytes][1:]
         stand_ins = self._tensors[self._num_tensors :]
@@ -144,9 +152,10 @@ class Plan:
         for step in self._steps:
             if step.kernel is None:
                 ready.append(self._zeroing(step))
-                ready[-1]([], tensors, memory)
+                ready[-1]([], tensors, memory, numbers)
                 continue
-            compiled = step.kernel[step.grid](**{name: _argument(x, sources) for name, x in step.arguments.items()})
+            arguments = {name: _argument(x, sources, numbers) for name, x in step.arguments.items()}
+            compiled = step.kernel[step.grid](**arguments)
             if compiled is not None:  # the interpreter compiles nothing
                 ready.append(self._repeat(step, compiled))
         if len(ready) == len(self._steps):
@@ -155,17 +164,18 @@ class Plan:
     def _zeroing(self, step: _Step) -> _Launch:
         source = step.arguments["tensor"].source
         if source < self._num_tensors:
-            return lambda pointers, tensors, memory: tensors[source].zero_()
+            return lambda pointers, tensors, memory, numbers: tensors[source].zero_()
         stand_in = self._tensors[source]
         start = self._offsets[source - self._num_tensors]
         end = start + stand_in.numel() * stand_in.element_size()
-        return lambda pointers, tensors, memory: memory[start:end].zero_()
+        return lambda pointers, tensors, memory, numbers: memory[start:end].zero_()
 
     def _repeat(self, step: _Step, compiled: Any) -> _Launch:
         """Launch a compiled kernel again: in place of tensors, their pointers."""
         run = compiled[(*step.grid, 1, 1)[:3]]
         template = [step.arguments[name] for name in step.kernel.arg_names]
         pointers_at, tiles_at = [], []
+        numbers_at = [(i, x.place) for i, x in enumerate(template) if isinstance(x, Number)]
         for i, x in enumerate(template):
             if isinstance(x, _Place):
                 tensor = self._tensors[x.source]
@@ -175,8 +185,12 @@ class Plan:
                 else:
                     tiles_at.append((i, x.source, x.tiles[1:]))
 
-        def launch(pointers: list[int], tensors: Sequence[Tensor | None], memory: Tensor) -> None:
+        def launch(
+            pointers: list[int], tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]
+        ) -> None:
             values = template.copy()
+            for i, place in numbers_at:
+                values[i] = numbers[place]
             for i, source, offset in pointers_at:
                 values[i] = pointers[source] + offset
             for i, source, tiles in tiles_at:
@@ -186,8 +200,10 @@ class Plan:
         return launch
 
 
-def _argument(x: Any, sources: Sequence[Tensor | None]) -> Any:
-    """An argument as Triton takes it."""
+def _argument(x: Any, sources: Sequence[Tensor | None], numbers: Sequence[int] | None) -> Any:
+    """An argument as Triton takes it; without numbers, any stands for them."""
+    if isinstance(x, Number):
+        return 0 if numbers is None else numbers[x.place]
     if not isinstance(x, _Place):
         return x
     tensor = sources[x.source]
@@ -208,8 +224,17 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 _plans: dict[Any, Plan] = {}
 
 
-def run_planned(build: Callable[..., None], *tensors: Tensor | None, device: torch.device, **constants: Any) -> None:
-    """Run the launches of `build(plan, *stand-ins of the tensors, **constants)`, built once for such tensors."""
+def run_planned(
+    build: Callable[..., None],
+    *tensors: Tensor | None,
+    device: torch.device,
+    numbers: Sequence[int] = (),
+    **constants: Any,
+) -> None:
+    """Run the launches of `build(plan, *stand-ins of the tensors, **constants)`, built once for such tensors.
+
+    `numbers` are what the plan's `Number`s stand for: they may differ from run to run.
+    """
     key = (
         build,
         device,
@@ -222,7 +247,7 @@ def run_planned(build: Callable[..., None], *tensors: Tensor | None, device: tor
         if len(_plans) >= MAX_PLANS:
             del _plans[next(iter(_plans))]
         _plans[key] = plan
-    plan.run(*tensors, device=device)
+    plan.run(*tensors, device=device, numbers=numbers)
 
 
 def make_plan(build: Callable[..., None], *tensors: Tensor | None, **constants: Any) -> Plan:

@@ -155,7 +155,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_N": 32, "PART": 512, "NUM_STAGES": 2, "num_warps": 4}, element_bytes=2),
         Row({"TILE_N": 16, "PART": 512, "NUM_STAGES": 1, "num_warps": 4}),
     ),
-    "decode_merge": (Row({"TILE_P": 32, "TILE_D": 64, "num_warps": 4}),),
+    "decode_merge": (Row({"TILE_P": 32, "TILE_D": 32, "num_warps": 2}),),
 }
 
 
