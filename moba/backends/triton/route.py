@@ -69,7 +69,8 @@ def select(
     if indices.numel():
         run_planned(
             _plan_select, q, k, means, indices, key_start, key_end, cu_q, cu_k, device=q.device,
-            num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent, arch=arch_of(q.device),
+            num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
+            arch=arch_of(q.device),
         )  # fmt: skip
     return indices
 
