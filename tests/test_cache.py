@@ -369,6 +369,56 @@ def test_advice_without_a_cache_of_means(llama, monkeypatch, caplog):
     assert "past_key_values=moba.cache.MoBACache(model.config)" in caplog.text
 
 
+def compiled_steps(model, tokens, cache, **options):
+    """Logits of one token after another after the first 30, compiled, and how often a graph was made for them."""
+    graphs = []
+
+    def compile_eagerly(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    read(model, tokens[:, :30], cache)
+    step = torch.compile(model.forward, backend=compile_eagerly, **options)
+    steps, counts = [], []
+    with torch.no_grad():
+        for i in range(30, tokens.shape[1]):
+            position = torch.full((2, 1), i)
+            steps.append(step(input_ids=tokens[:, i : i + 1], past_key_values=cache, position_ids=position).logits)
+            counts.append(len(graphs))
+    torch.compiler.reset()
+    return torch.cat(steps, dim=1), counts
+
+
+@pytest.mark.parametrize("full_layers", [0, 2])
+def test_compiled_steps_of_a_static_cache_are_traced_once(llama, full_layers):
+    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+    tokens = random_tokens(2, PROMPT)
+    actual, counts = compiled_steps(llama, tokens, MoBACache(llama.config, max_cache_len=64))
+    with torch.no_grad():
+        assert_close(actual, llama(tokens, use_cache=False).logits[:, 30:], CLOSE)
+    assert counts[1] == counts[-1]
+
+
+def test_a_static_cache_does_not_break_the_graph(llama, monkeypatch):
+    """With the operators replaced by something that torch.compile can trace, a step is one graph."""
+
+    def attention(q, k, v, *, block_means, key_end, **options):
+        assert block_means.shape == (2, 64 // 8, 2, 8)
+        return q + k.sum(dim=1, keepdim=True)[:, :, :1] + block_means.sum() + key_end.sum()
+
+    def append(means, k, *, num_new, key_end, **options):
+        means.copy_((num_new * key_end[0]).expand_as(means))
+
+    monkeypatch.setattr("moba.hf.attention.moba_attention", attention)
+    monkeypatch.setattr("moba.cache.append_block_means", append)
+    tokens = random_tokens(2, PROMPT)
+    actual, counts = compiled_steps(llama, tokens, MoBACache(llama.config, max_cache_len=64), fullgraph=True)
+    assert set(counts) == {1}
+    cache = MoBACache(llama.config, max_cache_len=64)
+    assert_close(actual, read(llama, tokens, cache, [30] + [1] * 15)[:, 30:], CLOSE)
+
+
 def test_refusals(llama, tmp_path):
     with pytest.raises(ValueError, match="config must be a transformers model's config, got LlamaForCausalLM"):
         MoBACache(llama)

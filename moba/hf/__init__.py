@@ -2,6 +2,10 @@
 
 register_moba(MoBAConfig(block_size=512, topk=3))
 model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
+
+With `decode="moba"`, give generation a cache that keeps the block means (`moba.cache`); any other works, slower:
+
+model.generate(**inputs, past_key_values=MoBACache(model.config))
 """
 
 from __future__ import annotations
