@@ -1,0 +1,120 @@
+"""The loss of a language model without its logits: 32K tokens × 49K words would take 6 GB, and as much again backward.
+
+Letters: N tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moba.config import require_one_of
+
+LOSSES = ("auto", "liger", "chunked", "logits")
+IGNORED = -100
+CHUNK_TOKENS = 2048
+
+# What a config may say of its logits beside hidden · weightᵀ, and the value that changes nothing.
+_CHANGES_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Sum over tokens of the cross entropy of softmax(hidden · weightᵀ), a chunk of tokens at a time.
+
+    Args:
+        hidden: [N, C]. weight: [V, C].
+        labels: int64 [N], -100 where there is none.
+        chunk_tokens: logits of this many tokens exist at once, forward and backward, where they are computed anew.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs).
+
+    Numerics: logits in the inputs' (or autocast's) dtype, log-softmax and the sum in fp32.
+    """
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for rows, words in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+        total = total + checkpoint(_sum_of_chunk, rows, weight, words, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def _sum_of_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
+    """Let `model(input_ids, labels=…)` compute its loss without its logits, which the output then lacks.
+
+    Without labels the model does what it did. The loss is transformers' own: the mean over the labels that are not
+    -100, shifted by one, or their sum over `num_items_in_batch`.
+
+    Args:
+        model: a causal language model; changed in place.
+        loss: "liger" (liger-kernel's Triton kernel, CUDA only), "chunked" (plain torch, any device), "logits" (leave
+            the model as it is), "auto": liger where it is installed and the model lies on CUDA, else chunked, and
+            logits where the model does more to them than a matrix product.
+
+    Returns:
+        the loss that was taken.
+
+    Raises:
+        ValueError: if the loss is unknown or cannot serve this model, or liger-kernel is not installed.
+    """
+    require_one_of("loss", loss, LOSSES)
+    head = model.get_output_embeddings()
+    reason = _why_logits(model, head)
+    if loss == "auto":
+        is_liger = model.device.type == "cuda" and find_spec("liger_kernel") is not None
+        loss = "logits" if reason else "liger" if is_liger else "chunked"
+    if loss == "logits":
+        return loss
+    if reason:
+        raise ValueError(f"loss={loss!r} cannot serve {type(model).__name__}: {reason}; use 'logits'")
+    if loss == "liger" and find_spec("liger_kernel") is None:
+        raise ValueError("loss='liger' needs the package liger-kernel: pip install 'moba[train]' liger-kernel")
+    of_logits = model.forward
+    summed = _liger if loss == "liger" else linear_cross_entropy
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return of_logits(input_ids=input_ids, **kwargs)
+        hidden = self.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        total = summed(hidden.flatten(0, 1), self.get_output_embeddings().weight, targets)
+        count = (targets != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
+
+    model.forward = types.MethodType(forward, model)
+    return loss
+
+
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _why_logits(model: PreTrainedModel, head: nn.Module | None) -> str | None:
+    """What this model's logits are beside hidden · weightᵀ; None if nothing."""
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return "its output layer is not a plain matrix"
+    config = model.config.get_text_config(decoder=True)
+    for name, neutral in _CHANGES_LOGITS.items():
+        if getattr(config, name, neutral) != neutral:
+            return f"its config has {name}={getattr(config, name)!r}"
+    return None
