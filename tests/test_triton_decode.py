@@ -93,7 +93,7 @@ CASES = {
     "one query": (1, 1, 90, 2, 2, 16, 8, 4),
     "groups of three, batch": (2, 1, 70, 6, 2, 16, 8, 4),
     "four queries over a boundary": (1, 4, 42, 2, 1, 16, 8, 3),
-    "more query rows than a tile": (1, 9, 60, 8, 1, 16, 16, 2),
+    "more query rows than a tile": (1, 9, 30, 8, 1, 16, 16, 2),
     "one query head": (1, 1, 80, 1, 1, 16, 8, 3),
     "head dim 80": (1, 1, 80, 2, 1, 80, 16, 3),
     "head dim 96": (1, 2, 80, 1, 1, 96, 16, 3),
@@ -136,7 +136,7 @@ def test_error_is_within_twice_that_of_plain_torch(dtype):
     assert_close(lse, exact_lse, 2e-6)
 
 
-@pytest.mark.parametrize("kept", [(1, 0), (0, 2), (2, 3), (40, 0), (0, 40)])
+@pytest.mark.parametrize("kept", [(1, 0), (0, 2), (2, 3), (20, 0), (0, 20)])
 def test_kept_blocks_take_places(kept):
     q, k, v = inputs(1, 3, 70, 2, 1, 16, 4)
     for topk in {sum(kept) + 1, sum(kept) + 4}:
@@ -443,12 +443,12 @@ def test_one_graph_serves_a_growing_context():
 
 shapes = st.fixed_dictionaries(
     {
-        "bounds": st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=3),
-        "queries": st.integers(1, 5),
+        "bounds": st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), min_size=1, max_size=2),
+        "queries": st.integers(1, 4),
         "group": st.integers(1, 3),
         "kv_heads": st.integers(1, 2),
         "block_size": st.integers(1, 20),
-        "topk": st.integers(1, 7),
+        "topk": st.integers(1, 5),
         "keep": st.tuples(st.integers(0, 2), st.integers(0, 2)),
         "seed": st.integers(0, 10_000),
     }
