@@ -1,0 +1,66 @@
+"""Processes of one gloo group that run functions for tests."""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 60
+
+
+def _serve(rank, num_ranks, store, tasks, results):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        try:
+            results.put((True, function(rank, *arguments)))
+        except Exception as error:
+            results.put((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class Ranks:
+    """A group of processes; `run` calls a function (rank, *arguments) on all of them."""
+
+    def __init__(self, num_ranks, folder):
+        context = mp.get_context("spawn")
+        self.num_ranks = num_ranks
+        self._tasks = [context.Queue() for _ in range(num_ranks)]
+        self._results = [context.Queue() for _ in range(num_ranks)]
+        self._processes = [
+            context.Process(
+                target=_serve,
+                args=(rank, num_ranks, folder / "store", self._tasks[rank], self._results[rank]),
+                daemon=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function, *arguments):
+        """What the function returned on each rank; an AssertionError with the first rank's message if it raised."""
+        outcomes = self.outcomes(function, *arguments)
+        for rank, (is_right, value) in enumerate(outcomes):
+            assert is_right, f"rank {rank}: {value}"
+        return [value for _, value in outcomes]
+
+    def outcomes(self, function, *arguments):
+        """For each rank whether the function returned, and its value or what it raised."""
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        return [results.get(timeout=2 * TIMEOUT_S) for results in self._results]
+
+    def stop(self):
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,249 @@
+"""Context parallelism on gloo, against one device."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_close, make_qkv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+
+from moba import moba_attention, moba_attention_varlen
+from moba.parallel import TRANSPORTS, context_parallel_attention
+
+BOTH = {"return_lse": True, "return_routing": True}
+
+
+def running_ranks(number, folders):
+    group = Ranks(number, folders.mktemp("ranks"))
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def two_or_four(request, tmp_path_factory):
+    yield from running_ranks(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Three of them."""
+    yield from running_ranks(3, tmp_path_factory)
+
+
+def inputs(shape, dtype=torch.float32):
+    """The whole sequence's q, k, v and the gradient of out, the same in every process. `shape`: B, S, H, G, D."""
+    torch.manual_seed(7)
+    batch, length, heads, kv_heads, head_dim = shape
+    q, k, v = make_qkv(batch, length, length, heads, kv_heads, head_dim, dtype=dtype)
+    return q, k, v, torch.randn(q.shape, dtype=dtype)
+
+
+def on_rank(rank, shape, lengths, options):
+    """This rank's out, lse, indices and gradients."""
+    start = sum(lengths[:rank])
+    mine = slice(start, start + lengths[rank])
+    q, k, v, d_out = (x[:, mine].clone() for x in inputs(shape))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse, routing = context_parallel_attention(*leaves, **options, **BOTH)
+    gradients = torch.autograd.grad(out, leaves, d_out)
+    return [x.detach().numpy() for x in (out, lse, routing.indices, *gradients)]
+
+
+def on_one_device(shape, options):
+    *leaves, d_out = inputs(shape)
+    leaves = [x.requires_grad_() for x in leaves]
+    options = {name: value for name, value in options.items() if name != "transport"}
+    if "cu_seqlens" in options:
+        out, lse, routing = moba_attention_varlen(*(x[0] for x in leaves), **options, **BOTH)
+        out, lse, indices = out[None], lse[None], routing.indices[None]
+    else:
+        out, lse, routing = moba_attention(*leaves, **options, **BOTH)
+        indices = routing.indices
+    return out.detach(), lse.detach(), indices, *torch.autograd.grad(out, leaves, d_out)
+
+
+def assert_same_as_one_device(ranks, shape, lengths, options):
+    lengths = [*lengths, *[0] * ranks.num_ranks][: ranks.num_ranks]
+    lengths[-1] += shape[1] - sum(lengths)
+    results = ranks.run(on_rank, shape, lengths, options)
+    actual = [torch.cat([torch.from_numpy(part[i]) for part in results], dim=1) for i in range(6)]
+    expected = on_one_device(shape, options)
+    assert torch.equal(actual[2], expected[2]), "another routing than on one device"
+    for x, y in zip(actual, expected, strict=True):
+        assert_close(x, y, 2e-5)
+
+
+CASES = {
+    "even": ((1, 96, 4, 4, 16), [24, 24, 24], {"block_size": 8, "topk": 3}),
+    "two rows, shared keys": ((2, 64, 8, 4, 16), [16, 16, 16], {"block_size": 8, "topk": 2}),
+    "uneven": ((1, 90, 4, 4, 16), [16, 40, 8], {"block_size": 8, "topk": 3}),
+    "a rank without tokens": ((1, 50, 4, 4, 16), [24, 0, 16], {"block_size": 8, "topk": 3}),
+    "fewer blocks than ranks": ((1, 20, 4, 4, 16), [16], {"block_size": 16, "topk": 2}),
+    "kept blocks": ((1, 80, 4, 4, 16), [16, 24, 16], {"block_size": 8, "topk": 4, "keep_first": 1, "keep_recent": 1}),
+    "sliding window": ((1, 80, 4, 4, 16), [16, 24, 16], {"block_size": 8, "topk": 3, "router": "recent"}),
+    "full attention": ((1, 40, 4, 4, 16), [16, 8, 8], {"block_size": 8, "topk": 5}),
+    "own block only": ((1, 40, 4, 4, 16), [16, 8, 8], {"block_size": 8, "topk": 1}),
+    "nothing": ((1, 0, 4, 4, 16), [], {"block_size": 8, "topk": 2}),
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("case", CASES)
+def test_three_ranks_compute_what_one_does(ranks, transport, case):
+    assert_case(ranks, transport, case)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("case", ["two rows, shared keys", "uneven", "kept blocks"])
+def test_two_and_four_ranks_too(two_or_four, transport, case):
+    assert_case(two_or_four, transport, case)
+
+
+def assert_case(ranks, transport, case):
+    shape, lengths, options = CASES[case]
+    if transport == "heads":
+        heads = 12  # a multiple of every number of ranks
+        shape = (*shape[:2], 2 * heads if shape[2] != shape[3] else heads, heads, 16)
+    assert_same_as_one_device(ranks, shape, lengths, {**options, "transport": transport})
+
+
+@pytest.mark.parametrize("transport", ["gather", "heads"])
+def test_packed_documents(ranks, transport):
+    cu = torch.tensor([0, 13, 13, 40, 77, 90], dtype=torch.int32)
+    options = {"block_size": 8, "topk": 2, "cu_seqlens": cu, "transport": transport}
+    assert_same_as_one_device(ranks, (1, 90, 12, 12, 8), [30, 11, 20], options)
+
+
+def test_shards_of_any_length_are_gathered(ranks):
+    options = {"block_size": 8, "topk": 3, "transport": "gather"}
+    assert_same_as_one_device(ranks, (1, 70, 2, 1, 16), [13, 1, 29], options)
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(ranks, data):
+    block_size = data.draw(st.integers(1, 9))
+    lengths = [block_size * data.draw(st.integers(0, 4)) for _ in range(ranks.num_ranks - 1)]
+    length = sum(lengths) + data.draw(st.integers(0, 30))
+    kv_heads = data.draw(st.sampled_from([1, 2]))
+    shape = (data.draw(st.integers(1, 2)), length, kv_heads * data.draw(st.integers(1, 3)), kv_heads, 8)
+    options = {"block_size": block_size, "topk": data.draw(st.integers(1, 5))}
+    options["transport"] = data.draw(st.sampled_from(["gather", "selective"]))
+    assert_same_as_one_device(ranks, shape, lengths, options)
+
+
+def bytes_sent(rank, shape, lengths, options):
+    """Bytes of keys and values this rank sent, and those of the distinct blocks that others chose from it."""
+    start = sum(lengths[:rank])
+    q, k, v, _ = (x[:, start : start + lengths[rank]] for x in inputs(shape))
+    sent, exchange = [], dist.batch_isend_irecv
+
+    def counted(operations):
+        tensors = [operation.tensor for operation in operations if operation.op is dist.isend]
+        # Rows of keys and values; those of means have more dimensions.
+        sent.extend(x.numel() * x.element_size() for x in tensors if x.dtype == k.dtype and x.ndim == 3)
+        return exchange(operations)
+
+    dist.batch_isend_irecv = counted
+    try:
+        # A query close to the first keys of the sequence: every rank wants the same few blocks.
+        q = q * 0 + inputs(shape)[1][:, :1].repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        _, routing = context_parallel_attention(q, k, v, **options, return_routing=True)
+    finally:
+        dist.batch_isend_irecv = exchange
+    return sum(sent), routing.indices.numpy()
+
+
+def test_only_chosen_blocks_travel(ranks):
+    shape, block_size = (1, 64 * ranks.num_ranks, 2, 1, 16), 8
+    lengths = [64] * ranks.num_ranks
+    results = ranks.run(
+        bytes_sent, shape, lengths, {"block_size": block_size, "topk": 3, "transport": "selective"}
+    )  # fmt: skip
+    needed = 0
+    for rank, (_, indices) in enumerate(results):
+        chosen = {int(i) for i in indices.flatten() if 0 <= i < rank * 8}
+        needed += len(chosen) * block_size * 2 * 16 * 4
+    sent = sum(count for count, _ in results)
+    assert 0 < needed <= sent <= 1.1 * needed
+
+
+def disagree(rank, what):
+    q = torch.zeros(1, 16, 2, 8, dtype=torch.float64 if what == "dtype" and rank else torch.float32)
+    if what == "head dim" and rank:
+        q = q[..., :4]
+    k = torch.zeros(1, 15, 2, 8) if what == "shape" and rank else q
+    block_size = 8 + rank if what == "block_size" else 8
+    context_parallel_attention(q, k, k, block_size=block_size, topk=2, transport="gather")
+
+
+@pytest.mark.parametrize("what", ["dtype", "head dim", "shape", "block_size"])
+def test_disagreement_ends_all_ranks_with_a_message(ranks, what):
+    for rank, (is_right, message) in enumerate(ranks.outcomes(disagree, what)):
+        assert not is_right
+        assert message.startswith("ValueError")
+        if what != "shape":
+            assert f"disagree on {what}" in message
+        elif rank == 0:
+            assert "not valid" in message
+
+
+def shards_of_part_blocks(rank):
+    q = torch.zeros(1, 12, 2, 8)
+    context_parallel_attention(q, q, q, block_size=8, topk=2, transport="selective")
+
+
+def test_selecting_needs_whole_blocks(ranks):
+    for is_right, message in ranks.outcomes(shards_of_part_blocks):
+        assert not is_right
+        assert "begins at position 12" in message
+
+
+def test_needs_a_process_group():
+    q = torch.zeros(1, 8, 2, 8)
+    with pytest.raises(ValueError, match="init_process_group"):
+        context_parallel_attention(q, q, q, block_size=8, topk=2)
+
+
+DYING = """
+import os, signal, sys, torch, torch.distributed as dist
+from datetime import timedelta
+from moba.parallel import context_parallel_attention
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2,
+                        timeout=timedelta(seconds=20))
+q = torch.zeros(1, 16, 2, 8)
+context_parallel_attention(q, q, q, block_size=8, topk=2)
+print("once", flush=True)
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+context_parallel_attention(q, q, q, block_size=8, topk=2)
+"""
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DYING, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    (out, error), _ = (process.communicate(timeout=100) for process in processes)
+    assert processes[1].returncode == -signal.SIGKILL
+    assert "once" in out
+    assert processes[0].returncode not in (0, None)
+    assert "Error" in error
+    assert time.monotonic() - start < 90
