@@ -30,7 +30,7 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) --dist loadfile
 	# Triton's kernels on the CPU, in processes of their own: the interpreter is chosen when they are imported.
-	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py tests/test_decode.py tests/test_triton_*.py
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
