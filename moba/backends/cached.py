@@ -264,7 +264,8 @@ def _products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
         ).view(num_queries, count)
     k = table.index_select(0, rows.flatten()).view(*rows.shape, -1)
     with full_fp32_matmul():
-        return torch.bmm(k.to(wide), q.to(wide)[..., None])[..., 0]
+        # A row times a matrix: a matrix times a column takes eight times as long on a CPU.
+        return torch.bmm(q.to(wide)[:, None], k.to(wide).mT)[:, 0]
 
 
 def _weighted_sum(weights: Tensor, table: Tensor, rows: Tensor) -> Tensor:
