@@ -138,7 +138,7 @@ def test_error_is_within_twice_that_of_plain_torch(dtype):
 
 @pytest.mark.parametrize("kept", [(1, 0), (0, 2), (2, 3), (20, 0), (0, 20)])
 def test_kept_blocks_take_places(kept):
-    q, k, v = inputs(1, 3, 70, 2, 1, 16, 4)
+    q, k, v = inputs(1, 2, 70, 1, 1, 16, 4)
     for topk in {sum(kept) + 1, sum(kept) + 4}:
         assert_matches_the_definition(q, k, v, 4, topk, *kept)
 
@@ -455,7 +455,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes)
 def test_any_shape(shape):
     torch.manual_seed(shape["seed"])
