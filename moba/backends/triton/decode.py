@@ -41,29 +41,14 @@ def decode(
     """
     bounds = (sequences.key_start, sequences.key_end, sequences.page_table)
     if selection.score not in (None, routing.mean_key_scores):
-        indices = _route_by_function(q, means, sequences, selection)
+        if sequences.page_table is not None:
+            means = means[sequences.mean_places(selection.block_size)]
+        indices = routing.route(q, None, sequences.without_pages(), selection, means)
         return (*_attend(q, k, v, indices, *bounds, selection.block_size, scale), indices)
     return _decode(
         q, k, v, means, *bounds, selection.block_size, selection.topk, selection.keep_first, selection.keep_recent,
         scale,
     )  # fmt: skip
-
-
-@routing.outside_graphs
-def _route_by_function(q: Tensor, means: Tensor, sequences: Sequences, selection: Selection) -> Tensor:
-    """The routing by a user's function, which sees the means of one sequence's past blocks at a time."""
-    if sequences.page_table is not None:
-        means = means[sequences.mean_places(selection.block_size)]
-    indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
-    for span in sequences.spans():
-        positions = torch.arange(span.offset, span.k_len, device=q.device)
-        own = torch.div(positions, selection.block_size, rounding_mode="floor")
-        num_past = (span.k_len - 1) // selection.block_size
-        rows = slice(span.q_start, span.q_start + span.q_len)
-        scores = selection.scores(q[span.row, rows], means[span.row, :num_past])
-        chosen = routing.select_blocks(scores, own, selection)
-        indices[span.row, rows, :, : chosen.shape[-1]] = chosen
-    return indices
 
 
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
