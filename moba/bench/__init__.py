@@ -4,7 +4,9 @@ import typer
 
 from moba.bench.attention import attention
 from moba.bench.decode import decode
+from moba.bench.parallel import parallel
 
 app = typer.Typer(help="Measure MoBA beside dense attention on this machine.", no_args_is_help=True)
 app.command()(attention)
 app.command()(decode)
+app.command()(parallel)
