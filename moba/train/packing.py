@@ -1,0 +1,172 @@
+"""Rows of equal length from documents of any length, whose boundaries attention respects.
+
+A document longer than a row is cut into rows of its own; what is left of it, and every shorter document, shares a row
+with others of fitting length. In a shared row each piece is a sequence of its own: positions count from 0, no token
+attends into another piece, and none is predicted from one. A T × T mask never exists: attention gets the boundaries.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from moba.config import require_int
+from moba.data import Shards
+from moba.train.loss import IGNORED
+
+
+class Piece(NamedTuple):
+    """A part of a document: `length` tokens from `start` on."""
+
+    document: int
+    start: int
+    length: int
+
+
+def pack(lengths: Sequence[int], context: int) -> list[list[Piece]]:
+    """Lay documents of these lengths into rows of at most `context` tokens, each in the row it fills best.
+
+    Pieces of fewer than two tokens, which predict nothing, are left out. Long pieces are laid first, equal ones in the
+    documents' order: the same lengths give the same rows everywhere.
+    """
+    require_int("context", context, 2)
+    pieces = [
+        Piece(document, start, min(context, length - start))
+        for document, length in enumerate(lengths)
+        for start in range(0, length, context)
+        if length - start >= 2
+    ]
+    rows: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for piece in sorted(pieces, key=lambda piece: -piece.length):
+        place = bisect.bisect_left(room, (piece.length, -1))
+        if place == len(room):
+            free, row = context, len(rows)
+            rows.append([])
+        else:
+            free, row = room.pop(place)
+        rows[row].append(piece)
+        if free - piece.length >= 2:
+            bisect.insort(room, (free - piece.length, row))
+    return rows
+
+
+class PackedRows(Dataset):
+    """The rows that training reads, in the order it reads them: all rows shuffled, then again, until there are enough.
+
+    The order depends on the seed alone, so a resumed run goes on where it was, and runs of the same data, context and
+    seed see the same tokens in the same order whatever their attention.
+
+    Args:
+        shards: the documents.
+        context: tokens of a row.
+        num_rows: how many to read in all; None: each row once.
+        seed: of the order; None keeps it unshuffled.
+        sources: only documents of these; None: of all.
+        min_length: documents shorter than this are left out.
+
+    Raises:
+        ValueError: if no document is left, or a source is unknown.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        context: int,
+        *,
+        num_rows: int | None = None,
+        seed: int | None = 0,
+        sources: Sequence[str] | None = None,
+        min_length: int = 0,
+    ) -> None:
+        self.shards, self.context, self.seed = shards, context, seed
+        present = {document.source for document in shards.documents}
+        if unknown := sorted(set(sources or ()) - present):
+            raise ValueError(f"sources: {shards.folder} has no documents of {unknown}, but of {sorted(present)}")
+        chosen = [
+            i
+            for i, document in enumerate(shards.documents)
+            if document.length >= max(min_length, 2) and (sources is None or document.source in sources)
+        ]
+        if not chosen:
+            raise ValueError(f"{shards.folder} holds no document of at least {max(min_length, 2)} tokens to train on")
+        rows = pack([shards.documents[i].length for i in chosen], context)
+        self.rows = [[piece._replace(document=chosen[piece.document]) for piece in row] for row in rows]
+        self.num_documents = len(chosen)
+        self._num_rows = len(self.rows) if num_rows is None else num_rows
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows, each counted once, without padding."""
+        return sum(piece.length for row in self.rows for piece in row)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row: input_ids int64 [context], padded with 0, and the lengths of its sequences, the padding's included."""
+        epoch, place = divmod(index, len(self.rows))
+        pieces = self.rows[self._row(epoch, place)]
+        tokens = np.zeros(self.context, dtype=np.int64)
+        lengths, end = [], 0
+        for document, start, length in pieces:
+            tokens[end : end + length] = self.shards[document][start : start + length]
+            lengths.append(length)
+            end += length
+        return {"input_ids": torch.from_numpy(tokens), "lengths": lengths, "num_padding": self.context - end}
+
+    def _row(self, epoch: int, place: int) -> int:
+        if self.seed is None:
+            return place
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+        return self._order[1][place]
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What a causal language model reads: rows side by side if each is one sequence, else all packed into one.
+
+    Returns:
+        input_ids and labels, int64 [B, T]. If packed: [1, B·T], labels -100 on padding and where a sequence starts, and
+        position_ids of the same shape, cu_seq_lens_q and cu_seq_lens_k int32, which may end in empty sequences.
+    """
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    if all(len(row["lengths"]) == 1 and not row["num_padding"] for row in rows):
+        return {"input_ids": input_ids, "labels": input_ids.clone()}
+    labels = input_ids.clone()
+    lengths: list[int] = []
+    for row, label in zip(rows, labels, strict=True):
+        lengths += row["lengths"]
+        if row["num_padding"]:
+            label[-row["num_padding"] :] = IGNORED
+            lengths.append(row["num_padding"])
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = ends - torch.tensor(lengths)
+    labels = labels.flatten()
+    labels[starts] = IGNORED
+    positions = torch.arange(input_ids.numel()) - torch.repeat_interleave(starts, torch.tensor(lengths))
+    # A few different sizes only, so that few graphs are compiled under torch.compile.
+    size = max(8, 1 << len(lengths).bit_length())
+    bounds = torch.full((size + 1,), input_ids.numel(), dtype=torch.int32)
+    bounds[0], bounds[1 : len(lengths) + 1] = 0, ends
+    return {
+        "input_ids": input_ids.flatten()[None],
+        "labels": labels[None],
+        "position_ids": positions[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds.clone(),
+    }
+
+
+def by_source(make: Callable[..., PackedRows], shards: Shards) -> dict[str, PackedRows]:
+    """A data set of each source of `shards`, made by `make(shards, sources=[source])`."""
+    sources = sorted({document.source for document in shards.documents})
+    return {source: make(shards, sources=[source]) for source in sources}
