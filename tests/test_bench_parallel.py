@@ -6,7 +6,22 @@ import json
 import subprocess
 import sys
 
-SMALL = "--tokens 512 --heads 2 --head-dim 16 --block-size 32 --topk 2 --dtype fp32 --repeats 1".split()
+SMALL = [
+    "--tokens",
+    "512",
+    "--heads",
+    "2",
+    "--head-dim",
+    "16",
+    "--block-size",
+    "32",
+    "--topk",
+    "2",
+    "--dtype",
+    "fp32",
+    "--repeats",
+    "1",
+]
 
 
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
