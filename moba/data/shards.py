@@ -91,7 +91,7 @@ class Shards:
         """
         for i, shard in enumerate(self._shards):
             tokens = self._map(i)
-            if hashlib.sha256(memoryview(tokens)).hexdigest() != shard["sha256"]:
+            if hashlib.sha256(tokens.data).hexdigest() != shard["sha256"]:
                 raise ValueError(f"{self.folder / shard['file']} is corrupt: it does not have the manifest's checksum")
             if int(tokens.max()) >= self.manifest["vocab_size"]:
                 raise ValueError(
@@ -232,6 +232,12 @@ class ShardWriter:
         shard["tokens"] += len(tokens)
         if shard["tokens"] >= self._max_tokens:
             self.close()
+
+    def abandon(self) -> None:
+        """Close the file of a shard that is not finished; no manifest names it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def close(self) -> list[dict[str, Any]]:
         """Bring everything to the disk; the manifest's entries of the shards written."""

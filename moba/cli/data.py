@@ -1,0 +1,112 @@
+"""`moba data`: tokenised training shards, from packages or from the user's own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moba.data.build import Unit
+
+
+def data(
+    out: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where shards and manifest go.")] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            help="Your own text: a folder or file of .txt, .md, .rst (a document each) or .jsonl (one a line). "
+            "May be given more than once.",
+        ),
+    ] = None,
+    sources: Annotated[
+        str, typer.Option(metavar="NAMES", help="Packages to read without --from: all, manuals, prose, code, or names.")
+    ] = "all",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Model whose tokenizer is used; by default the embedded SmolLM2-135M's."),
+    ] = None,
+    end_of_text: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Ends each document.", show_default="<|endoftext|>, or the tokenizer's"),
+    ] = None,
+    text_key: Annotated[str, typer.Option(metavar="KEY", help="Where a JSON line holds its text.")] = "text",
+    held_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of your own documents, held out for evaluation.")
+    ] = 0.01,
+    licence: Annotated[str, typer.Option(metavar="TEXT", help="Of your own text, for the manifest.")] = "not stated",
+    list_sources: Annotated[
+        bool, typer.Option("--list", help="List the packages and their licences, and stop.")
+    ] = False,
+) -> None:
+    """Build tokenised shards for `moba train`: long documents, none packed with a stranger.
+
+    A build that was stopped goes on where it was when the command is given again; more sources can be added to a
+    folder later. Examples:
+
+        moba data data/permissive --sources manuals,prose
+
+        moba data data/mine --from texts/ --from more.jsonl --tokenizer path/to/model
+    """  # fmt: skip
+    if list_sources:
+        _list()
+        return
+    if out is None:
+        raise ValueError("name the folder to write to, as in: moba data data/mine --from texts/")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+
+    from moba.cli.session import messages, quieten, say
+    from moba.data.build import build
+    from moba.models import load_tokenizer
+
+    units = _package_units(sources) if not texts else _own_units(texts, text_key, held_out, licence)
+    quieten()
+    name = tokenizer or "SmolLM2-135M-Instruct"
+    say(f"{len(units)} sources, tokenizer of {name}")
+    with messages.status("starting …") as status:
+        manifest = build(
+            out, units, load_tokenizer(tokenizer), tokenizer_name=name, end_of_text=end_of_text,
+            on_progress=lambda unit, tokens: status.update(f"{unit}: {tokens:,} tokens"),
+            on_finished=lambda number, unit, tokens: say(f"{number} of {len(units)}: {unit}, {tokens:,} tokens"),
+        )  # fmt: skip
+    for split, key in (("training", "shards"), ("held out", "held_out")):
+        num_documents = sum(len(shard["documents"]) for shard in manifest[key])
+        num_tokens = sum(shard["tokens"] for shard in manifest[key])
+        say(f"{split}: {num_tokens:,} tokens in {num_documents:,} documents")
+    typer.echo(out)
+
+
+def _package_units(names: str) -> list[Unit]:
+    from moba.data.packages import package_unit
+    from moba.data.sources import choose_sources
+
+    return [package_unit(source) for source in choose_sources(name.strip() for name in names.split(","))]
+
+
+def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) -> list[Unit]:
+    from moba.data.folder import folder_units
+
+    return [
+        unit
+        for path in paths
+        for unit in folder_units(path.expanduser(), text_key=text_key, held_out=held_out, licence=licence)
+    ]
+
+
+def _list() -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from moba.data.sources import GROUPS
+
+    table = Table("group", "name", "package", "licence", "", box=SIMPLE_HEAD)
+    for group, members in GROUPS.items():
+        for source in members:
+            package = f"{source.registry}: {source.candidates[0]}"
+            table.add_row(group, source.name, package, source.licence, "held out" if source.held_out else "")
+    Console(highlight=False).print(table)
