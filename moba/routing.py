@@ -210,18 +210,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def top_blocks(scores: Tensor, count: int) -> Tensor:
+def top_blocks(scores: Tensor, count: int, *, may_wait: bool = True) -> Tensor:
     """The `count` largest scores of each row, ties to the lower index; -inf entries come last.
 
     torch.topk promises no order among equal scores, so rows whose last place is contested are sorted stably.
 
     Args:
         scores: [..., N], no NaN. count: 1 … N.
+        may_wait: False sorts every row, so that the host need not learn from a device whether any is contested.
 
     Returns:
         int64 [..., count] in no particular order.
     """
     num_blocks = scores.shape[-1]
+    if not may_wait:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     values, indices = scores.topk(min(count + 1, num_blocks), dim=-1)
     indices = indices[..., :count]
     if count == num_blocks:
@@ -250,11 +253,12 @@ def kept_indices(positions: Tensor, selection: Selection) -> Tensor:
     return torch.where(own < 0, -1, chosen).to(torch.int32)
 
 
-def select_blocks(scores: Tensor, own: Tensor, selection: Selection) -> Tensor:
+def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait: bool = True) -> Tensor:
     """Turn scores into a routing: kept blocks first, then the best-scoring candidates, then the own block.
 
     Args:
         scores: [rows, H, N] of every block number below the largest own block. own: int [rows], own block of each row.
+        may_wait: as for `top_blocks`.
 
     Returns:
         int32 [rows, H, min(K, N + 1)], ascending, -1 where fewer blocks exist.
@@ -267,7 +271,7 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection) -> Tensor:
     scores = torch.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
     scores = scores.masked_fill(kept, torch.inf).masked_fill_(block >= own, -torch.inf)
     places = min(selection.topk - 1, num_blocks)
-    past = top_blocks(scores, places) if places else own.new_empty(*scores.shape[:-1], 0)
+    past = top_blocks(scores, places, may_wait=may_wait) if places else own.new_empty(*scores.shape[:-1], 0)
     past = past.masked_fill(past >= own, num_blocks + 1)
     chosen = torch.cat([past, own.expand(*scores.shape[:-1], 1)], dim=-1).sort(dim=-1).values
     return chosen.masked_fill(chosen > num_blocks, -1).to(torch.int32)

@@ -11,6 +11,7 @@ from oracle import attend_batch
 
 from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
 from moba.backends import cached, load
+from moba.routing import top_blocks
 
 BOTH = {"return_lse": True, "return_routing": True}
 BLOCK, TOPK = 8, 3
@@ -360,6 +361,19 @@ def test_nothing_grows_with_the_context(kind, dtype, monkeypatch):
         largest.append(made.num_elements)
     # A query row reads 192 keys; the scores of 256 blocks are fewer numbers than those keys.
     assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_the_best_blocks_are_the_same_whether_the_host_may_wait_or_not(count):
+    scores = torch.randint(0, 4, (50, 7)).float().masked_fill(torch.rand(50, 7) < 0.3, -torch.inf)
+    expected = torch.tensor([sorted(sorted(range(7), key=lambda j: (-row[j], j))[:count]) for row in scores.tolist()])
+    # Of entries that no query may choose, -inf, any may come.
+    for may_wait in (True, False):
+        chosen = top_blocks(scores, count, may_wait=may_wait).sort(dim=-1).values
+        finite = torch.isfinite(scores.gather(1, expected)).all(dim=1)
+        assert finite.any()
+        assert torch.equal(chosen[finite], expected[finite])
+        assert torch.equal(scores.gather(1, chosen).sort(dim=1).values, scores.gather(1, expected).sort(dim=1).values)
 
 
 def test_refusals():

@@ -82,7 +82,8 @@ def _route(q: Tensor, means: Tensor, positions: Tensor, sequences: Sequences, se
     else:
         scores = _function_scores(q, means, sequences, selection)
     own = torch.div(positions, selection.block_size, rounding_mode="floor").clamp_(min=-1)
-    chosen = routing.select_blocks(scores.flatten(0, 1), own.flatten(), selection)
+    may_wait = q.device.type == "cpu"
+    chosen = routing.select_blocks(scores.flatten(0, 1), own.flatten(), selection, may_wait=may_wait)
     return chosen.view(num_rows, num_queries, num_heads, chosen.shape[-1])
 
 
