@@ -120,7 +120,7 @@ def test_other_data_in_the_folder_is_refused(tmp_path, tokenizer, model):
     other = load_tokenizer(model)
     other.add_tokens(["another"])
     with pytest.raises(ValueError, match="another tokenizer"):
-        build(tmp_path, [], other, tokenizer_name="other")
+        built(tmp_path, [], other)
     with pytest.raises(ValueError, match="end_of_text"):
         build(tmp_path / "new", [], tokenizer, tokenizer_name="tiny")
 
