@@ -15,6 +15,8 @@ from moba.layout import Sequences, page_means_shape
 from moba.routing import Routing, Selection
 
 MAX_HEAD_DIM = 256
+# Those with autocast. A list, as torch.compile cannot trace torch's own question in every version.
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -418,7 +420,7 @@ def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
