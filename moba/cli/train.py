@@ -1,0 +1,138 @@
+"""`moba train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moba.cli.session import choose_device, messages, quieten, say
+
+if TYPE_CHECKING:
+    from moba.train.recipe import Recipe
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A .toml file; recipes/ has some.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replaces a value, such as training.tokens=1000000."),
+]
+DataOption = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Shards of `moba data`; the recipe's data.folder.")
+]
+OutOption = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Checkpoints, logs and the model; the recipe's out.")
+]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print tokens, memory and time that it will take, and stop.")
+]
+
+
+def train(
+    recipe: RecipeArgument,
+    change: SetOption = [],  # noqa: B006
+    data: DataOption = None,
+    out: OutOption = None,
+    dry_run: DryOption = False,
+) -> None:
+    """Train a model with MoBA, or go on with a training that was interrupted.
+
+    \b
+        moba data data/mine --from texts/
+        moba train recipes/activation.toml --data data/mine --out runs/first --dry-run
+        moba train recipes/activation.toml --data data/mine --out runs/first
+        accelerate launch --config_file recipes/fsdp2.yaml -m moba train recipes/activation.toml …
+
+    The same command goes on from the newest checkpoint in its folder, with the losses an uninterrupted run would have.
+    """
+    from moba.train.recipe import read_recipe
+
+    changes = [*change, *([f'data.folder="{data}"'] if data else []), *([f'out="{out}"'] if out else [])]
+    settings = read_recipe(recipe, changes)
+    quieten()
+    if dry_run:
+        _dry_run(settings)
+        return
+    from moba.train.run import train as run
+
+    run(settings, say=say, callbacks=[_progress()])
+
+
+def _dry_run(recipe: Recipe) -> None:
+    import torch
+
+    from moba.train.estimate import EFFICIENCY
+    from moba.train.run import estimate_run
+
+    device = choose_device("auto")
+    result, total, trained = estimate_run(recipe, device)
+    seconds, training = result.seconds, recipe.training
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    lines = {
+        "model": f"{total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained",
+        "tokens": f"{result.num_tokens:,} in {recipe.num_steps:,} steps of {training.rows_per_step} × "
+        f"{recipe.data.context:,}; the data has {result.unique_tokens:,}, read "
+        f"{result.num_tokens / (result.unique_tokens / (1 - result.padding)):.2f} times; {result.padding:.1%} padding",
+        "memory": f"{(result.weights_bytes + result.activations_bytes) / 2**30:.1f} GiB on one device: "
+        f"{result.weights_bytes / 2**30:.1f} weights and optimizer, {result.activations_bytes / 2**30:.1f} activations",
+        "compute": f"{result.flops / 1e15:,.3g} PFLOP; a matrix product runs at {result.flops_per_s / 1e12:.3g} "
+        f"TFLOP/s on {name}",
+        "time": f"{_duration(seconds)} on one such device, if a step keeps {EFFICIENCY:.0%} of that; "
+        f"{result.num_tokens / seconds:,.0f} tokens/s",
+        "disk": f"{(training.keep + 1) * (4 * total + 8 * trained) / 2**30:.1f} GiB for {training.keep} checkpoints "
+        "and one being written",
+    }  # fmt: skip
+    for what, text in lines.items():
+        typer.echo(f"{what:8}{text}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _progress() -> Any:
+    """A progress bar on a terminal, lines elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        """Shows steps, loss, rate and attention."""
+
+        def __init__(self) -> None:
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=messages, disable=not messages.is_terminal,
+            )  # fmt: skip
+            self._task: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                self._bar.start()
+                self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, text="")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self._task is not None:
+                self._bar.update(self._task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if self._task is None or not logs or "train_runtime" in logs:
+                return
+            text = ", ".join(f"{name} {logs[name]:.4g}" for name in logs if name == "loss" or name.endswith("_loss"))
+            text += f", {logs['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in logs else ""
+            self._bar.update(self._task, text=text)
+            if self._bar.disable:
+                say(f"step {state.global_step}/{state.max_steps}: {text}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._bar.stop()
+
+    return Bar()

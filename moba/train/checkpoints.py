@@ -1,0 +1,77 @@
+"""Checkpoints that are whole or not there: written beside their place, moved into it once nothing is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+UNFINISHED = "unfinished"
+# What makes two models of one architecture and size.
+_SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads")  # fmt: skip
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
+    steps = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    return [path for _, path in steps]
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of a run, None before the first."""
+    return next(reversed(checkpoints(out)), None)
+
+
+def move_into_place(draft: Path, target: Path) -> None:
+    """Bring a folder's files to the disk and give it the name it shall have.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be moved; `target` is then what it was.
+    """
+    for path in draft.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    old = draft.with_name(draft.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    draft = path.with_name(path.name + ".unfinished")
+    draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def check_architecture(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Compare a checkpoint's config, if it has one, with the model that shall go on from it.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; remove {checkpoint.name} to go on without it") from None
+    ours = model.config.to_dict()
+    differences = [
+        f"{key} {saved[key]!r} instead of {ours[key]!r}"
+        for key in _SHAPE
+        if key in saved and key in ours and saved[key] != ours[key]
+    ]
+    if differences:
+        raise ValueError(f"{checkpoint} is a checkpoint of another architecture: {', '.join(differences)}")

@@ -1,0 +1,368 @@
+"""The recipe over transformers' Trainer: shards in, checkpoints, logs and a model out.
+
+OUT/recipe.json     what decides the run; another recipe does not go on from it
+OUT/log.jsonl       one line for each logged step and evaluation
+OUT/tensorboard/    the same, to look at
+OUT/checkpoint-N/   weights, optimizer, random state: complete, or not there
+OUT/model/          the trained model, with its MoBA config and tokenizer (with LoRA merged; OUT/adapter/ alone)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from moba.data import Shards, open_shards, tokenizer_hash
+from moba.hf import get_moba_config
+from moba.train.checkpoints import (
+    UNFINISHED,
+    check_architecture,
+    last_checkpoint,
+    move_into_place,
+    write_json,
+)
+from moba.train.estimate import Estimate, estimate
+from moba.train.loss import use_fused_loss
+from moba.train.model import add_adapters, build_model, checkpoint_activations, num_parameters
+from moba.train.packing import PackedRows, by_source, collate
+from moba.train.recipe import Recipe, same_run
+from moba.train.schedule import MoBASchedule
+
+Say = Callable[[str], None]
+
+
+def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] | None = None) -> Path:
+    """Run a recipe to its end, from the newest checkpoint in its folder if there is one.
+
+    Under `accelerate launch` every process calls this.
+
+    Args:
+        recipe: what to train on what.
+        say: prints a line about the run; only the first process calls it.
+        callbacks: further ones of transformers' Trainer, such as a progress bar.
+
+    Returns:
+        the folder of the trained model.
+
+    Raises:
+        ValueError: for data, a model, or an earlier run in the folder that do not fit the recipe; not enough memory.
+        OSError: if something cannot be written; the newest checkpoint is as good as before.
+    """
+    state = PartialState()
+    tell: Say = say if state.is_main_process else lambda text: None
+    out = Path(recipe.out).expanduser()
+    rows_at_a_time = recipe.training.rows_at_once * state.num_processes
+    if recipe.training.rows_per_step % rows_at_a_time:
+        raise ValueError(
+            f"training.rows_per_step must be a multiple of rows_at_once times {state.num_processes} processes = "
+            f"{rows_at_a_time}, got {recipe.training.rows_per_step}"
+        )
+    shards = open_shards(recipe.data.folder)
+    rows = _rows(recipe, shards, recipe.num_steps * recipe.training.rows_per_step)
+    checkpoint = _enter(recipe, out, shards, state)
+    model, tokenizer = build_model(recipe, shards.manifest)
+    check_tokenizer(shards, model, tokenizer)
+    if checkpoint is not None:
+        check_architecture(checkpoint, model)
+    loss = use_fused_loss(model.to(state.device), recipe.training.loss)
+    trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
+    if recipe.training.checkpoint_activations:
+        checkpoint_activations(model)
+    total, learning = num_parameters(trained)
+    tell(
+        f"{total / 1e6:,.1f}M parameters, {learning / 1e6:,.1f}M of them trained; loss: {loss}; "
+        f"{rows.num_tokens:,} tokens in {len(rows.rows):,} rows, {recipe.num_steps:,} steps"
+    )
+    tell("from the beginning" if checkpoint is None else f"going on from {checkpoint}")
+    if tokenizer is None:
+        tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
+    trainer = _Trainer(
+        model=trained,
+        args=_arguments(recipe, out, rows_at_a_time),
+        train_dataset=rows,
+        eval_dataset=_held_out(recipe),
+        data_collator=collate,
+        callbacks=[
+            MoBASchedule(recipe.attention.make_schedule()),
+            _Log(out, recipe.training.rows_per_step * recipe.data.context),
+            *_tensorboard(out, checkpoint, state),
+            *(callbacks or []),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _run(trainer, recipe, checkpoint)
+    _save_model(trainer, trained, tokenizer, out, recipe)
+    tell(f"trained: {out / 'model'}")
+    return out / "model"
+
+
+def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, int]:
+    """What `train` will take on one `device`, the model's parameters, and those that are trained; nothing is written.
+
+    Raises:
+        ValueError: as `train` would.
+    """
+    shards = open_shards(recipe.data.folder)
+    rows = _rows(recipe, shards, recipe.num_steps * recipe.training.rows_per_step)
+    model, tokenizer = build_model(recipe, shards.manifest)
+    check_tokenizer(shards, model, tokenizer)
+    total, trained = num_parameters(model if recipe.lora is None else add_adapters(model, recipe.lora))
+    return estimate(recipe, model, trained, rows, device), total, trained
+
+
+def check_tokenizer(shards: Shards, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Check that the model reads the tokens that the shards were made of.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    manifest = shards.manifest
+    size = model.config.get_text_config(decoder=True).vocab_size
+    if tokenizer is not None and tokenizer_hash(tokenizer) != manifest["tokenizer_hash"]:
+        raise ValueError(
+            f"tokenizer mismatch: {shards.folder} was made with the tokenizer of {manifest['tokenizer']}, not with "
+            "this model's; build the data with `moba data --tokenizer` of the model"
+        )
+    if size < manifest["vocab_size"]:
+        raise ValueError(
+            f"tokenizer mismatch: {shards.folder} has a vocabulary of {manifest['vocab_size']:,}, the model of {size:,}"
+        )
+
+
+def _rows(recipe: Recipe, shards: Shards, num_rows: int) -> PackedRows:
+    data = recipe.data
+    options: dict[str, Any] = {"sources": data.sources or None, "min_length": data.min_length}
+    return PackedRows(shards, data.context, num_rows=num_rows, seed=recipe.training.seed, **options)
+
+
+def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
+    """The first rows of each source's held-out documents."""
+    if not recipe.training.evaluate_every:
+        return None
+
+    def make(shards: Shards, sources: list[str]) -> PackedRows:
+        return PackedRows(shards, recipe.data.context, seed=None, sources=sources).first(recipe.data.held_out_rows)
+
+    return by_source(make, open_shards(recipe.data.folder, "held_out"))
+
+
+def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> Path | None:
+    """Make the run's folder, or check that the run in it is this one; its newest checkpoint."""
+    digest = hashlib.sha256(json.dumps([shard["sha256"] for shard in shards.manifest["shards"]]).encode()).hexdigest()
+    path = out / "recipe.json"
+    if path.is_file():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            same_run(recipe, saved["recipe"])
+        except (KeyError, json.JSONDecodeError):
+            raise ValueError(f"{path} is not what `moba train` writes; choose another out") from None
+        if saved["data"] != digest:
+            raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
+    elif last_checkpoint(out) is not None:
+        raise ValueError(
+            f"{out} has checkpoints but no recipe.json: `moba train` did not write them; choose another out"
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        if not path.is_file():
+            write_json(path, {"recipe": recipe.to_dict(), "data": digest})
+    state.wait_for_everyone()
+    return last_checkpoint(out)
+
+
+def _arguments(recipe: Recipe, out: Path, rows_at_a_time: int) -> TrainingArguments:
+    training = recipe.training
+    name, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        "linear": ("linear", {}),
+        "constant": ("constant_with_warmup", {}),
+        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, recipe.num_steps // 5), "min_lr_ratio": 0.1}),
+    }[training.learning_schedule]
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.num_steps,
+        per_device_train_batch_size=training.rows_at_once,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=training.rows_per_step // rows_at_a_time,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=options,
+        warmup_steps=round(training.warmup * recipe.num_steps),
+        weight_decay=training.weight_decay,
+        adam_beta2=training.beta2,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        bf16=training.precision == "bf16",
+        torch_compile=training.compile,
+        logging_steps=training.log_every,
+        eval_strategy="steps" if training.evaluate_every else "no",
+        eval_steps=training.evaluate_every or None,
+        prediction_loss_only=True,
+        save_steps=training.save_every,
+        save_total_limit=training.keep,
+        seed=training.seed,
+        # The rows bring their own order, which a resumed run finds again.
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    # On several GPUs without `accelerate launch`, Trainer would take DataParallel, which splits packed rows.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer, whose checkpoints appear whole."""
+
+    _draft: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.args.output_dir if self._draft is None else self._draft)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        out = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        self._draft = out / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_into_place(self._draft / name, out / name)
+                rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
+        except Exception as error:
+            shutil.rmtree(self._draft, ignore_errors=True)
+            last = last_checkpoint(out)
+            raise OSError(
+                f"{name} could not be saved: {_first_line(error)}; "
+                + ("there is no earlier one" if last is None else f"{last.name} is whole, and the run goes on from it")
+            ) from error
+        finally:
+            self._draft = None
+        self.accelerator.wait_for_everyone()
+
+
+class _Log(TrainerCallback):
+    """OUT/log.jsonl: what Trainer logs, with the tokens read so far, their rate, and the attention that holds."""
+
+    def __init__(self, out: Path, tokens_per_step: int) -> None:
+        self._path = out / "log.jsonl"
+        self._tokens_per_step = tokens_per_step
+        self._since = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what a run that was killed logged after its last checkpoint."""
+        self._since = (time.perf_counter(), state.global_step)
+        if not state.is_world_process_zero or not self._path.is_file():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        draft = self._path.with_name("log.jsonl.unfinished")
+        draft.write_text("".join(kept), encoding="utf-8")
+        draft.replace(self._path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            (then, step), now = self._since, time.perf_counter()
+            self._since = (now, state.global_step)
+            logs["tokens_per_s"] = round((state.global_step - step) * self._tokens_per_step / (now - then), 1)
+        config = get_moba_config(kwargs["model"])
+        record = {"step": state.global_step, "tokens": state.global_step * self._tokens_per_step, **logs}
+        if config is not None:
+            record["attention"] = {
+                "block_size": config.block_size, "topk": config.topk, "full_layers": config.full_layers
+            }  # fmt: skip
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _tensorboard(out: Path, checkpoint: Path | None, state: PartialState) -> list[TrainerCallback]:
+    if not state.is_main_process or find_spec("tensorboard") is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    # What a killed run wrote behind its last checkpoint is hidden.
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))]
+
+
+def _run(trainer: Trainer, recipe: Recipe, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"not enough GPU memory for {recipe.training.rows_at_once} rows of {recipe.data.context:,} tokens at once: "
+            "lower training.rows_at_once or data.context, keep training.checkpoint_activations, or use [lora] or "
+            f"several GPUs; the run goes on from its last checkpoint ({_first_line(error)})"
+        ) from error
+
+
+def _save_model(trainer: Trainer, model: Any, tokenizer: Any, out: Path, recipe: Recipe) -> None:
+    """OUT/model, and OUT/adapter with LoRA."""
+
+    def save(folder: str) -> None:
+        if recipe.lora is None:
+            trainer.save_model(folder)
+        elif trainer.args.should_save:
+            model.merge_and_unload().save_pretrained(folder)
+        if tokenizer is not None and trainer.args.should_save:
+            tokenizer.save_pretrained(folder)
+
+    if recipe.lora is not None:
+        _replace(trainer, out / "adapter", trainer.save_model)
+    _replace(trainer, out / "model", save)
+
+
+def _replace(trainer: Trainer, target: Path, save: Callable[[str], None]) -> None:
+    """`save` into a folder that then takes the place of `target`; all processes take part, the first moves it."""
+    draft = target.parent / UNFINISHED / target.name
+    try:
+        save(str(draft))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            move_into_place(draft, target)
+    except Exception as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(f"{target} could not be saved: {_first_line(error)}; the checkpoints are whole") from error
+    trainer.accelerator.wait_for_everyone()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
