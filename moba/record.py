@@ -37,9 +37,7 @@ def record_routings(model: PreTrainedModel) -> Iterator[RoutingRecord]:
     Raises:
         ValueError: if the model's attention is not "moba" or "moba_naive".
     """
-    name = model.config._attn_implementation
-    if name not in ("moba", "moba_naive"):
-        raise ValueError(f"the model's attention must be 'moba' or 'moba_naive' to record its routing, got {name!r}")
+    name = require_moba(model)
     record = RoutingRecord()
     own_modules = set(model.modules())
 
@@ -55,3 +53,15 @@ def record_routings(model: PreTrainedModel) -> Iterator[RoutingRecord]:
         yield record
     finally:
         AttentionInterface.register(name, attention)
+
+
+def require_moba(model: PreTrainedModel) -> str:
+    """The name of a model's attention.
+
+    Raises:
+        ValueError: if it is not "moba" or "moba_naive".
+    """
+    name = model.config._attn_implementation
+    if name not in ("moba", "moba_naive"):
+        raise ValueError(f"the model's attention must be 'moba' or 'moba_naive' to record its routing, got {name!r}")
+    return name

