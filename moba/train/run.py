@@ -79,11 +79,12 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         )
     shards = open_shards(recipe.data.folder)
     rows = _rows(recipe, shards, recipe.num_steps * recipe.training.rows_per_step)
-    checkpoint = _enter(recipe, out, shards, state)
+    checkpoint = _check_run(recipe, out, shards)
     model, tokenizer = build_model(recipe, shards.manifest)
     check_tokenizer(shards, model, tokenizer)
     if checkpoint is not None:
         check_architecture(checkpoint, model)
+    _enter(recipe, out, shards, state)
     loss = use_fused_loss(model.to(state.device), recipe.training.loss)
     trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
     if recipe.training.checkpoint_activations:
@@ -166,30 +167,42 @@ def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
     return by_source(make, open_shards(recipe.data.folder, "held_out"))
 
 
-def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> Path | None:
-    """Make the run's folder, or check that the run in it is this one; its newest checkpoint."""
-    digest = hashlib.sha256(json.dumps([shard["sha256"] for shard in shards.manifest["shards"]]).encode()).hexdigest()
+def _data_digest(shards: Shards) -> str:
+    return hashlib.sha256(json.dumps([shard["sha256"] for shard in shards.manifest["shards"]]).encode()).hexdigest()
+
+
+def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
+    """The newest checkpoint of the run in `out`, None if there is none.
+
+    Raises:
+        ValueError: if the run in `out` is of another recipe or other data, or not ours.
+    """
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
+        return None
     path = out / "recipe.json"
-    if path.is_file():
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            same_run(recipe, saved["recipe"])
-        except (KeyError, json.JSONDecodeError):
-            raise ValueError(f"{path} is not what `moba train` writes; choose another out") from None
-        if saved["data"] != digest:
-            raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
-    elif last_checkpoint(out) is not None:
+    if not path.is_file():
         raise ValueError(
             f"{out} has checkpoints but no recipe.json: `moba train` did not write them; choose another out"
         )
-    state.wait_for_everyone()
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        recipe_then, data_then = saved["recipe"], saved["data"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not what `moba train` writes; choose another out") from None
+    same_run(recipe, recipe_then)
+    if data_then != _data_digest(shards):
+        raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
+    return checkpoint
+
+
+def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> None:
+    """Make the run's folder, without what a killed run left half written."""
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        if not path.is_file():
-            write_json(path, {"recipe": recipe.to_dict(), "data": digest})
+        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": _data_digest(shards)})
     state.wait_for_everyone()
-    return last_checkpoint(out)
 
 
 def _arguments(recipe: Recipe, out: Path, rows_at_a_time: int) -> TrainingArguments:

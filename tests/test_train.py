@@ -1,0 +1,350 @@
+"""`moba train` at toy size: what it learns, what it writes, how it goes on, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_folder import save_tiny_model
+from tiny_shards import save_shards
+
+from moba import register_moba
+from moba.cli import main
+from moba.data import tokenizer_hash
+from moba.hf import get_moba_config
+from moba.train.checkpoints import checkpoints
+from moba.train.recipe import Recipe, read_recipe
+from moba.train.run import train
+
+SHAPE = "hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2"
+RECIPE = f"""
+out = "OUT"
+[data]
+folder = "DATA"
+context = 64
+[model]
+architecture = "llama"
+shape = {{{SHAPE}}}
+[attention]
+block_size = 16
+topk = 2
+[training]
+tokens = 3072
+rows_per_step = 2
+learning_rate = 3e-3
+precision = "fp32"
+log_every = 1
+save_every = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return save_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def file(tmp_path, shards):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")).replace("DATA", str(shards)))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with a small model, and shards of its tokenizer."""
+    save_tiny_model(tmp_path / "model", initializer_range=0.05)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    data = save_shards(tmp_path / "own", tokenizer_hash=tokenizer_hash(tokenizer))
+    return [f"data.folder={data}", "model.architecture=", f"model.base={tmp_path / 'model'}"]
+
+
+def log_of(out, *names):
+    """What was logged: a list of lines, each the named values, with the seconds of the machine left out."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [[line[name] for name in names] for line in lines if all(name in line for name in names)]
+
+
+def from_base(file, tiny, *changes):
+    """The recipe with a base model instead of an architecture."""
+    text = file.read_text().replace('architecture = "llama"\n', "").replace(f"shape = {{{SHAPE}}}\n", "")
+    file.write_text(text)
+    return read_recipe(file, [tiny[0], tiny[2], *changes])
+
+
+@pytest.fixture
+def moba(capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_training_lowers_the_loss_and_leaves_a_model(moba, file, tmp_path):
+    code, _, err = moba(
+        "train", file, "-s", "attention.schedule=hybrid", "-s", "training.tokens=12800", "-s",
+        "training.evaluate_every=50",
+    )  # fmt: skip
+    assert code == 0, err
+    out = tmp_path / "out"
+    losses = log_of(out, "loss")
+    assert len(losses) == 100
+    assert losses[-1][0] < 0.7 * losses[0][0]
+    attention = [record["full_layers"] for _, record in log_of(out, "loss", "attention")]
+    assert attention == [0] * 90 + [2] * 10, "logged after the step"
+    assert [len(log_of(out, f"eval_source {i}_loss")) for i in range(2)] == [2, 2]
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-96", "checkpoint-100"]
+    assert not list((out / "unfinished").iterdir())
+    assert list((out / "tensorboard").iterdir())
+    register_moba(None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="moba")
+    assert get_moba_config(model).full_layers == 2
+    assert model.config.max_position_embeddings == 64
+    assert "100/100" in err
+
+
+def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
+    command = [sys.executable, "-m", "moba", "train", str(file), "-s", "attention.schedule=activation"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment, timeout=200)
+    process = subprocess.Popen([*command, "--out", str(killed)], stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 200
+    while not any(path.name == "checkpoint-8" for path in checkpoints(killed)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists(), "it was killed before the end"
+    resumed = subprocess.run(
+        [*command, "--out", str(killed)], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from" in resumed.stderr
+    assert len(log_of(whole, "loss")) == 24
+    names = ("step", "loss", "grad_norm", "learning_rate", "attention")
+    assert log_of(killed, *names) == log_of(whole, *names), "bit for bit"
+    weights = [(out / "model" / "model.safetensors").read_bytes() for out in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_is_not_repeated(moba, file, tmp_path):
+    assert moba("train", file, "-s", "training.tokens=512")[0] == 0
+    before = (tmp_path / "out" / "log.jsonl").read_bytes()
+    code, _, err = moba("train", file, "-s", "training.tokens=512")
+    assert code == 0, err
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+
+def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
+    losses = []
+    for rows in (1, 2):
+        train(
+            read_recipe(file, [f"training.rows_at_once={rows}", f"out={tmp_path / str(rows)}"]), say=lambda text: None
+        )
+        losses.append([loss for (loss,) in log_of(tmp_path / str(rows), "loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["training.precision=bf16", "training.compile=true", "training.loss=logits"])
+def test_ways_of_computing_a_step_agree(file, tmp_path, change):
+    losses = []
+    for name, changes in (("plain", ["training.checkpoint_activations=false"]), ("changed", [change])):
+        recipe = read_recipe(file, ["training.tokens=512", f"out={tmp_path / name}", *changes])
+        train(recipe, say=lambda text: None)
+        losses.append([loss for (loss,) in log_of(tmp_path / name, "loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2 if "bf16" in change else 1e-5)
+
+
+def test_adapters(file, tiny, tmp_path):
+    recipe = from_base(file, tiny, "lora.rank=4", "training.tokens=6400", "training.learning_rate=1e-2")
+    said = []
+    train(recipe, say=said.append)
+    losses = log_of(tmp_path / "out", "loss")
+    assert losses[-1][0] < 0.95 * losses[0][0]
+    out = tmp_path / "out"
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    transformers.AutoTokenizer.from_pretrained(out / "model")
+    saved = torch.load(out / "checkpoint-50" / "optimizer.pt")["state"]
+    assert sum(state["exp_avg"].numel() for state in saved.values()) < 0.5 * base.num_parameters()
+
+
+def test_positions_are_stretched(file, tiny, tmp_path):
+    train(
+        from_base(
+            file, tiny, "model.rope_theta=50000", "model.rope_factor=4", "data.context=512", "training.tokens=1024"
+        ),
+        say=lambda text: None,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.max_position_embeddings == 512
+    frequency = 50000 ** (-torch.arange(0, 8, 2) / 8) / 4
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequency)
+
+
+def test_dry_run_writes_nothing(moba, file, tmp_path):
+    code, out, _ = moba("train", file, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    values = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert set(values) == {"model", "tokens", "memory", "compute", "time", "disk"}
+    assert values["tokens"].startswith("3,072 in 24 steps of 2 × 64; the data has 605")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.tokens=0", "training.tokens must be an integer >= 1"),
+        ("training.tokens=many", "training.tokens must be an integer >= 1"),
+        ("training.learning_rate=-1", "training.learning_rate"),
+        ("training.save_every=3\\ntraining.log_every=2", "training.save_every"),
+        ("training.colour=red", "training.colour is not a setting"),
+        ("colour=red", "colour is not a setting"),
+        ("training", "key=value"),
+        ("out.x=3", "out is no table"),
+        ("data=3", "[data] must be a table"),
+        ("data.folder=/nowhere", "/nowhere"),
+        ("data.sources=['source 7']", "source 7"),
+        ("data.min_length=1000", "no document of at least 1000"),
+        ("attention.topk=0", "topk must be an integer >= 1"),
+        ("attention.schedule=sometimes", "attention.schedule must be one of"),
+        ("attention.at=0.5", "never switches"),
+        ("attention.start=3", "attention.start"),
+        ("attention.full_layers=3", "full_layers must fit the model's 2 layers"),
+        ("model.base=x", "model: give either base"),
+        ("model.shape.hiden_size=3", "'hiden_size'"),
+        ("model.architecture=lama", "'lama'"),
+        ("training.rows_at_once=3", "training.rows_per_step must be a multiple"),
+        ("lora.rank=4", "model.base"),
+        ("training.loss=best", "loss must be one of"),
+    ],
+)
+def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
+    changes = [part for line in change.split("\\n") for part in ("-s", line)]
+    code, out, err = moba("train", file, *changes)
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not checkpoints(tmp_path / "out")
+
+
+def test_recipes_that_cannot_be_read(moba, file, tmp_path):
+    assert "nowhere.toml" in moba("train", tmp_path / "nowhere.toml")[2]
+    file.write_text("out = [")
+    assert "is not TOML" in moba("train", file)[2]
+    file.write_text('out = "x"')
+    assert "missing" in moba("train", file)[2]
+
+
+def test_damaged_or_foreign_data(moba, file, tiny, tmp_path, shards):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    (copy / "train-00000.bin").write_bytes(b"")
+    code, _, err = moba("train", file, "--data", copy)
+    assert code == 2
+    assert "train-00000.bin is empty" in err
+    from_base(file, tiny)
+    code, _, err = moba("train", file, "-s", tiny[2])
+    assert code == 2
+    assert "tokenizer mismatch" in err
+    larger = save_shards(
+        tmp_path / "larger",
+        vocab=70,
+        tokenizer_hash=json.loads((tmp_path / "own" / "manifest.json").read_text())["tokenizer_hash"],
+    )
+    code, _, err = moba("train", file, "-s", tiny[2], "--data", larger)
+    assert code == 2
+    assert "vocabulary of 70" in err
+
+
+def test_a_run_of_another_recipe_or_data_is_not_gone_on_with(moba, file, tmp_path):
+    assert moba("train", file, "-s", "training.tokens=512")[0] == 0
+    code, _, err = moba("train", file, "-s", "training.tokens=512", "-s", "attention.topk=3")
+    assert code == 2
+    assert "attention.topk was 2 and is 3" in err
+    other = save_shards(tmp_path / "other", lengths=(99, 98))
+    code, _, err = moba("train", file, "-s", "training.tokens=512", "--data", other)
+    assert code == 2
+    assert "other data" in err
+    config = tmp_path / "out" / "checkpoint-4" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    code, _, err = moba("train", file, "-s", "training.tokens=512")
+    assert code == 2
+    assert "another architecture: hidden_size 64 instead of 32" in err
+
+
+def test_checkpoints_of_someone_else(moba, file, tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    code, _, err = moba("train", file)
+    assert code == 2
+    assert "did not write them" in err
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(moba, file, tmp_path, monkeypatch, what):
+    out = tmp_path / "out"
+    kind, name = {
+        "weights": (transformers.LlamaForCausalLM, "save_pretrained"),
+        "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
+    }[what]
+    save = getattr(kind, name)
+
+    def full(self, *args, **options):
+        save(self, *args, **options)
+        if (out / "checkpoint-8").exists():
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, name, full)
+    code, _, err = moba("train", file)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert "checkpoint-12 could not be saved: [Errno 28] No space left on device; checkpoint-8 is whole" in last
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
+    assert not (out / "unfinished").exists(), "room is made"
+    monkeypatch.undo()
+    code, _, err = moba("train", file)
+    assert code == 0, err
+    assert "going on from" in err
+    assert [step for (step, _) in log_of(out, "step", "loss")] == list(range(1, 25))
+
+
+def test_too_little_gpu_memory(moba, file, monkeypatch):
+    def out_of_memory(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", out_of_memory)
+    code, _, err = moba("train", file)
+    assert code == 2
+    assert "not enough GPU memory for 1 rows of 64 tokens at once: lower training.rows_at_once" in err.splitlines()[-1]
+
+
+def test_recipes_survive_json(file):
+    recipe = read_recipe(
+        file, ["lora.rank=3", "model.base=x", "attention.full_layers=[0, 1]", "data.sources=['a']"][2:]
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parent.parent.glob("recipes/*.toml")), ids=lambda path: path.stem
+)
+def test_published_recipes_are_valid(file):
+    assert read_recipe(file).num_steps > 0
