@@ -2,14 +2,16 @@
 
     python benchmarks/train_step.py
 
-Random weights and tokens, one row of each length: fp32 weights under bf16 autocast, activation checkpointing, the loss
+Random weights and tokens; rows of each length, at least 32K tokens in a step: fp32 weights under bf16 autocast, activation checkpointing, the loss
 without logits, fused AdamW; what `moba train` does in a step. Dense attention is transformers' "sdpa" with each of
 torch's kernels alone. Before anything is timed, MoBA over blocks that cover the whole row must give the loss and the
-gradients of dense attention. Writes benchmarks/results/train-step-h100.json and .md.
+gradients of dense attention. Writes benchmarks/results/train-step-h100.json and .md; a run that was stopped goes on
+from there.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from contextlib import nullcontext
@@ -47,6 +49,7 @@ WAYS: dict[str, tuple[str, SDPBackend | None]] = {
     "dense FlashAttention-2": ("sdpa", SDPBackend.FLASH_ATTENTION),
     "dense cuDNN": ("sdpa", SDPBackend.CUDNN_ATTENTION),
 }
+STEP_TOKENS = 32768
 GATE_TOKENS = CONFIG.block_size * CONFIG.topk
 # bf16 keeps 8 bits; the losses and gradients of two orders of summation differ by less over 30 layers.
 GATE_TOLERANCE = 0.03
@@ -72,17 +75,33 @@ def main(
     header = describe(where)
     header["setting"] = (
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in fp32, bf16 autocast, activation "
-        f"checkpointing, loss {loss}, AdamW; batch 1; MoBA {CONFIG.block_size} × {CONFIG.topk} in every layer"
+        f"checkpointing, loss {loss}, AdamW; MoBA {CONFIG.block_size} × {CONFIG.topk} in every layer"
     )
     header["gate"] = check(model, where)
     print(header["gate"], flush=True)
-    records: Records = []
+    records = earlier_records(header, out)
     for tokens in (int(part) for part in lengths.split(",")):
-        records.append({"case": length_name(tokens), "tokens": tokens})
-        for name in WAYS:
-            records[-1][name] = measure(model, name, tokens, where, seconds)
-            print(f"{length_name(tokens)} {name}: {records[-1][name]}", flush=True)
+        num_rows = max(1, STEP_TOKENS // tokens) if where.type == "cuda" else 1
+        case = f"{num_rows} × {length_name(tokens)}"
+        record = next((record for record in records if record["case"] == case), None)
+        if record is None:
+            record = {"case": case, "tokens": tokens, "rows": num_rows}
+            records.append(record)
+        for name in (name for name in WAYS if name not in record):
+            record[name] = measure(model, name, random_rows(num_rows, tokens, where), where, seconds)
+            print(f"{case} {name}: {record[name]}", flush=True)
             write(header, records, out, rows)
+
+
+def earlier_records(header: dict[str, str], out: Path) -> Records:
+    """What a run of the same code on the same device has measured."""
+    path = out.with_suffix(".json")
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    same = all(earlier["header"].get(key) == header[key] for key in ("device", "versions", "commit", "setting"))
+    records: Records = earlier["records"] if same else []
+    return records
 
 
 def check(model: Any, device: torch.device) -> str:
@@ -95,7 +114,7 @@ def check(model: Any, device: torch.device) -> str:
     for name in ("MoBA", "dense FlashAttention-2"):
         model.set_attn_implementation(WAYS[name][0])
         model.zero_grad()
-        loss = forward(model, random_row(GATE_TOKENS, device), device)
+        loss = forward(model, random_rows(1, GATE_TOKENS, device), device)
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     model.zero_grad()
@@ -106,37 +125,36 @@ def check(model: Any, device: torch.device) -> str:
     return f"at {GATE_TOKENS} tokens, relative error of the loss {errors[0]:.1e}, of the gradients {errors[1]:.1e}"
 
 
-def measure(model: Any, name: str, tokens: int, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Median time of a training step and its peak memory, or why it cannot run."""
+def measure(model: Any, name: str, batch: torch.Tensor, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Median time of a training step on `batch` [rows, tokens] and its peak memory, or why it cannot run."""
     attention, kernel = WAYS[name]
     model.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-    row = random_row(tokens, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     try:
         # The setting is the process's, so backward and recomputation, in a thread of their own, keep to it too.
         with nullcontext() if kernel is None or device.type == "cpu" else sdpa_kernel(kernel):
-            step(model, optimizer, row, device)
+            step(model, optimizer, batch, device)
             while not times or (len(times) < 10 and sum(times) < seconds):
-                times.append(step(model, optimizer, row, device))
+                times.append(step(model, optimizer, batch, device))
     except RuntimeError as error:
         return {"failed": str(error).splitlines()[0]}
     finally:
         optimizer.zero_grad()
     result = {"step_s": statistics.median(times), "fastest_s": min(times), "slowest_s": max(times), "steps": len(times)}
-    result["tokens_per_s"] = tokens / result["step_s"]
+    result["tokens_per_s"] = batch.numel() / result["step_s"]
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, row: torch.Tensor, device: torch.device) -> float:
+def step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, device: torch.device) -> float:
     """Seconds of one step."""
     synchronize(device)
     start = time.perf_counter()
-    forward(model, row, device).backward()
+    forward(model, batch, device).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -144,17 +162,17 @@ def step(model: Any, optimizer: torch.optim.Optimizer, row: torch.Tensor, device
     return time.perf_counter() - start
 
 
-def forward(model: Any, row: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The loss of one row under bf16 autocast."""
+def forward(model: Any, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The loss under bf16 autocast."""
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss: torch.Tensor = model(row, labels=row, use_cache=False).loss
+        loss: torch.Tensor = model(batch, labels=batch, use_cache=False).loss
     return loss
 
 
-def random_row(tokens: int, device: torch.device) -> torch.Tensor:
-    """Token ids [1, tokens], the same at every call."""
+def random_rows(num_rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Token ids [num_rows, tokens], the same at every call."""
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randint(SHAPE["vocab_size"], (1, tokens), generator=generator).to(device)
+    return torch.randint(SHAPE["vocab_size"], (num_rows, tokens), generator=generator).to(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -165,7 +183,7 @@ def synchronize(device: torch.device) -> None:
 
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells: tokens a second, time and memory of a step, and how many times longer dense takes."""
-    titles = ["tokens"]
+    titles = ["rows × tokens"]
     for name in WAYS:
         titles += [f"{name} tokens/s", "ms a step" + ("" if name == "MoBA" else " (×)"), "peak GiB"]
     cells = []
