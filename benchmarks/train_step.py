@@ -2,11 +2,11 @@
 
     python benchmarks/train_step.py
 
-Random weights and tokens; rows of each length, at least 32K tokens in a step: fp32 weights under bf16 autocast, activation checkpointing, the loss
-without logits, fused AdamW; what `moba train` does in a step. Dense attention is transformers' "sdpa" with each of
-torch's kernels alone. Before anything is timed, MoBA over blocks that cover the whole row must give the loss and the
-gradients of dense attention. Writes benchmarks/results/train-step-h100.json and .md; a run that was stopped goes on
-from there.
+Random weights and tokens; rows of each length, at least 32K tokens in a step; fp32 weights under bf16 autocast,
+activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. Dense attention is
+transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the whole
+row must give the loss and the gradients of dense attention. Writes benchmarks/results/train-step-h100.json and .md; a
+run that was stopped goes on from there.
 """
 
 from __future__ import annotations
