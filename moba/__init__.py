@@ -7,6 +7,7 @@ from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.config import MoBAConfig
 from moba.module import MoBAttention
+from moba.retrieval import snr
 from moba.routing import Routing
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "moba_attn_varlen_naive",
     "moba_route",
     "register_moba",
+    "snr",
 ]
 
 
