@@ -76,7 +76,9 @@ def generate_tokens(
     ends = end_tokens(model)
     for num_made in range(1, max_new_tokens + 1):
         if temperature:
-            token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            # The largest logit is 0, so that however low the temperature, no quotient overflows upwards.
+            weights = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+            token = torch.multinomial(weights, 1, generator=generator)
         else:
             token = logits.argmax(dim=-1, keepdim=True)
         made = int(token.item())

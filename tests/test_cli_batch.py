@@ -118,6 +118,9 @@ def test_a_finished_batch_loads_no_model(moba, folder, tmp_path):
         ('{"prompt": " "}', "line 3: must be a JSON object with a text"),
         ('{"prompt": "w1", "topk": 3, "n": 1}', "line 3: unknown keys ['n', 'topk']"),
         ('{"prompt": "w1", "max_new_tokens": true}', "line 3: max_new_tokens must be an integer >= 1, got true"),
+        ('{"prompt": "w1 \\ud800"}', r"line 3: not text: half of a surrogate pair, '\ud800'"),
+        ('{"prompt": "w1", "id": "\\udc00"}', r"line 3: not text: half of a surrogate pair, '\udc00'"),
+        ('{"prompt": "w1", "id": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 3: nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_runs(moba, folder, tmp_path, line, message):
@@ -167,6 +170,37 @@ def test_answers_to_other_prompts_or_settings_are_refused_and_kept(moba, folder,
     code, _, err = moba(*args)
     assert (code, output.read_text()) == (2, "something else\n")
     assert "line 1: not a line that this command wrote" in err
+
+
+@pytest.mark.parametrize("content", ["notes of mine", "notes of mine\n", '{"prompt": "w1"}', '{"line": 1}\n{"prompt'])
+def test_a_file_that_holds_something_else_is_refused_and_kept(moba, folder, tmp_path, content):
+    file, output = write_lines(tmp_path / "in.jsonl", prompts(2)), tmp_path / "other.txt"
+    output.write_text(content)
+    code, _, err = moba("generate", "-m", folder, "--batch-file", file, "--batch-output", output, *OPTIONS)
+    assert code == 2
+    assert "not a line that this command wrote" in err
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_prompts_are_not_written_over(moba, folder, tmp_path, end):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "w1"}' + end)
+    code, _, err = moba("generate", "-m", folder, "--batch-file", file, "--batch-output", file, *OPTIONS)
+    assert code == 2
+    assert "is the --batch-file itself" in err
+    assert file.read_text() == '{"prompt": "w1"}' + end
+
+
+@pytest.mark.parametrize("rest", ['{"l', '{"line": 2, "id"', "\0" * 40, '{"line": 2, "\0\0'])
+def test_what_a_stopped_write_leaves_is_removed(moba, folder, tmp_path, rest):
+    file, output = write_lines(tmp_path / "in.jsonl", prompts(2)), tmp_path / "in.out.jsonl"
+    args = ("generate", "-m", folder, "--batch-file", file, *OPTIONS)
+    assert moba(*args)[0] == 0
+    whole = read_lines(output)
+    output.write_text(json.dumps(whole[0]) + "\n" + rest)
+    assert moba(*args)[0] == 0
+    assert without_times(read_lines(output)) == without_times(whole)
 
 
 def test_two_runs_do_not_write_one_file(moba, folder, tmp_path):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from moba.cli.session import Session
 
 KEYS = ("id", "max_new_tokens", "prompt")
+RECORD_BEGINS = b'{"line": '
+NOT_OURS = "not a line that this command wrote"
+ADVICE = "choose another --batch-output, or remove it to start anew"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ def run_batch(
         "config": choice.config.to_dict() | {"backend": None},
         "drawing": asdict(drawing) | {"chunk_tokens": None},
     }
-    with open_answers(output or default_output(batch_file), settings) as answers:
+    output = output or default_output(batch_file)
+    if output.exists() and output.samefile(batch_file):
+        raise ValueError(f"--batch-output {output} is the --batch-file itself; choose another")
+    with open_answers(output, settings) as answers:
         done = answers.finished(prompts)
         left = [prompt for prompt in prompts if prompt.line not in done]
         say(f"{len(done)} of {len(prompts)} prompts answered in {answers.path}")
@@ -139,6 +145,8 @@ def _parse(data: bytes, line: int, where: str) -> BatchPrompt:
         values = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     text = values.get("prompt") if isinstance(values, dict) else None
@@ -146,6 +154,10 @@ def _parse(data: bytes, line: int, where: str) -> BatchPrompt:
         raise ValueError(f'{where}: must be a JSON object with a text "prompt", got {_short(values)}')
     if unknown := sorted(set(values) - set(KEYS)):
         raise ValueError(f"{where}: unknown keys {unknown}; valid: {list(KEYS)}")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not text: half of a surrogate pair, {ascii(error.object[error.start])}") from None
     limit = values.get("max_new_tokens")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{where}: max_new_tokens must be an integer >= 1, got {_short(limit)}")
@@ -174,13 +186,15 @@ class Answers:
             ValueError: if the file does not belong to these prompts and settings.
         """
         data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
+        *records, rest = data.split(b"\n")
         by_line = {prompt.line: prompt for prompt in prompts}
-        done = set()
-        for number, record in enumerate(data[:whole].splitlines(), start=1):
-            done.add(self._check(record, number, by_line))
-        if whole < len(data):
-            os.ftruncate(self._file, whole)
+        done = {self._check(record, number, by_line) for number, record in enumerate(records, start=1)}
+        if rest:
+            # Zeros are what a power cut can leave of a write.
+            begun = rest.rstrip(b"\0")[: len(RECORD_BEGINS)]
+            if not RECORD_BEGINS.startswith(begun):
+                raise ValueError(f"{self.path}, line {len(records) + 1}: {NOT_OURS}; {ADVICE}")
+            os.ftruncate(self._file, len(data) - len(rest))
         return done
 
     def add(self, prompt: BatchPrompt, **values: Any) -> None:
@@ -199,16 +213,15 @@ class Answers:
 
     def _check(self, data: bytes, number: int, by_line: dict[int, BatchPrompt]) -> int:
         where = f"{self.path}, line {number}"
-        advice = "choose another --batch-output, or remove it to start anew"
         try:
             record = json.loads(data)
             line, prompt, settings = record["line"], record["prompt"], record["settings"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{where}: not a line that this command wrote; {advice}") from None
+            raise ValueError(f"{where}: {NOT_OURS}; {ADVICE}") from None
         if line not in by_line or prompt != _digest(by_line[line].text):
-            raise ValueError(f"{where}: the answer to another prompt than line {line} of the batch file; {advice}")
+            raise ValueError(f"{where}: the answer to another prompt than line {line} of the batch file; {ADVICE}")
         if settings != self._settings:
-            raise ValueError(f"{where}: made with other settings; {advice}")
+            raise ValueError(f"{where}: made with other settings; {ADVICE}")
         return line
 
 
