@@ -68,7 +68,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         ValueError: for data, a model, or an earlier run in the folder that do not fit the recipe; not enough memory.
         OSError: if something cannot be written; the newest checkpoint is as good as before.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     tell: Say = say if state.is_main_process else lambda text: None
     out = Path(recipe.out).expanduser()
     rows_at_a_time = recipe.training.rows_at_once * state.num_processes
