@@ -47,6 +47,10 @@ def load_model(
     directions = [module.is_causal for module in loaded.modules() if hasattr(module, "is_causal")]
     if directions and not any(directions):
         raise ValueError(f"model={model!r} is not a causal decoder: {type(loaded).__name__} attends in both directions")
+    if getattr(loaded.config.get_text_config(decoder=True), "moba_key_convolution", None) is not None:
+        from moba.hf import load_key_convolution
+
+        load_key_convolution(loaded, source)
     _set_special_tokens(loaded, tokenizer, is_embedded=model is None)
     return loaded.eval(), tokenizer
 

@@ -17,10 +17,18 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import MoBAConfig
 from moba.hf.attention import check_full_layers, moba_attention_forward, read_config
+from moba.hf.convolution import add_key_convolution, load_key_convolution
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
 
-__all__ = ["enable_paged", "get_moba_config", "register_moba", "set_moba_config"]
+__all__ = [
+    "add_key_convolution",
+    "enable_paged",
+    "get_moba_config",
+    "load_key_convolution",
+    "register_moba",
+    "set_moba_config",
+]
 
 
 def register_moba(config: MoBAConfig | None = None) -> None:

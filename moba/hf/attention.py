@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MoBAConfig
+from moba.hf.convolution import require_convolution
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
 from moba.routing import Routing
 
@@ -83,6 +84,7 @@ def moba_attention_forward(
         ValueError: naming what MoBA cannot honour.
     """
     refuse_unknown(module, dropout, is_causal, kwargs)
+    require_convolution(module)
     config = layer_config(module, default)
     backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
