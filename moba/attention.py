@@ -10,14 +10,25 @@ from torch import Tensor
 
 from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
+from moba.checks import (
+    check_attention,
+    check_bound,
+    check_cu_seqlens,
+    check_heads,
+    check_key_range,
+    check_means,
+    check_page_numbers,
+    check_tensors,
+    describe,
+    is_readable,
+    require_tensors,
+)
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.layout import Sequences, page_means_shape
 from moba.routing import Routing, Selection
 
-MAX_HEAD_DIM = 256
 # Those with autocast. A list, as torch.compile cannot trace torch's own question in every version.
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def moba_attention(
@@ -76,8 +87,9 @@ def moba_attention(
         dtype; routing scores in fp32, never TF32. Same inputs, same outputs, bit for bit, on one device and version.
     Source: MoBA (arXiv 2502.13189), section 2.
     """
+    require_tensors(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v, ndim=4)
+    check_attention(4, q=q, k=k, v=v)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]} and {k.shape[0]}")
     if q.shape[1] > k.shape[1]:
@@ -85,13 +97,13 @@ def moba_attention(
             f"queries are the last of the keys, so T must be at most S, got T={q.shape[1]}, S={k.shape[1]}"
         )
     for name, bound in (("key_start", key_start), ("key_end", key_end)):
-        _check_bound(name, bound, q)
+        check_bound(name, bound, q)
     if not (key_start is None and key_end is None):
-        _check_key_range(key_start, key_end, k.shape[1])
+        check_key_range(key_start, key_end, k.shape[1])
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end)
     if block_means is not None:
         require_int("block_size", block_size, 1)
-        _check_means("block_means", block_means, k, k.shape[1] // block_size)
+        check_means("block_means", block_means, k, k.shape[1] // block_size)
         if routing is not None:
             raise ValueError("block_means serve to choose a routing, so they cannot be combined with `routing`")
     return _attention(
@@ -137,19 +149,20 @@ def moba_attention_varlen(
 
     Numerics and source: as in `moba_attention`.
     """
+    require_tensors(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v, ndim=3)
+    check_attention(3, q=q, k=k, v=v)
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    _check_cu_seqlens("cu_seqlens", cu_seqlens, q)
-    _check_cu_seqlens("cu_seqlens_k", cu_k, k)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, q.shape[0])
+    check_cu_seqlens("cu_seqlens_k", cu_k, k.device, k.shape[0])
     if cu_k.numel() != cu_seqlens.numel():
         raise ValueError(
             f"cu_seqlens_k must have as many entries as cu_seqlens, got {cu_k.numel()} and {cu_seqlens.numel()}"
         )
-    if _is_readable(cu_seqlens) and bool((cu_k.diff() < cu_seqlens.diff()).any()):
+    if is_readable(cu_seqlens) and bool((cu_k.diff() < cu_seqlens.diff()).any()):
         raise ValueError("cu_seqlens_k must give every sequence at least as many keys as queries")
     sequences = Sequences(1, q.shape[0], k.shape[0], cu_q=cu_seqlens.int(), cu_k=cu_k.int())
-    if routing is not None:
+    if isinstance(routing, Routing):
         routing = Routing(routing.indices[None], routing.block_size)
     results = _attention(
         q[None], k[None], v[None], sequences, block_size, topk, scale, keep_first, keep_recent, router, routing,
@@ -203,10 +216,11 @@ def moba_attention_paged(
 
     Numerics: as in `moba_attention`.
     """
+    require_tensors(q=q, k_pages=k_pages, v_pages=v_pages)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
         raise ValueError("a paged cache serves inference only: call moba_attention_paged under torch.no_grad()")
     q, k_pages, v_pages = _autocast(q, k_pages, v_pages)
-    _check_tensors(q, k_pages, v_pages, ndim=4)
+    check_attention(4, q=q, k_pages=k_pages, v_pages=v_pages)
     sequences = _paged_sequences(q, k_pages, q.shape[1], page_table, key_end, block_means, block_size)
     if q.shape[1] > MAX_DECODE_QUERIES:
         k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
@@ -246,15 +260,18 @@ def moba_route(
     """
     validate_selection(block_size, topk, keep_first, keep_recent, router)
     require_one_of("backend", backend, BACKENDS)
-    require_int("num_keys", num_keys, q.shape[1] if q.ndim == 4 else 0)
-    _check_tensors(q, block_means, block_means, ndim=4)
-    _check_means("block_means", block_means, block_means[:, :0], num_keys // block_size)
+    require_tensors(q=q, block_means=block_means)
+    check_tensors(4, q=q, block_means=block_means)
+    check_heads(q.shape[2], block_means.shape[2])
+    require_int("num_keys", num_keys, q.shape[1])
+    check_means("block_means", block_means, block_means[:, :0], num_keys // block_size)
     if q.shape[0] != block_means.shape[0]:
         raise ValueError(f"block_means must have q's batch size {q.shape[0]}, got {block_means.shape[0]}")
     implementation = backends.resolve(backend, q, block_means)
-    selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
+    sequences = Sequences(q.shape[0], q.shape[1], num_keys)
+    selection = Selection.of(sequences.fitting_block_size(block_size), topk, keep_first, keep_recent, router)
     with torch.autocast(q.device.type, enabled=False):
-        indices = implementation.route(q, None, Sequences(q.shape[0], q.shape[1], num_keys), selection, block_means)
+        indices = implementation.route(q, None, sequences, selection, block_means)
     return Routing(indices, block_size)
 
 
@@ -289,22 +306,23 @@ def append_block_means(
 
     Numerics: accumulated in fp32 (fp64 for fp64) and rounded once: the bits that the backend's prefill scores.
     """
-    _check_tensors(k, k, k, ndim=4)
+    require_tensors(k=k)
+    check_tensors(4, k=k)
     require_int("num_new", num_new, 0)
     require_int("block_size", block_size, 1)
     require_one_of("backend", backend, BACKENDS)
     if page_table is not None:
         if key_start is not None:
             raise ValueError("key_start cannot be combined with page_table: rows begin with their first page")
-        sequences = _paged_sequences(page_table, k, num_new, page_table, key_end, means, block_size)
+        sequences = _paged_sequences(page_table, k, num_new, page_table, key_end, means, block_size, "means")
     else:
         for name, bound in (("key_start", key_start), ("key_end", key_end)):
-            _check_bound(name, bound, k)
+            check_bound(name, bound, k)
         if not (key_start is None and key_end is None):
-            _check_key_range(key_start, key_end, k.shape[1])
-        _check_means("means", means, k, k.shape[1] // block_size)
+            check_key_range(key_start, key_end, k.shape[1])
+        check_means("means", means, k, k.shape[1] // block_size)
         sequences = Sequences(k.shape[0], min(num_new, k.shape[1]), k.shape[1], key_start=key_start, key_end=key_end)
-    if sequences.num_queries:
+    if sequences.num_queries and block_size <= sequences.num_keys:
         backends.resolve(backend, k, k).append_means(means, k, sequences, block_size)
 
 
@@ -316,11 +334,12 @@ def _paged_sequences(
     key_end: Tensor | None,
     means: Tensor,
     block_size: int,
+    means_name: str = "block_means",
 ) -> Sequences:
     """The sequences of a paged cache, after checking what describes it; `rows` [B, ...] has a row for each."""
     require_int("block_size", block_size, 1)
     if not isinstance(page_table, Tensor) or page_table.dtype != torch.int32 or page_table.ndim != 2:
-        raise ValueError(f"page_table must be an int32 tensor [B, pages], got {_describe(page_table)}")
+        raise ValueError(f"page_table must be an int32 tensor [B, pages], got {describe(page_table)}")
     if page_table.shape[1] < 1:
         raise ValueError("page_table must have at least one column, got none")
     if page_table.shape[0] != rows.shape[0]:
@@ -331,18 +350,21 @@ def _paged_sequences(
         raise ValueError(f"there must be at least one page of one key, got shape {tuple(pages.shape)}")
     if key_end is None:
         raise ValueError("key_end must be given with a page_table: the number of keys of each row")
-    _check_bound("key_end", key_end, page_table)
+    check_bound("key_end", key_end, page_table)
     num_keys = page_table.shape[1] * pages.shape[1]
-    _check_key_range(None, key_end, num_keys)
+    check_key_range(None, key_end, num_keys)
     expected = page_means_shape(pages, block_size)
     if not isinstance(means, Tensor) or tuple(means.shape) != expected or means.dtype != pages.dtype:
-        raise ValueError(f"block_means must be {pages.dtype} {expected} beside these pages, got {_describe(means)}")
+        raise ValueError(f"{means_name} must be {pages.dtype} {expected} beside these pages, got {describe(means)}")
     if means.device != pages.device:
-        raise ValueError(f"block_means must be on {pages.device} like the pages, got {means.device}")
+        raise ValueError(f"{means_name} must be on {pages.device} like the pages, got {means.device}")
     if means.stride(-1) != 1 and means.shape[-1] > 1:
-        raise ValueError(f"the last dimension of block_means must be contiguous, got strides {means.stride()}")
+        raise ValueError(f"the last dimension of {means_name} must be contiguous, got strides {means.stride()}")
     num_queries = min(num_queries, num_keys) if rows is page_table else num_queries
-    return Sequences(rows.shape[0], num_queries, num_keys, key_end=key_end, page_table=page_table)
+    sequences = Sequences(rows.shape[0], num_queries, num_keys, key_end=key_end, page_table=page_table)
+    if is_readable(page_table):
+        check_page_numbers(sequences.pages_in_use(), pages.shape[0])
+    return sequences
 
 
 def _attention(
@@ -371,8 +393,9 @@ def _attention(
         return _dense(q, k, v, scale)
 
     implementation = backends.resolve(backend, q, k)
+    fitting_size = sequences.fitting_block_size(block_size)
     with torch.autocast(q.device.type, enabled=False):
-        selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
+        selection = Selection.of(fitting_size, topk, keep_first, keep_recent, router)
         if block_means is not None and q.shape[1] <= MAX_DECODE_QUERIES and not _needs_grad(q, k, v):
             out, lse, indices = implementation.decode(q, k, v, block_means, sequences, selection, scale=scale)
         else:
@@ -381,7 +404,7 @@ def _attention(
                     indices = implementation.route(q, k, sequences, selection, block_means)
             else:
                 indices = _replayed(routing, q, block_size, topk)
-            out, lse = implementation.attend(q, k, v, indices, sequences, block_size=block_size, scale=scale)
+            out, lse = implementation.attend(q, k, v, indices, sequences, block_size=fitting_size, scale=scale)
 
     results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
     return results if len(results) > 1 else out
@@ -406,6 +429,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:
     """The indices of a routing given by the user, after checking that they belong to this call."""
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing must be a Routing, got {describe(routing)}")
     if routing.block_size != block_size:
         raise ValueError(f"routing was made with block_size={routing.block_size}, got block_size={block_size}")
     indices, expected = routing.indices, (*q.shape[:3], topk)
@@ -424,93 +449,3 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
-    layout = "[B, T, H, D]" if ndim == 4 else "[total, H, D]"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != ndim:
-            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            raise ValueError(
-                f"q, k and v must share one dtype of fp16, bf16, fp32, fp64; {name} is {x.dtype}, q {q.dtype}"
-            )
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device; {name} is on {x.device}, q on {q.device}")
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
-    head_dim = q.shape[-1]
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
-        raise ValueError(f"q, k and v must have one head dim, got {head_dim}, {k.shape[-1]} and {v.shape[-1]}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"key/value heads must divide query heads, got {num_heads} query and {num_kv_heads} key/value heads"
-        )
-
-
-def _check_bound(name: str, bound: Tensor | None, q: Tensor) -> None:
-    if bound is None:
-        return
-    if not isinstance(bound, Tensor) or bound.dtype != torch.int32 or bound.shape != q.shape[:1]:
-        raise ValueError(f"{name} must be an int32 tensor [B] = [{q.shape[0]}], got {_describe(bound)}")
-    if bound.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {bound.device}")
-
-
-def _check_key_range(key_start: Tensor | None, key_end: Tensor | None, num_keys: int) -> None:
-    """Check 0 <= key_start <= key_end <= S, where values can be read."""
-    bounds = [bound for bound in (key_start, key_end) if bound is not None]
-    if not _is_readable(bounds[0]):
-        return
-    ordered = torch.stack([torch.zeros_like(bounds[0]), *bounds, torch.full_like(bounds[0], num_keys)])
-    if bool((ordered.diff(dim=0) < 0).any()):
-        got = ", ".join(
-            f"{name}={bound.tolist()}"
-            for name, bound in (("key_start", key_start), ("key_end", key_end))
-            if bound is not None
-        )
-        raise ValueError(f"0 <= key_start <= key_end <= S = {num_keys} must hold in every row, got {got}")
-
-
-def _check_means(name: str, means: Tensor, k: Tensor, num_blocks: int) -> None:
-    """Check means [B, N, G, D] of keys [B, S, G, D], N at least num_blocks."""
-    is_tensor = isinstance(means, Tensor)
-    if (
-        not is_tensor
-        or means.dtype != k.dtype
-        or means.ndim != 4
-        or means.shape[1] < num_blocks
-        or ((means.shape[0], *means.shape[2:]) != (k.shape[0], *k.shape[2:]))
-    ):
-        batch, _, num_kv_heads, head_dim = k.shape
-        raise ValueError(
-            f"{name} must be {k.dtype} [{batch}, at least {num_blocks}, {num_kv_heads}, {head_dim}] like the blocks of "
-            f"k, got {_describe(means)}"
-        )
-    if means.device != k.device:
-        raise ValueError(f"{name} must be on {k.device} like k, got {means.device}")
-    if means.stride(-1) != 1 and means.shape[-1] > 1:
-        raise ValueError(f"the last dimension of {name} must be contiguous, got strides {means.stride()}")
-
-
-def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor) -> None:
-    if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.ndim != 1 or cu.numel() < 1:
-        raise ValueError(f"{name} must be an int32 tensor [num_sequences + 1], got {_describe(cu)}")
-    if cu.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like q, got {cu.device}")
-    if _is_readable(cu) and (cu[0] != 0 or bool((cu.diff() < 0).any()) or cu[-1] > x.shape[0]):
-        raise ValueError(f"{name} must ascend from 0 to at most {x.shape[0]}, got {cu.tolist()}")
-
-
-def _is_readable(x: Tensor) -> bool:
-    """Whether values can be checked: reading a GPU's would make it wait, reading a traced graph's would break it."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

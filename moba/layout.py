@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Blocks larger than this, and than all keys, are cut to what holds all keys.
+LARGE_BLOCK = 1 << 16
+
 
 class Span(NamedTuple):
     """One sequence: `q_len` query rows from `q_start`, `k_len` key rows from `k_start`, both of tensor row `row`.
@@ -68,6 +71,16 @@ class Sequences:
     def num_blocks(self, block_size: int) -> int:
         """An upper bound, known without reading the device, of the number of blocks in any sequence."""
         return -(-self.num_keys // block_size)
+
+    def fitting_block_size(self, block_size: int) -> int:
+        """This block size, or where the first block holds every key, one that means the same and fits in memory."""
+        if block_size <= LARGE_BLOCK or block_size <= self.num_keys:
+            return block_size
+        # Twice as large each time, so that a growing cache seldom meets another; a multiple of the page size.
+        fitting = 1 if self.page_table is None else self.page_size
+        while fitting <= max(self.num_keys, LARGE_BLOCK):
+            fitting *= 2
+        return min(block_size, fitting)
 
     def spans(self) -> list[Span]:
         """The sequences with at least one real query, in order. Waits for the device that holds the tensors."""

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from moba.checks import describe
 from moba.config import Router
 from moba.layout import Sequences, Span
 
@@ -61,11 +62,8 @@ class Selection:
         assert self.score is not None
         scores = self.score(q, means)
         expected = (*q.shape[:2], means.shape[0])
-        if tuple(scores.shape) != expected or not scores.is_floating_point():
-            raise ValueError(
-                f"router must return floating scores [rows, H, N] = {expected}, "
-                f"got {scores.dtype} {tuple(scores.shape)}"
-            )
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ValueError(f"router must return floating scores [rows, H, N] = {expected}, got {describe(scores)}")
         return scores
 
 

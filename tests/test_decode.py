@@ -11,6 +11,7 @@ from oracle import attend_batch
 
 from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
 from moba.backends import cached, load
+from moba.layout import Sequences
 from moba.routing import top_blocks
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -419,11 +420,23 @@ def test_refusals_of_pages():
         "key_end must be an int32 tensor": {"key_end": pages["key_end"].long()},
         "0 <= key_start <= key_end <= S = 48": {"key_end": int32([49, 1], "cpu")},
         "at least one page": {"k_pages": k[:0], "v_pages": v[:0]},
+        "k_pages must be a tensor, got None": {"k_pages": None},
+        "q, k_pages and v_pages must share one dtype": {"k_pages": pages["k_pages"].double()},
+        "page_table must hold numbers from 0 to 11 .* got 12": {"page_table": pages["page_table"] * 0 + 12},
+        "page_table must hold numbers from 0 to 11 .* got -1": {"page_table": pages["page_table"] * 0 - 1},
         "inference only": {"q": q.clone().requires_grad_()},
         "topk must be": {"topk": 0},
     }.items():
         with pytest.raises(ValueError, match=match):
             moba_attention_paged(**{"q": q, "block_size": 8, "topk": 3, **pages, **changes})
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(2, 4), (0, 40)])
+def test_nothing_to_append_waits_for_nothing(rows, keys):
+    """On a device whose values cannot be read, as a GPU's are not."""
+    k = torch.empty(rows, keys, 2, 16, device="meta")
+    sequences = Sequences(rows, 1, keys, key_start=torch.empty(rows, dtype=torch.int32, device="meta"))
+    load("pytorch").append_means(k[:, : keys // 8], k, sequences, 8)
 
 
 @pytest.mark.parametrize("keep_first", [0, 1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import make_qkv
 
-from moba import MoBAConfig, Routing, moba_attention, moba_attention_varlen
+from moba import MoBAConfig, Routing, append_block_means, moba_attention, moba_attention_varlen, moba_route
 
 Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
 VALID = {"block_size": 4, "topk": 2}
@@ -106,3 +106,47 @@ def test_a_named_backend_runs_or_raises():
 def test_config(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MoBAConfig(**VALID, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": None}, "q must be a tensor, got None"),
+        ({"k": [1.0]}, "k must be a tensor, got [1.0]"),
+        ({"routing": 3}, "routing must be a Routing, got 3"),
+        ({"router": lambda q, means: None}, "router must return floating scores [rows, H, N] = (12, 4, 3), got None"),
+    ],
+)
+def test_what_is_no_tensor_is_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moba_attention(**{"q": Q, "k": K, "v": V, **VALID, "backend": "pytorch", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_means": None}, "block_means must be a tensor, got None"),
+        ({"block_means": K[0]}, "block_means must be [B, T, H, D], got shape (16, 2, 8)"),
+        ({"block_means": K[..., :4]}, "q and block_means must have one head dim, got 8 and 4"),
+        ({"q": Q[:, :, :3]}, "key/value heads must divide query heads, got 3 query and 2"),
+        ({"num_keys": 11}, "num_keys must be an integer >= 12, got 11"),
+    ],
+)
+def test_routing_alone(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moba_route(**{"q": Q, "block_means": K, "num_keys": 16, **VALID, **changes})
+
+
+@pytest.mark.parametrize("named", ["pytorch", "reference"])
+@pytest.mark.parametrize("block_size", [2**20, 2**31, 2**40, 2**70])
+def test_a_block_larger_than_any_memory_is_full_attention(named, block_size):
+    bounds = {"key_start": int32(0, 3), "key_end": int32(16, 9), "return_lse": True, "return_routing": True}
+    expected = moba_attention(Q, K, V, block_size=16, topk=2, backend=named, **bounds)
+    whole = moba_attention(Q, K, V, block_size=block_size, topk=2, backend=named, **bounds)
+    step = moba_attention(Q[:, -1:], K, V, block_size=block_size, topk=2, backend=named, block_means=K[:, :0], **bounds)
+    append_block_means(K[:, :0], K, num_new=16, block_size=block_size, backend=named)
+    assert torch.equal(whole[0], expected[0])
+    assert torch.equal(whole[2].indices, expected[2].indices)
+    assert whole[2].block_size == block_size
+    torch.testing.assert_close(step[0], expected[0][:, -1:])
+    torch.testing.assert_close(step[1], expected[1][:, -1:])

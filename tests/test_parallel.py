@@ -198,6 +198,38 @@ def test_disagreement_ends_all_ranks_with_a_message(ranks, what):
             assert "not valid" in message
 
 
+def is_given(rank, what):
+    q = torch.zeros(1, 16, 2, 8)
+    options = {"block_size": 8, "topk": 2}
+    if what == "no tensor":
+        q = None if rank else q
+    elif what == "strides":
+        q = q.mT.contiguous().mT if rank else q
+    elif what == "heads":
+        options["transport"] = "heads"
+    else:
+        options["cu_seqlens"] = torch.tensor({"beyond the end": [0, 49], "not ascending": [0, 20, 10, 48]}[what]).int()
+    k = torch.zeros(1, 16, 3 if what == "heads" else 1, 8)
+    context_parallel_attention(q, k, k, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no tensor", "q must be a tensor, got None"),
+        ("strides", "the last dimension of q must be contiguous"),
+        ("heads", "key/value heads must divide query heads, got 2 query and 3 key/value heads"),
+        ("beyond the end", "cu_seqlens must ascend from 0 to at most 48, got [0, 49]"),
+        ("not ascending", "cu_seqlens must ascend from 0, got [0, 20, 10, 48]"),
+    ],
+)
+def test_what_is_not_valid_ends_all_ranks_with_a_message(ranks, what, message):
+    outcomes = ranks.outcomes(is_given, what)
+    assert [is_right for is_right, _ in outcomes] == [False] * 3
+    assert all(said.startswith("ValueError") for _, said in outcomes)
+    assert message in outcomes[-1][1]
+
+
 def shards_of_part_blocks(rank):
     q = torch.zeros(1, 12, 2, 8)
     context_parallel_attention(q, q, q, block_size=8, topk=2, transport="selective")

@@ -36,6 +36,8 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     position = sequences.positions(k.device)[:, -1:].long()  # of each row's last key, [R, 1]
     # As many blocks as the new keys of a row can finish.
     num_blocks = min((num_new - 1) // block_size + 1, num_keys // block_size)
+    if not (num_blocks and sequences.num_rows):
+        return
     first_block = torch.div(position + 1, block_size, rounding_mode="floor") - num_blocks
     block = first_block.clamp(min=0) + torch.arange(num_blocks, device=k.device)
     end = (block + 1) * block_size

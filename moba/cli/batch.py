@@ -157,7 +157,7 @@ def _parse(data: bytes, line: int, where: str) -> BatchPrompt:
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not text: half of a surrogate pair, {ascii(error.object[error.start])}") from None
+        raise ValueError(f"{where}: not text: half of a surrogate pair, {error.object[error.start]!a}") from None
     limit = values.get("max_new_tokens")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{where}: max_new_tokens must be an integer >= 1, got {_short(limit)}")

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moba.attention import append_block_means, moba_attention, moba_attention_varlen, moba_route
+from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, ROUTERS, Router, require_one_of, validate_selection
 from moba.parallel.exchange import exchange, send_and_receive
 from moba.parallel.shards import DTYPES, Shards, agree, process_group
@@ -88,7 +89,10 @@ def context_parallel_attention(
             "documents": 0 if cu_seqlens is None else cu_seqlens.numel(),
         }  # fmt: skip
 
-    shards = agree(q, group, settings)
+    device = next((x.device for x in (q, k, v) if isinstance(x, Tensor)), torch.device("cpu"))
+    shards = agree(q, device, group, settings)
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, shards.num_tokens)
     options: dict[str, Any] = {
         "block_size": block_size, "topk": topk, "keep_first": keep_first, "keep_recent": keep_recent,
         "router": router, "backend": backend,
@@ -104,17 +108,20 @@ def context_parallel_attention(
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, transport: str, num_ranks: int) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
+    require_tensors(q=q, k=k, v=v)
+    check_attention(4, q=q, k=k, v=v)
+    if q.shape[:2] != k.shape[:2]:
         raise ValueError(
             "q must be [B, T, H, D] and k and v [B, T, G, D] with this rank's tokens, got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must share one dtype of {DTYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if cu_seqlens is not None and (transport == "selective" or q.shape[0] != 1):
-        raise ValueError(
-            f'cu_seqlens needs batch size 1 and transport="gather" or "heads", got {q.shape[0]} and {transport!r}'
-        )
+    if cu_seqlens is not None:
+        if transport == "selective" or q.shape[0] != 1:
+            raise ValueError(
+                f'cu_seqlens needs batch size 1 and transport="gather" or "heads", got {q.shape[0]} and {transport!r}'
+            )
+        # How many tokens there are in all is known later.
+        check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, None)
     if transport == "heads" and k.shape[2] % num_ranks:
         raise ValueError(
             f'transport="heads" needs key/value heads in a multiple of the {num_ranks} ranks, got {k.shape[2]}; '

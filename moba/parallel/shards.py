@@ -76,11 +76,12 @@ def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
     return default
 
 
-def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], dict[str, int]]) -> Shards:
+def agree(q: Tensor, device: torch.device, group: ProcessGroup, settings: Callable[[], dict[str, int]]) -> Shards:
     """Tell all ranks what this one has, and check that it fits what they have.
 
     Args:
-        q: [B, T, ...], this rank's tokens.
+        q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
+        device: where the group's ranks exchange numbers.
         settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
             learns of its ValueError, so that none waits for a rank that gave up.
 
@@ -98,7 +99,7 @@ def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], dict[str, int]]
         problem, same, mine = error, {}, [0]
     row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
     row[: len(mine)] = torch.tensor(mine)
-    row = row.to(q.device)
+    row = row.to(device)
     rows = [torch.empty_like(row) for _ in range(group.size())]
     dist.all_gather(rows, row, group=group)
     table = torch.stack(rows).tolist()
