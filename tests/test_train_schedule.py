@@ -137,3 +137,31 @@ def test_returning_to_a_stage_compiles_nothing():
     frames = steps_of_a_compiled_model(12)
     assert frames[0] < frames[1] < frames[2]
     assert set(frames[6:]) == {frames[6]}
+
+
+def test_switching_does_not_move_the_loss():
+    """A model that learned with full attention to copy from 40 tokens back goes on with MoBA, and back again."""
+    model = tiny_model(hidden_size=64, num_hidden_layers=2, head_dim=16, initializer_range=0.05).train()
+    model.set_attn_implementation("moba")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    routed, near = MoBAConfig(16, 4), MoBAConfig(16, 2, router="recent")
+    schedule = Schedule(((0.0, None), (0.9, routed), (0.95, None)))
+    num_steps = 200
+    losses = []
+    for step in range(num_steps):
+        tokens = torch.randint(2, 64, (8, 40), generator=generator).repeat(1, 5)[:, :192]
+        if step == 180:
+            with torch.no_grad():
+                apply_schedule(model, throughout(near), 0)
+                blind = model(tokens, labels=tokens, use_cache=False).loss.item()
+        apply_schedule(model, schedule, step / num_steps)
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    before = losses[170:180]
+    assert losses[0] > 4 > 1.1 > max(before), "it has learned"
+    assert blind > 2 * max(before), "and what it learned needs blocks that lie back"
+    assert max(losses[180:]) < 1.05 * max(before)
