@@ -46,6 +46,7 @@ def moba_attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     block_means: Tensor | None = None,
+    route_by: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
     return_routing: bool = False,
@@ -64,8 +65,10 @@ def moba_attention(
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
         keep_first, keep_recent: the first blocks, and the past blocks nearest to the own, that are always selected;
             they take places of topk.
-        router: "mean", "recent" (sliding window), "sink" (first and recent blocks), or a function
-            (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], called in chunks of rows.
+        router: "mean", "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice for the query
+            heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk), or a function
+            (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], called in chunks of rows; see
+            `moba.routers`.
         routing: attend over this routing instead of choosing one (replay).
         key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
@@ -73,6 +76,8 @@ def moba_attention(
             key_start, that `append_block_means` wrote for these keys. With at most 16 queries a row and no gradient
             asked for, a step of decoding then reads the means and the selected keys only. More queries, or gradients,
             take the prefill's way without computing the means again.
+        route_by: queries [B, T, H, any D] and keys [B, S, G, the same D] to choose blocks by in the place of q and k,
+            such as those from before the rotary embedding. No gradient flows to them.
         backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
         return_lse, return_routing: also return the log-sum-exp, the routing.
 
@@ -106,9 +111,10 @@ def moba_attention(
         check_means("block_means", block_means, k, k.shape[1] // block_size)
         if routing is not None:
             raise ValueError("block_means serve to choose a routing, so they cannot be combined with `routing`")
+    route_by = _route_by(route_by, q, k, {"routing": routing, "block_means": block_means})
     return _attention(
         q, k, v, sequences, block_size, topk, scale, keep_first, keep_recent, router, routing, backend, return_lse,
-        return_routing, block_means,
+        return_routing, block_means, route_by,
     )  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def moba_attention_varlen(
     keep_recent: int = 0,
     router: Router = "mean",
     routing: Routing | None = None,
+    route_by: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
     return_routing: bool = False,
@@ -138,8 +145,9 @@ def moba_attention_varlen(
         cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
             cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
         cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
-        block_size, topk, scale, keep_first, keep_recent, router, routing, backend, return_lse, return_routing:
-            as in `moba_attention`; a routing's blocks are numbered within each sequence.
+        block_size, topk, scale, keep_first, keep_recent, router, routing, route_by, backend, return_lse,
+            return_routing: as in `moba_attention`, route_by packed like q and k; a routing's blocks are numbered
+            within each sequence.
 
     Returns:
         out [total, H, D]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
@@ -164,9 +172,10 @@ def moba_attention_varlen(
     sequences = Sequences(1, q.shape[0], k.shape[0], cu_q=cu_seqlens.int(), cu_k=cu_k.int())
     if isinstance(routing, Routing):
         routing = Routing(routing.indices[None], routing.block_size)
+    by = _route_by(route_by, q, k, {"routing": routing})
     results = _attention(
         q[None], k[None], v[None], sequences, block_size, topk, scale, keep_first, keep_recent, router, routing,
-        backend, return_lse, return_routing,
+        backend, return_lse, return_routing, None, None if by is None else (by[0][None], by[1][None]),
     )  # fmt: skip
     if not isinstance(results, tuple):
         return results[0]
@@ -383,31 +392,55 @@ def _attention(
     return_lse: bool,
     return_routing: bool,
     block_means: Tensor | None = None,
+    route_by: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     validate_selection(block_size, topk, keep_first, keep_recent, router)
     require_one_of("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    is_whole = sequences.is_plain and block_size * topk >= sequences.num_keys
+    fitting_size = sequences.fitting_block_size(block_size)
+    selection = Selection.of(fitting_size, topk, keep_first, keep_recent, router)
+    is_whole = sequences.is_plain and block_size * topk >= sequences.num_keys and selection.top_p is None
     if backend == "auto" and is_whole and not (return_lse or return_routing) and _dense_fits(q, k, v):
         return _dense(q, k, v, scale)
 
     implementation = backends.resolve(backend, q, k)
-    fitting_size = sequences.fitting_block_size(block_size)
     with torch.autocast(q.device.type, enabled=False):
-        selection = Selection.of(fitting_size, topk, keep_first, keep_recent, router)
         if block_means is not None and q.shape[1] <= MAX_DECODE_QUERIES and not _needs_grad(q, k, v):
             out, lse, indices = implementation.decode(q, k, v, block_means, sequences, selection, scale=scale)
         else:
             if routing is None:
                 with torch.no_grad():
-                    indices = implementation.route(q, k, sequences, selection, block_means)
+                    indices = implementation.route(*(route_by or (q, k)), sequences, selection, block_means)
             else:
                 indices = _replayed(routing, q, block_size, topk)
             out, lse = implementation.attend(q, k, v, indices, sequences, block_size=fitting_size, scale=scale)
 
     results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
     return results if len(results) > 1 else out
+
+
+def _route_by(
+    route_by: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, others: dict[str, object]
+) -> tuple[Tensor, Tensor] | None:
+    """The queries and keys to route by, checked against those that attend."""
+    if route_by is None:
+        return None
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"route_by serves to choose a routing, so it cannot be combined with {name}")
+    if not isinstance(route_by, tuple) or len(route_by) != 2:
+        raise ValueError(f"route_by must be a pair of queries and keys, got {type(route_by).__name__}")
+    by_q, by_k = route_by
+    require_tensors(**{"route_by[0]": by_q, "route_by[1]": by_k})
+    by_q, by_k, _ = _autocast(by_q, by_k, by_k)
+    check_attention(q.ndim, **{"route_by[0]": by_q, "route_by[1]": by_k, "route_by[1] again": by_k})
+    if by_q.shape[:-1] != q.shape[:-1] or by_k.shape[:-1] != k.shape[:-1] or by_q.device != q.device:
+        raise ValueError(
+            f"route_by must be like q and k but for the head dim, {tuple(q.shape)} and {tuple(k.shape)} on {q.device}, "
+            f"got {tuple(by_q.shape)} and {tuple(by_k.shape)} on {by_q.device}"
+        )
+    return by_q, by_k
 
 
 def _dense_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

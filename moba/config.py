@@ -10,7 +10,9 @@ from torch import Tensor
 
 Router = str | Callable[[Tensor, Tensor], Tensor]
 
-ROUTERS = ("mean", "recent", "sink")
+ROUTERS = ("mean", "recent", "sink", "shared")
+# What only a model can do, as it needs queries and keys that the attention functions never see.
+MODEL_ROUTERS = ("unrotated",)
 DECODE_MODES = ("full", "moba")
 BACKENDS = ("auto", "reference", "pytorch", "triton")
 
@@ -44,7 +46,36 @@ def validate_selection(block_size: int, topk: int, keep_first: int, keep_recent:
             f"got keep_first={keep_first}, keep_recent={keep_recent}"
         )
     if not callable(router):
-        require_one_of("router", router, ROUTERS)
+        _check_router(router)
+
+
+def _check_router(router: Any) -> None:
+    if router in MODEL_ROUTERS:
+        raise ValueError(f"router={router!r} needs the projections of a transformers model (moba.hf.watch_projections)")
+    if named_top_p(router) is None:
+        require_one_of("router", router, (*ROUTERS, "top_p=0.9"))
+
+
+def named_top_p(router: Any) -> float | None:
+    """The number in a router's name such as "top_p=0.9"; None for another name.
+
+    Raises:
+        ValueError: if it is not between 0 and 1.
+    """
+    if not isinstance(router, str) or not router.startswith("top_p="):
+        return None
+    try:
+        p = float(router.removeprefix("top_p="))
+    except ValueError:
+        raise ValueError(f"router must hold a number behind 'top_p=', got {router!r}") from None
+    return check_top_p(p)
+
+
+def check_top_p(p: float) -> float:
+    """Return p if it lies between 0 and 1; raise a ValueError otherwise."""
+    if not 0.0 < p < 1.0:
+        raise ValueError(f"top_p must lie between 0 and 1, both excluded, got {p!r}")
+    return p
 
 
 @dataclass(frozen=True)
@@ -59,8 +90,11 @@ class MoBAConfig:
             Kept blocks take places of topk: keep_first + keep_recent <= topk - 1.
         full_layers: layers that use full attention: an int n means the last n, a tuple lists layer indices.
         decode: attention of one-token steps after a prompt: "full" (the paper's choice) or "moba".
-        router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), or a function
-            (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], larger is better.
+        router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice
+            for the query heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk),
+            "unrotated" (scores from before the rotary embedding; transformers models only, see
+            `moba.hf.watch_projections`), or a function (query rows [rows, H, D], block means [N, G, D]) -> scores
+            [rows, H, N], larger is better (see `moba.routers`).
         backend: "auto", "reference", "pytorch" or "triton".
 
     Raises:
@@ -78,7 +112,8 @@ class MoBAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        validate_selection(self.block_size, self.topk, self.keep_first, self.keep_recent, self.router)
+        router = "mean" if self.router in MODEL_ROUTERS else self.router
+        validate_selection(self.block_size, self.topk, self.keep_first, self.keep_recent, router)
         require_one_of("decode", self.decode, DECODE_MODES)
         require_one_of("backend", self.backend, BACKENDS)
         if isinstance(self.full_layers, (list, tuple)):

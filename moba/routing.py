@@ -1,4 +1,4 @@
-"""Routing: which blocks each query attends to, and the rules that choose them.
+"""Routing: which blocks each query attends to. The rules that score blocks are in routers.py.
 
 Letters: R tensor rows, T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk.
 """
@@ -6,21 +6,24 @@ Letters: R tensor rows, T query tokens, S key tokens, H query heads, G key/value
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moba.checks import describe
 from moba.config import Router
 from moba.layout import Sequences, Span
+from moba.numerics import accumulation_dtype as accumulation_dtype
+from moba.numerics import full_fp32_matmul as full_fp32_matmul
+from moba.routers import ScoreFunction, TopP, score_function
+from moba.routers import mean_key_scores as mean_key_scores
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Elements, few enough for a chunk of scores, or of keys as they are summed, to stay in a core's cache.
 _SCORES_PER_CHUNK = 1 << 20
@@ -50,8 +53,13 @@ class Selection:
             keep_first = max(keep_first, min(1, topk - 1))
             keep_recent = topk - 1 - keep_first
         places = topk - 1 - keep_first - keep_recent
-        score = None if places == 0 else router if callable(router) else mean_key_scores
+        score = None if places == 0 else score_function(router)
         return cls(block_size, topk, keep_first, keep_recent, score)
+
+    @property
+    def top_p(self) -> float | None:
+        """The part of the mass that is enough, where the rule has a budget."""
+        return self.score.p if isinstance(self.score, TopP) else None
 
     def scores(self, q: Tensor, means: Tensor) -> Tensor:
         """`score` of query rows [rows, H, D] against block means [N, G, D]: floating [rows, H, N].
@@ -73,8 +81,8 @@ class Routing:
 
     Attributes:
         indices: int32 [B, T, H, K], or [total, H, K] of packed sequences. Ascending block numbers within the query's
-            own sequence, own block included and last, then -1 where fewer than K blocks exist. A padded query row
-            has -1 everywhere.
+            own sequence, own block included and last, then -1 where fewer than K blocks exist or a budget
+            (`moba.routers.TopP`) takes fewer. A padded query row has -1 everywhere.
         block_size: tokens in a block.
     """
 
@@ -158,26 +166,6 @@ def _sum_by_halves(x: Tensor) -> Tensor:
     return total[..., 0, :, :]
 
 
-def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:
-    """Score(t, j) = ⟨q_t, mean(K_j)⟩ for every query head against the means of its kv head.
-
-    Args:
-        q: [rows, H, D]. means: [N, G, D].
-
-    Returns:
-        [rows, H, N]. Numerics: fp32 products and sums (fp64 for fp64 inputs), never TF32.
-    Source: MoBA, eq. 6.
-    """
-    rows, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, _ = means.shape
-    wide = accumulation_dtype(q.dtype)
-    group = num_heads // num_kv_heads
-    q_by_kv_head = q.to(wide).view(rows, num_kv_heads, group, head_dim).permute(1, 0, 2, 3)
-    with full_fp32_matmul():
-        scores = q_by_kv_head.reshape(num_kv_heads, rows * group, head_dim) @ means.to(wide).permute(1, 2, 0)
-    return scores.view(num_kv_heads, rows, group, num_blocks).transpose(0, 1).reshape(rows, num_heads, num_blocks)
-
-
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """Keep a function that loops over data out of torch.compile's graphs: `torch.compiler.disable`, but that imports
     the whole compiler, here only if something is being compiled.
@@ -190,22 +178,6 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return call
-
-
-@contextmanager
-def full_fp32_matmul() -> Iterator[None]:
-    """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def top_blocks(scores: Tensor, count: int, *, may_wait: bool = True) -> Tensor:
@@ -259,17 +231,24 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait
         may_wait: as for `top_blocks`.
 
     Returns:
-        int32 [rows, H, min(K, N + 1)], ascending, -1 where fewer blocks exist.
+        int32 [rows, H, min(K, N + 1)], ascending, -1 where fewer blocks exist or the mass of fewer is enough.
     """
     num_blocks = scores.shape[-1]
     block = torch.arange(num_blocks, device=scores.device)
     own = own[:, None, None]
     kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
     limit = torch.finfo(scores.dtype).max
-    scores = torch.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
-    scores = scores.masked_fill(kept, torch.inf).masked_fill_(block >= own, -torch.inf)
+    finite = torch.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
+    scores = finite.masked_fill(kept, torch.inf).masked_fill_(block >= own, -torch.inf)
     places = min(selection.topk - 1, num_blocks)
     past = top_blocks(scores, places, may_wait=may_wait) if places else own.new_empty(*scores.shape[:-1], 0)
+    if selection.top_p is not None and places:
+        past = past.sort(dim=-1).values
+        past = past.gather(-1, scores.gather(-1, past).sort(dim=-1, descending=True, stable=True).indices)
+        mass = finite.masked_fill_(block >= own, -torch.inf).softmax(dim=-1).gather(-1, past)
+        before = F.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
+        is_kept = scores.gather(-1, past) == torch.inf
+        past = past.masked_fill((before >= selection.top_p) & ~is_kept, num_blocks + 1)
     past = past.masked_fill(past >= own, num_blocks + 1)
     chosen = torch.cat([past, own.expand(*scores.shape[:-1], 1)], dim=-1).sort(dim=-1).values
     return chosen.masked_fill(chosen > num_blocks, -1).to(torch.int32)

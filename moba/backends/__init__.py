@@ -6,7 +6,8 @@ contiguous last dimension) and the `Sequences` that lie in them:
     unsupported(q, k) -> str | None
         Why this backend cannot run on these tensors, or None if it can.
     route(q, k, sequences, selection, means=None) -> indices
-        int32 [R, T, H, K]: ascending block numbers, own block included, then -1; -1 everywhere in padded rows. By the
+        int32 [R, T, H, K]: ascending block numbers, own block included, then -1 (also where `selection.top_p` makes
+        do with fewer blocks than there are places for); -1 everywhere in padded rows. By the
         given means of finished blocks (see below) if they are there; k is then not read and may be None.
     attend(q, k, v, indices, sequences, *, block_size, scale) -> (out, lse)
         out like q, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there. Differentiable in q, k and v

@@ -47,6 +47,11 @@ def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) 
     order = order.gather(-1, _stable_first(kept.expand_as(score).gather(-1, order)))
     order = order.gather(-1, _stable_first((block < own).expand_as(score).gather(-1, order)))
 
+    if selection.top_p is not None:
+        mass = torch.softmax(score.masked_fill(block >= own, -torch.inf), dim=-1).gather(-1, order)
+        before = mass.cumsum(dim=-1) - mass
+        is_kept = kept.expand_as(score).gather(-1, order)
+        order = order.masked_fill((before >= selection.top_p) & ~is_kept, -1)
     chosen = order[..., : selection.topk - 1]
     chosen = chosen.masked_fill(chosen >= own, -1)
     with_own = torch.cat([chosen, own.expand(-1, q.shape[1], -1)], dim=-1)

@@ -15,6 +15,7 @@ N blocks before this rank's, M blocks that travelled for one key/value head.
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moba.attention import append_block_means, moba_attention, moba_attention_varlen, moba_route
 from moba.checks import check_attention, check_cu_seqlens, require_tensors
-from moba.config import BACKENDS, ROUTERS, Router, require_one_of, validate_selection
+from moba.config import BACKENDS, Router, require_one_of, validate_selection
 from moba.parallel.exchange import exchange, send_and_receive
 from moba.parallel.shards import DTYPES, Shards, agree, process_group
 from moba.routing import Routing
@@ -85,7 +86,7 @@ def context_parallel_attention(
             "batch size": q.shape[0], "query heads": q.shape[2], "key/value heads": k.shape[2],
             "head dim": q.shape[3], "dtype": DTYPES.index(q.dtype), "block_size": block_size, "topk": topk,
             "keep_first": keep_first, "keep_recent": keep_recent,
-            "router": -1 if callable(router) else ROUTERS.index(router), "transport": TRANSPORTS.index(transport),
+            "router": -1 if callable(router) else crc32(router.encode()), "transport": TRANSPORTS.index(transport),
             "documents": 0 if cu_seqlens is None else cu_seqlens.numel(),
         }  # fmt: skip
 
