@@ -156,13 +156,20 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
         """Append keys and values [B, G, T, D]; all of them [B, G, S, D], views.
 
         Raises:
-            ValueError: if a gradient is asked for, which an append in place cannot give.
+            ValueError: if a gradient is asked for, which an append in place cannot give, or what is appended has other
+                rows, heads or head dims than what is there.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError("a MoBACache serves inference only: call the model under torch.no_grad()")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._rooms is not None
+        for before, states in ((self.keys, key_states), (self.values, value_states)):
+            if (*before.shape[:2], before.shape[3]) != (*states.shape[:2], states.shape[3]):
+                raise ValueError(
+                    f"the cache holds {tuple(before.shape)} [B, G, S, D], so {tuple(states.shape)} cannot be appended: "
+                    "take a new cache for another batch size or model"
+                )
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
         if stop > self._rooms[0].shape[2]:
@@ -347,19 +354,27 @@ class MoBACache(Cache):
             config, max_cache_len: as for a new cache.
 
         Raises:
-            ValueError: if the file is no saved cache, or not of such a model.
+            ValueError: if the file is no saved cache, or one of another number of layers, or of more tokens than
+                max_cache_len.
             OSError: if it cannot be read.
         """
         cache = cls(config, max_cache_len=max_cache_len)
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
-            layers = saved["layers"]
         except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a saved MoBACache") from error
+        if not isinstance(saved, dict) or saved.get("moba_cache") != 1:
+            raise ValueError(f"{path} is not a saved MoBACache")
+        layers = saved["layers"]
         if len(layers) != len(cache.layers):
             raise ValueError(f"{path} holds a cache of {len(layers)} layers, the model has {len(cache.layers)}")
         layer: Any
         for layer, tensors in zip(cache.layers, layers, strict=True):
             if tensors is not None:
+                length = tensors[0].shape[2]
+                if max_cache_len is not None and length > max_cache_len:
+                    raise ValueError(
+                        f"max_cache_len must be at least the {length} tokens in {path}, got {max_cache_len}"
+                    )
                 layer.update(*tensors)
         return cache

@@ -436,3 +436,11 @@ def test_refusals(llama, tmp_path):
     cache.save(tmp_path / "cache")
     with pytest.raises(ValueError, match="holds a cache of 3 layers, the model has 2"):
         MoBACache.load(tmp_path / "cache", tiny_model(num_hidden_layers=2).config)
+    with pytest.raises(ValueError, match=r"max_cache_len must be at least the 9 tokens in .*, got 8"):
+        MoBACache.load(tmp_path / "cache", llama.config, max_cache_len=8)
+    with pytest.raises(ValueError, match=r"the cache holds \(1, .* so \(2, .* cannot be appended"):
+        read(llama, random_tokens(2, 9), MoBACache.load(tmp_path / "cache", llama.config))
+    for other in ([1], torch.zeros(3), {"layers": []}):
+        torch.save(other, tmp_path / "other")
+        with pytest.raises(ValueError, match="other is not a saved MoBACache"):
+            MoBACache.load(tmp_path / "other", llama.config)
