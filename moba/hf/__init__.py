@@ -20,6 +20,7 @@ from moba.hf.attention import check_full_layers, moba_attention_forward, read_co
 from moba.hf.convolution import add_key_convolution, load_key_convolution
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
+from moba.hf.projections import watch_projections
 
 __all__ = [
     "add_key_convolution",
@@ -28,6 +29,7 @@ __all__ = [
     "load_key_convolution",
     "register_moba",
     "set_moba_config",
+    "watch_projections",
 ]
 
 
@@ -67,6 +69,8 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
     check_full_layers(config, model_config.num_hidden_layers)
+    if config.router == "unrotated":
+        watch_projections(model)
     model_config.moba = config.to_dict()
 
 

@@ -19,6 +19,7 @@ from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MoBAConfig
 from moba.hf.convolution import require_convolution
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
+from moba.hf.projections import unrotated
 from moba.routing import Routing
 
 if TYPE_CHECKING:
@@ -93,18 +94,20 @@ def moba_attention_forward(
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
     is_full = _is_full_layer(module, config)
-    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full)
+    by_unrotated = config.router == "unrotated"
+    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or by_unrotated)
     if not is_full and not (is_decode and config.decode == "full"):
-        if is_decode and cached is None:
+        if is_decode and cached is None and not by_unrotated:
             _advise_cache()
         options = {
             "block_size": config.block_size,
             "topk": config.topk,
             "keep_first": config.keep_first,
             "keep_recent": config.keep_recent,
-            "router": config.router,
+            "router": "mean" if by_unrotated else config.router,
             "backend": backend,
             **({} if means is None else {"block_means": means}),
+            **({"route_by": unrotated(module, q, k)} if by_unrotated else {}),
         }
         if observe is None:
             return _attend(q, k, v, layout, scaling, options), None
@@ -135,11 +138,11 @@ def _block_means(
     layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
     config: MoBAConfig,
     backend: str,
-    is_full: bool,
+    is_idle: bool,
 ) -> Tensor | None:
     """The cache's means, brought up to date with k [B, S, G, D]; None where they do not serve."""
     is_packed = isinstance(layout, (PackedRows, tuple))
-    if is_full or is_packed or torch.is_autocast_enabled(k.device.type):
+    if is_idle or is_packed or torch.is_autocast_enabled(k.device.type):
         cached.skip()
         return None
     start, end = (layout.key_start, layout.query_end) if isinstance(layout, PaddedRows) else (None, None)
@@ -269,9 +272,18 @@ def _attend(
         return moba_attention(q, k, v, key_start=layout.key_start, key_end=layout.query_end, scale=scale, **options)
     if isinstance(layout, PackedRows):
         rows = [
-            moba_attention_varlen(q[row], k[row], v[row], cu_seqlens=cu, scale=scale, **options)
+            moba_attention_varlen(q[row], k[row], v[row], cu_seqlens=cu, scale=scale, **_of_row(options, row))
             for row, cu in enumerate(layout.cu_seqlens)
         ]
         return torch.stack(rows)
     cu_q, cu_k = layout
+    options = _of_row(options, 0)
     return moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, scale=scale, **options)[None]
+
+
+def _of_row(options: dict[str, Any], row: int) -> dict[str, Any]:
+    """The options for one row of the batch."""
+    if "route_by" not in options:
+        return options
+    by_q, by_k = options["route_by"]
+    return {**options, "route_by": (by_q[row], by_k[row])}

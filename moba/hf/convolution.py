@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from moba.convolution import KeyConvolution
 from moba.hf.cached_rows import cache_layer, remember
+from moba.hf.hooks import attentions, require_hook
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout
 
 # The attention implementations whose masks tell where sequences begin, or are absent where each row is one sequence.
@@ -49,10 +50,10 @@ def add_key_convolution(model: PreTrainedModel, width: int = 3) -> None:
     Raises:
         ValueError: if the model has no such projections, or convolutions already.
     """
-    attentions = _attentions(model)
-    if any(hasattr(attention, "key_convolution") for attention in attentions):
+    layers = attentions(model)
+    if any(hasattr(attention, "key_convolution") for attention in layers):
         raise ValueError("the model has key convolutions already")
-    for attention in attentions:
+    for attention in layers:
         projection = attention.k_proj
         attention.key_convolution = KeyConvolution(
             projection.out_features, width, dtype=model.dtype, device=projection.weight.device
@@ -95,20 +96,10 @@ def require_convolution(module: nn.Module) -> None:
         )
 
 
-def _attentions(model: PreTrainedModel) -> list[Any]:
-    found = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "layer_idx")]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layers with a key projection of their own (k_proj)")
-    return found
-
-
 def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Before an attention module runs: note what its key projection will need."""
     convolution = attention.key_convolution
-    if not torch.compiler.is_compiling():
-        hooks = attention.k_proj._forward_hooks.values()
-        if not any(getattr(hook, "args", (None,))[0] is convolution for hook in hooks):
-            raise ValueError("k_proj was replaced behind its key convolution: add adapters before add_key_convolution")
+    require_hook(attention.k_proj, convolution, "k_proj", "add_key_convolution")
     name = attention.config._attn_implementation
     if name not in ATTENTIONS:
         raise ValueError(f"attn_implementation must be one of {ATTENTIONS} for key convolutions, got {name!r}")

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moba.config import MoBAConfig
+from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.attention import check_full_layers, read_config
 from moba.hf.paged_step import PagedMoBA, paged_attention_forward
 from moba.hf.pages import PageBook, find_page_book
@@ -59,6 +59,11 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
     if chosen is None:
         raise ValueError("no MoBA config: give enable_paged one, or write it to the model with set_moba_config")
     check_full_layers(chosen, text_config.num_hidden_layers)
+    if chosen.router in MODEL_ROUTERS or getattr(text_config, "moba_key_convolution", None) is not None:
+        raise ValueError(
+            f"continuous batching keeps nothing beside keys and values in its pages, which router={chosen.router!r} or "
+            "this model's key convolution needs"
+        )
     book_type = find_page_book()
     _check_model(model, text_config)
     AttentionInterface.register(ATTENTION, paged_attention_forward)

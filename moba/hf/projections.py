@@ -1,0 +1,121 @@
+"""Queries and keys from before the rotary embedding, for router="unrotated": hooks hand them to the attention function.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moba.hf.cached_rows import cache_layer, remember
+from moba.hf.hooks import attentions, require_hook
+
+ROWS = "unrotated keys"
+
+
+class Projections:
+    """What an attention module's projections gave in the call that is running, and its cache."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.q: Tensor | None = None
+        self.k: Tensor | None = None
+        self.cache_layer: Any = None
+
+
+def watch_projections(model: PreTrainedModel) -> None:
+    """Let a model's layers route by queries and keys from before the rotary embedding: router="unrotated".
+
+    Rotated keys of a block point in many directions, and their mean loses what they have in common; those from before
+    do not. Taken behind the layer's own norms of queries and keys, where it has them. With a cache, the unrotated keys
+    are kept beside the others (half as much again as keys and values take), and their means are computed at every step,
+    so this serves to find out what routing can do rather than to save memory. `set_moba_config` calls this by itself;
+    calling it again does nothing.
+
+    Args:
+        model: of a family with separate projections (`q_proj`, `k_proj`). Add adapters (PEFT) first.
+
+    Raises:
+        ValueError: if the model has no such projections.
+    """
+    for attention in attentions(model):
+        if hasattr(attention, "moba_projections"):
+            continue
+        attention.moba_projections = Projections()
+        attention.register_forward_pre_hook(_begin, with_kwargs=True)
+        attention.register_forward_hook(_end, always_call=True)
+        for name, (_, module) in _sources(attention).items():
+            module.register_forward_hook(partial(_take, attention.moba_projections, name))
+
+
+def unrotated(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [B, T, H, D] and keys [B, S, G, D] from before the rotary embedding, of the call that is running.
+
+    Args:
+        module: the attention module. q, k: the rotated ones; keys of places that a static cache has not filled yet
+            are zeros in the result.
+
+    Raises:
+        ValueError: if they were not handed over.
+    """
+    projections: Any = getattr(module, "moba_projections", None)
+    if projections is None:
+        raise ValueError(
+            'router="unrotated" needs hooks on the model: call moba.hf.watch_projections(model) after loading it'
+        )
+    if projections.q is None or projections.k is None:
+        raise ValueError(f'router="unrotated": the projections of {type(module).__name__} were not called as usual')
+    by_q = _by_head(projections.q, q)
+    by_k = _by_head(projections.k, k)
+    return by_q, F.pad(by_k, (0, 0, 0, 0, 0, k.shape[1] - by_k.shape[1]))
+
+
+def _sources(attention: Any) -> dict[str, tuple[str, nn.Module]]:
+    """The names and modules whose results are the last before the rotary embedding."""
+    names = {name: f"{name}_norm" if hasattr(attention, f"{name}_norm") else f"{name}_proj" for name in ("q", "k")}
+    return {name: (source, getattr(attention, source)) for name, source in names.items()}
+
+
+def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    projections = attention.moba_projections
+    for source, module in _sources(attention).values():
+        require_hook(module, projections, source, "watch_projections")
+    projections.cache_layer = cache_layer(attention, options)
+    projections.is_open = True
+
+
+def _end(attention: Any, args: tuple[Any, ...], output: Any) -> None:
+    attention.moba_projections.is_open = False
+    attention.moba_projections.clear()
+
+
+def _take(projections: Projections, name: str, module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+    if not projections.is_open:
+        return
+    if name == "q":
+        projections.q = result.detach()
+        return
+    keys = result.detach().flatten(2)
+    if projections.cache_layer is not None:
+        keys = remember(projections.cache_layer, ROWS, keys, need=None)
+    projections.k = keys
+
+
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Rows [B, any length, heads · D], or already by head, as [B, that length, heads, D] like q or k."""
+    batch, _, num_heads, head_dim = like.shape
+    if x.shape[0] != batch or x[0, 0].numel() != num_heads * head_dim:
+        raise ValueError(
+            f'router="unrotated" cannot read what this model\'s projections give, {tuple(x.shape)}, as heads like '
+            f"{tuple(like.shape)}"
+        )
+    return x.reshape(batch, x.shape[1], num_heads, head_dim)
