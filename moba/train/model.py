@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
     if part.base is None:
         model, tokenizer = _from_scratch(part, manifest, recipe.data.context, recipe.training.seed)
     else:
-        model, tokenizer = load_model(_source(part.base))
+        # Reading GGUF draws a progress bar of its own that cannot be turned off.
+        with redirect_stderr(io.StringIO()):
+            model, tokenizer = load_model(_source(part.base))
         if part.base == EMBEDDED or part.base.endswith(".gguf"):
             model = _plain(model)
     stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
