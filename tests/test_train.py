@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -316,7 +317,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(moba, file, tmp_path, monk
     code, _, err = moba("train", file)
     assert code == 2
     last = err.splitlines()[-1]
-    assert "checkpoint-12 could not be saved: [Errno 28] No space left on device; checkpoint-8 is whole" in last
+    assert "checkpoint-12 could not be saved, " in last
+    assert "GiB were free on the disk: [Errno 28] No space left on device; checkpoint-8 is whole" in last
     assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
     assert not (out / "unfinished").exists(), "room is made"
     monkeypatch.undo()
@@ -348,3 +350,11 @@ def test_recipes_survive_json(file):
 )
 def test_published_recipes_are_valid(file):
     assert read_recipe(file).num_steps > 0
+
+
+def test_the_pages_example_runs():
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert get_moba_config(names["model"]).topk == 28

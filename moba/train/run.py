@@ -268,10 +268,11 @@ class _Trainer(Trainer):
                 move_into_place(self._draft / name, out / name)
                 rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
         except Exception as error:
+            free = shutil.disk_usage(out).free
             shutil.rmtree(self._draft, ignore_errors=True)
             last = last_checkpoint(out)
             raise OSError(
-                f"{name} could not be saved: {_first_line(error)}; "
+                f"{name} could not be saved, {free / 2**30:.1f} GiB were free on the disk: {_first_line(error)}; "
                 + ("there is no earlier one" if last is None else f"{last.name} is whole, and the run goes on from it")
             ) from error
         finally:
