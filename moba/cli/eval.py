@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,13 +36,6 @@ DataOption = Annotated[
 TextOption = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Your own text instead.", rich_help_panel=_TEXT)
 ]
-
-
-class TaskName(str, Enum):
-    """What is hidden in the haystack."""
-
-    needle = "needle"
-    passkey = "passkey"
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,14 @@ def evaluation(function: Callable[..., None]) -> Callable[..., None]:
 @evaluation
 def needle(
     setup: Setup,
-    task: Annotated[TaskName, typer.Option(help="What is hidden.", rich_help_panel=_TEXT)] = TaskName.needle,
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            rich_help_panel=_TEXT,
+            help="What is hidden: needle, passkey, or a JSON file with needle, question and answer of your own.",
+        ),
+    ] = "needle",
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens of the prompts; K means 1024.", rich_help_panel=_TEXT)
     ] = "1K,2K,4K,8K",
@@ -152,16 +151,16 @@ def needle(
 
     moba eval needle --lengths 8K,32K,128K --depths 11 --compare -m path/to/model
     """
-    from moba.evals.needle import TASKS, Haystack, find, grid
+    from moba.evals.needle import Haystack, find, grid, read_task
     from moba.evals.pictures import plot_needle
     from moba.evals.texts import haystack_text
 
-    sizes = parse_lengths(lengths)
+    sizes, hidden = parse_lengths(lengths), read_task(task)
     shares = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     session = setup.open()
     require_context(session, max(sizes))
     haystack = Haystack(session.tokenizer, haystack_text(text), chat)
-    settings = setup.settings(session, evaluation="needle", task=task.value, needles=needles, chat=chat, text=text)
+    settings = setup.settings(session, evaluation="needle", task=asdict(hidden), needles=needles, chat=chat, text=text)
     cells = [
         {"attention": attention.value, "length": length, "depth": depth, "trial": trial}
         for length in sizes
@@ -171,14 +170,16 @@ def needle(
     ]
 
     def measure(attention: str, length: int, depth: float, trial: int) -> dict[str, Any]:
-        prompt = haystack.prompt(TASKS[task.value], length=length, depth=depth, num_needles=needles, seed=trial)
+        prompt = haystack.prompt(hidden, length=length, depth=depth, num_needles=needles, seed=trial)
         record = find(session.model, prompt, chunk_tokens=setup.chunk_tokens)
         said = {"said": session.tokenizer.decode(record["said"]), "answer": session.tokenizer.decode(prompt.answer)}
         return {**record, **said}
 
     rows = run_cells(setup, session, "needle", settings, cells, measure, lambda r: f"{r['said']!r} of {r['answer']!r}")
     grids = {name: grid(part) for name, part in by_attention(setup, rows).items()}
-    write_picture(setup, "needle", plot_needle(grids, f"{task.value.capitalize()} in a haystack · {_model(setup)}"))
+    write_picture(
+        setup, "needle", plot_needle(grids, f"{Path(task).stem.capitalize()} in a haystack · {_model(setup)}")
+    )
     for name, cell in grids.items():
         table = {str(length): {f"{depth:.0%}": f"{cell[length, depth]:.0%}" for depth in shares} for length in sizes}
         print_table(f"{name}: found", table)
@@ -563,4 +564,5 @@ def _model(setup: Setup) -> str:
 
 
 def _mean(records: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    return {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+    means = {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+    return {**means, "layer": records[0]["layer"], "head": records[0]["head"]}

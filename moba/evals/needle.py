@@ -7,9 +7,11 @@ that is nearly right from one that never saw the needle.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +69,28 @@ TASKS = {
         answer="The pass key is",
     ),
 }  # fmt: skip
+
+
+def read_task(name: str) -> Task:
+    """A task by its name, or from a JSON file: an object with `needle`, `question`, `answer` and maybe `keys`, `values`
+    or `num_digits`.
+
+    Raises:
+        ValueError: if it is neither, or the file's values do not serve.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"task must be one of {sorted(TASKS)} or a file, got {name!r}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no task: {error}") from None
+    if not task.keys or "{value}" not in task.needle:
+        raise ValueError(f"{path} is no task: it needs keys, and a needle with {{value}}")
+    return task
 
 
 @dataclass(frozen=True)

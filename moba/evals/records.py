@@ -33,7 +33,8 @@ class Records:
             before = first["settings"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a file of records; choose another --out") from None
-        if before != json.loads(json.dumps(settings)):
+        settings = json.loads(json.dumps(settings))
+        if before != settings:
             differing = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
             raise ValueError(f"{path} was made with another {', '.join(differing)}; choose another --out, or remove it")
 
