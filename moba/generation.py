@@ -116,7 +116,7 @@ def num_keys_read(config: MoBAConfig | None, num_layers: int, num_prompt: int, n
     """How many keys one head reads over all layers, for a prompt and the tokens made after it.
 
     A query at position t reads (min(topk, b + 1) - 1) · block_size + t mod block_size + 1 keys, with b its own block,
-    and t + 1 with full attention.
+    and t + 1 with full attention; a router with a budget ("top_p=…") at most as many.
 
     Args:
         config: None counts full attention.

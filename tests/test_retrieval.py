@@ -58,6 +58,9 @@ def test_what_follows_from_the_formulas():
     assert retrieval_rate(0.0, 10, 4) == pytest.approx(0.3, abs=1e-8)
     assert retrieval_rate(1.0, 10, 1) == 0.0
     assert retrieval_rate(-1.0, 10, 11) == 1.0
+    # What docs/routing.md says.
+    assert retrieval_rate(snr(64, 128, gap=0.8, num_related=4), 64, 8) == pytest.approx(0.84, abs=0.005)
+    assert retrieval_rate(snr(64, 64, gap=0.8, num_related=4), 128, 16) == pytest.approx(0.98, abs=0.005)
     assert retrieval_rate(2.0, 100_000, 9) < retrieval_rate(2.0, 1000, 9) < 1.0
 
 

@@ -32,6 +32,8 @@ class RouterName(str, Enum):
     mean = "mean"
     recent = "recent"
     sink = "sink"
+    shared = "shared"
+    unrotated = "unrotated"
 
 
 class Decode(str, Enum):
@@ -127,7 +129,9 @@ FullLayersOption = Annotated[
 RouterOption = Annotated[
     RouterName | None,
     typer.Option(
-        help="mean (the paper), recent (sliding window), sink (first and recent).", rich_help_panel=_SELECTION
+        help="mean (the paper), recent (sliding window), sink (first and recent), shared (one choice for the query "
+        "heads of a key/value head), unrotated (by queries and keys from before the rotary embedding).",
+        rich_help_panel=_SELECTION,
     ),
 ]
 DecodeOption = Annotated[
@@ -181,7 +185,9 @@ def choose_config(model: str | None, backend: Backend, full_layers: str | None, 
     if full_layers is not None:
         values["full_layers"] = parse_layers(full_layers)
     carried = carried_config(model)
-    kept_by_default = carried is None and "keep_first" not in values and values.get("router", "mean") == "mean"
+    kept_by_default = (
+        carried is None and "keep_first" not in values and values.get("router", "mean") not in ("recent", "sink")
+    )
     values = {"block_size": DEFAULT_BLOCK_SIZE, "topk": DEFAULT_TOPK, **(carried or {}), **values}
     values["backend"] = backend.value
     if kept_by_default and values["topk"] > 1 + values.get("keep_recent", 0):
