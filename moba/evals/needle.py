@@ -85,7 +85,10 @@ def read_task(name: str) -> Task:
         raise ValueError(f"task must be one of {sorted(TASKS)} or a file, got {name!r}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        task = Task(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no task: {error}") from None
     if not task.keys or "{value}" not in task.needle:
