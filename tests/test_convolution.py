@@ -187,8 +187,27 @@ def test_cropping_and_copying():
         cache.crop(-17)
         with pytest.raises(ValueError, match="cropped by more than 16"):
             model(tokens[:, 7:], past_key_values=cache)
-        copied.reset()
-        torch.testing.assert_close(model(tokens, past_key_values=copied).logits, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 32}], ids=["dynamic", "static"])
+def test_a_cache_that_was_reset_begins_anew(options):
+    model, tokens = convolved_model(width=5), random_tokens(1, 24)
+    cache = MoBACache(model.config, **options)
+    with torch.no_grad():
+        model(tokens.flip(1), past_key_values=cache)
+        cache.reset()
+        actual = model(tokens, past_key_values=cache).logits
+    torch.testing.assert_close(actual, logits(model, tokens), rtol=2e-4, atol=2e-4)
+
+
+def test_a_cache_from_a_file_is_refused(tmp_path):
+    model, tokens = convolved_model(), random_tokens(1, 24)
+    cache = MoBACache(model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="from a file"):
+        logits(model, tokens, past_key_values=MoBACache.load(tmp_path / "cache", model.config))
 
 
 def test_a_copied_model_has_its_own(tmp_path):
