@@ -29,8 +29,7 @@ class KeyConvolution(nn.Module):
 
     Numerics: products and sums in fp32 (fp64 for fp64 keys), rounded once to the keys' dtype. A token's result is the
         same bits in a prompt and in a step of decoding.
-    Source: Optimizing Mixture of Block Attention (arXiv 2511.11571), section 3 and its appendix: applied before the
-        rotary embedding.
+    Source: Optimizing Mixture of Block Attention (arXiv 2511.11571); to be applied before the rotary embedding.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ The model: a query compares itself with blocks of block_size keys through their 
 agree with the query more than the rest of the text does; products with all other keys are noise. Vectors have length
 one, so the noise of a product has variance 1 / head_dim. The smaller the block, the less noise hides the signal.
 
-Source: Optimizing Mixture of Block Attention (arXiv 2511.11571), section 3.
+Source: the statistical model of Optimizing Mixture of Block Attention (arXiv 2511.11571).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def snr(
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
 
-    Source: arXiv 2511.11571, section 3: the difference of two scores has mean Δμ_eff / B and variance 2 / (d · B).
+    Source: arXiv 2511.11571: the difference of two scores has mean Δμ_eff / B and variance 2 / (d · B), so
+        SNR = Δμ_eff · √(d / 2B).
     """
     require_int("head_dim", head_dim, 1)
     require_int("block_size", block_size, 1)
