@@ -45,6 +45,9 @@ def test_annealing_ends_at_the_config():
     assert [start for start, _ in schedule.stages] == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
     assert fields_of(anneal_block_size(SPARSE, start=64, num_stages=4), "block_size") == [64, 32, 16, 8]
     assert fields_of(anneal_topk(SPARSE, start=4, num_stages=8), "topk") == [4, 3], "equal stages are one"
+    wide = anneal_topk(SPARSE, start=32, num_stages=4, length=15 * 8)
+    assert [config and config.topk for _, config in wide.stages] == [None, 7, 3], "stages that cover it are full"
+    assert wide.stages[1][0] == schedule.stages[2][0]
 
 
 @pytest.mark.parametrize(

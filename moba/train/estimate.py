@@ -15,9 +15,9 @@ from moba.train.loss import CHUNK_TOKENS
 from moba.train.packing import PackedRows
 from moba.train.recipe import Recipe
 
-# Of a large matrix product's rate, how much a whole training step keeps: what small layers, norms and the optimizer
-# cost. Assumed, not measured.
-EFFICIENCY = 0.35
+# Of a large matrix product's rate, how much a whole training step keeps: about what SmolLM2-135M's keeps at 32K tokens
+# on an H100 (benchmarks/results/train-step-h100.md). Larger models keep more.
+EFFICIENCY = 0.13
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def estimate(recipe: Recipe, model: Any, trained: int, rows: PackedRows, device:
 def keys_read(recipe: Recipe, num_layers: int) -> float:
     """Keys that a query attends to, averaged over the positions of a whole row, layers, and stages of the schedule."""
     context = recipe.data.context
-    stages = recipe.attention.make_schedule().stages
+    stages = recipe.schedule.stages
     ends = [*(start for start, _ in stages[1:]), 1.0]
     total = 0.0
     for (start, _), end in zip(stages, ends, strict=True):
-        config = recipe.attention.make_schedule().at(start, num_layers)
+        config = recipe.schedule.at(start, num_layers)
         most = config.block_size * config.topk
         sparse = context / 2 if most >= context else most - most * most / (2 * context)
         full = sum(config.is_full_layer(layer, num_layers) for layer in range(num_layers)) / num_layers

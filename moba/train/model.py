@@ -42,9 +42,9 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
     stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
     model.set_attn_implementation("moba")
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    for _, config in recipe.attention.make_schedule().stages:
+    for _, config in recipe.schedule.stages:
         set_moba_config(model, config)
-    set_moba_config(model, recipe.attention.make_schedule().at(0, num_layers))
+    set_moba_config(model, recipe.schedule.at(0, num_layers))
     return model.train(), tokenizer
 
 

@@ -112,8 +112,8 @@ class AttentionPart:
         names = ("block_size", "topk", "keep_first", "keep_recent", "full_layers", "router", "backend")
         return MoBAConfig(**{name: getattr(self, name) for name in names})
 
-    def make_schedule(self) -> Schedule:
-        """Which attention holds when."""
+    def make_schedule(self, context: int | None = None) -> Schedule:
+        """Which attention holds when, in rows of `context` tokens."""
         config = self.config()
         if self.schedule == "activation":
             return activation(config, at=0.5 if self.at is None else self.at)
@@ -121,7 +121,7 @@ class AttentionPart:
             return hybrid(config, full_from=0.9 if self.at is None else self.at)
         if self.start is not None:
             anneal = anneal_topk if self.schedule == "anneal_topk" else anneal_block_size
-            return anneal(config, start=self.start, until=0.5 if self.at is None else self.at)
+            return anneal(config, start=self.start, until=0.5 if self.at is None else self.at, length=context)
         return throughout(None if self.schedule == "full" else config)
 
 
@@ -222,6 +222,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.lora is not None and self.model.base is None:
             raise ValueError("lora adapts a model that exists: give model.base")
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which attention holds when."""
+        return self.attention.make_schedule(self.data.context)
 
     @property
     def num_steps(self) -> int:

@@ -104,7 +104,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         eval_dataset=_held_out(recipe),
         data_collator=collate,
         callbacks=[
-            MoBASchedule(recipe.attention.make_schedule()),
+            MoBASchedule(recipe.schedule),
             _Log(out, recipe.training.rows_per_step * recipe.data.context),
             *_tensorboard(out, checkpoint, state),
             *(callbacks or []),

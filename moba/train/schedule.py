@@ -85,26 +85,30 @@ def hybrid(config: MoBAConfig, *, full_from: float = 0.9) -> Schedule:
     return Schedule(((0.0, config), (_inner("full_from", full_from), None)))
 
 
-def anneal_topk(config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6) -> Schedule:
+def anneal_topk(
+    config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6, length: int | None = None
+) -> Schedule:
     """MoBA whose topk falls from `start` to the config's, by equal factors.
-
-    With start · block_size >= the length of a sequence, training starts at full attention.
 
     Args:
         config: of the last stage.
         start: topk of the first stage, >= the config's.
         until: share of the training at which the last stage begins.
         num_stages: 2 … 8. Stages that round to the same topk are one.
+        length: tokens of the longest sequence. Stages whose topk · block_size covers it are full attention, which
+            they equal and which takes less time; None: all are MoBA.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
     """
-    return _anneal("topk", config, start, until, num_stages)
+    return _anneal("topk", config, start, until, num_stages, length)
 
 
-def anneal_block_size(config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6) -> Schedule:
+def anneal_block_size(
+    config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6, length: int | None = None
+) -> Schedule:
     """MoBA whose block size falls from `start` to the config's, by equal factors; the arguments of `anneal_topk`."""
-    return _anneal("block_size", config, start, until, num_stages)
+    return _anneal("block_size", config, start, until, num_stages, length)
 
 
 def apply_schedule(model: PreTrainedModel, schedule: Schedule, progress: float) -> bool:
@@ -153,7 +157,7 @@ def _inner(name: str, value: float) -> float:
     return float(value)
 
 
-def _anneal(field: str, config: MoBAConfig, start: int, until: float, num_stages: int) -> Schedule:
+def _anneal(field: str, config: MoBAConfig, start: int, until: float, num_stages: int, length: int | None) -> Schedule:
     last: int = getattr(config, field)
     require_int("start", start, last)
     if require_int("num_stages", num_stages, 2) > MOST_STAGES:
@@ -162,7 +166,9 @@ def _anneal(field: str, config: MoBAConfig, start: int, until: float, num_stages
     stages: list[tuple[float, MoBAConfig | None]] = []
     for i in range(num_stages):
         share = i / (num_stages - 1)
-        stage = replace(config, **{field: round(start ** (1 - share) * last**share)})
+        moba = replace(config, **{field: round(start ** (1 - share) * last**share)})
+        is_full = length is not None and moba.topk * moba.block_size >= length
+        stage = None if is_full else moba
         if not stages or stages[-1][1] != stage:
             stages.append((until * share, stage))
     return Schedule(tuple(stages))
