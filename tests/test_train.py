@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tiny_folder import save_tiny_model
@@ -161,6 +162,26 @@ def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("change", ["model.key_convolution=3", "attention.router=unrotated"])
+def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out in (whole, resumed):
+        train(read_recipe(file, [change, f"out={out}"]), say=lambda text: None)
+    # What a kill after step 20 leaves behind.
+    shutil.rmtree(resumed / "model")
+    for path in checkpoints(resumed):
+        if path.name != "checkpoint-20":
+            shutil.rmtree(path)
+    said = []
+    train(read_recipe(file, [change, f"out={resumed}"]), say=said.append)
+    assert f"going on from {resumed / 'checkpoint-20'}" in said
+    losses = log_of(whole, "loss")
+    assert log_of(resumed, "loss") == losses
+    assert losses[-1][0] < losses[0][0]
+    if "convolution" in change:
+        assert any("key_convolution" in name for name in safetensors.torch.load_file(whole / "model/model.safetensors"))
+
+
 @pytest.mark.parametrize("change", ["training.precision=bf16", "training.compile=true", "training.loss=logits"])
 def test_ways_of_computing_a_step_agree(file, tmp_path, change):
     losses = []
@@ -235,6 +256,7 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
         ("model.architecture=lama", "'lama'"),
         ("training.rows_at_once=3", "training.rows_per_step must be a multiple"),
         ("lora.rank=4", "model.base"),
+        ("model.key_convolution=4", "width"),
         ("training.loss=best", "loss must be one of"),
     ],
 )

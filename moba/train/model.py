@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moba.hf import register_moba, set_moba_config
+from moba.hf.convolution import add_key_convolution
 from moba.models import load_model, load_tokenizer
 from moba.train.recipe import LoraPart, ModelPart, Recipe
 
@@ -41,6 +42,8 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
             model = _plain(model)
     stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
     model.set_attn_implementation("moba")
+    if part.key_convolution is not None:
+        add_key_convolution(model, part.key_convolution)
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     for _, config in recipe.schedule.stages:
         set_moba_config(model, config)

@@ -51,6 +51,7 @@ class ModelPart:
         shape: of the architecture's config: hidden_size, num_hidden_layers, …; the vocabulary is the data's.
         rope_theta: the rotary embedding's base; None leaves it.
         rope_factor: positions are divided by it (position interpolation); None leaves them.
+        key_convolution: width of a short convolution of every layer's keys, 3 or 5; None has none.
     """
 
     base: str | None = None
@@ -58,6 +59,7 @@ class ModelPart:
     shape: dict[str, Any] = field(default_factory=dict)
     rope_theta: float | None = None
     rope_factor: float | None = None
+    key_convolution: int | None = None
 
     def __post_init__(self) -> None:
         if (self.base is None) == (self.architecture is None):
@@ -222,6 +224,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.lora is not None and self.model.base is None:
             raise ValueError("lora adapts a model that exists: give model.base")
+        if self.lora is not None and self.model.key_convolution is not None:
+            raise ValueError("model.key_convolution adds weights that adapters do not train: use it without [lora]")
 
     @property
     def schedule(self) -> Schedule:
