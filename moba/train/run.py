@@ -13,7 +13,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     if checkpoint is not None:
         check_architecture(checkpoint, model)
     _enter(recipe, out, shards, state)
-    loss = use_fused_loss(model.to(state.device), recipe.training.loss)
+    with _enough_memory(recipe):
+        loss = use_fused_loss(model.to(state.device), recipe.training.loss)
     trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
     if recipe.training.checkpoint_activations:
         checkpoint_activations(model)
@@ -111,7 +113,8 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    _run(trainer, recipe, checkpoint)
+    with _enough_memory(recipe):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save_model(trainer, trained, tokenizer, out, recipe)
     tell(f"trained: {out / 'model'}")
     return out / "model"
@@ -337,9 +340,11 @@ def _tensorboard(out: Path, checkpoint: Path | None, state: PartialState) -> lis
     return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))]
 
 
-def _run(trainer: Trainer, recipe: Recipe, checkpoint: Path | None) -> None:
+@contextmanager
+def _enough_memory(recipe: Recipe) -> Iterator[None]:
+    """Say what takes less where the device has too little memory."""
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"not enough GPU memory for {recipe.training.rows_at_once} rows of {recipe.data.context:,} tokens at once: "
