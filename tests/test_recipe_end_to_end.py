@@ -99,4 +99,4 @@ def test_a_toy_model_learns_to_find_the_needle(tmp_path, tokenizer, capsys):
     assert len(rows) == 48
     assert {row["attention"] for row in rows} == {"moba"}
     found = sum(row["found"] for row in rows)
-    assert found >= 40, f"{found} of 48 found; by chance it would be 6"
+    assert found >= 36, f"{found} of 48 found; by chance it would be 6"
