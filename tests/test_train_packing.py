@@ -68,6 +68,11 @@ def test_filters(tmp_path):
     assert PackedRows(shards, 64, sources=["source 1"]).num_documents == 3
     sets = by_source(lambda shards, sources: PackedRows(shards, 64, sources=sources), shards)
     assert {name: data.num_documents for name, data in sets.items()} == {"source 0": 3, "source 1": 3}
+    whole = PackedRows(shards, 64, whole_rows=True)
+    assert [sum(row["lengths"]) for row in (whole[i] for i in range(len(whole)))] == [64] * (4 + 2 + 1 + 1)
+    assert all(len(row) == 1 for row in whole.rows)
+    with pytest.raises(ValueError, match="whole_rows: no document"):
+        PackedRows(shards, 512, whole_rows=True)
     with pytest.raises(ValueError, match="no documents of \\['source 9'\\]"):
         PackedRows(shards, 64, sources=["source 9"])
     with pytest.raises(ValueError, match="no document of at least 999"):

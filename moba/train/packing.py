@@ -70,9 +70,10 @@ class PackedRows(Dataset):
         seed: of the order; None keeps it unshuffled.
         sources: only documents of these; None: of all.
         min_length: documents shorter than this are left out.
+        whole_rows: only rows that one document fills; what is left of documents is not read.
 
     Raises:
-        ValueError: if no document is left, or a source is unknown.
+        ValueError: if no document or row is left, or a source is unknown.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class PackedRows(Dataset):
         seed: int | None = 0,
         sources: Sequence[str] | None = None,
         min_length: int = 0,
+        whole_rows: bool = False,
     ) -> None:
         self.shards, self.context, self.seed = shards, context, seed
         present = {document.source for document in shards.documents}
@@ -97,6 +99,10 @@ class PackedRows(Dataset):
         if not chosen:
             raise ValueError(f"{shards.folder} holds no document of at least {max(min_length, 2)} tokens to train on")
         rows = pack([shards.documents[i].length for i in chosen], context)
+        if whole_rows:
+            rows = [row for row in rows if row[0].length == context]
+            if not rows:
+                raise ValueError(f"whole_rows: no document of {shards.folder} fills a row of {context:,} tokens")
         self.rows = [[piece._replace(document=chosen[piece.document]) for piece in row] for row in rows]
         self.num_documents = len(chosen)
         self._num_rows = len(self.rows) if num_rows is None else num_rows

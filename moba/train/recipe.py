@@ -25,6 +25,7 @@ class DataPart:
         context: tokens of a row.
         sources: only documents of these; empty: of all.
         min_length: documents of fewer tokens are left out.
+        whole_rows: only rows that one document fills are read, not what is left of documents.
         held_out_rows: rows of each source's held-out documents that an evaluation reads.
     """
 
@@ -32,6 +33,7 @@ class DataPart:
     context: int
     sources: tuple[str, ...] = ()
     min_length: int = 0
+    whole_rows: bool = False
     held_out_rows: int = 32
 
     def __post_init__(self) -> None:

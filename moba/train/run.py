@@ -155,7 +155,11 @@ def check_tokenizer(shards: Shards, model: PreTrainedModel, tokenizer: Any) -> N
 
 def _rows(recipe: Recipe, shards: Shards, num_rows: int) -> PackedRows:
     data = recipe.data
-    options: dict[str, Any] = {"sources": data.sources or None, "min_length": data.min_length}
+    options: dict[str, Any] = {
+        "sources": data.sources or None,
+        "min_length": data.min_length,
+        "whole_rows": data.whole_rows,
+    }
     return PackedRows(shards, data.context, num_rows=num_rows, seed=recipe.training.seed, **options)
 
 
