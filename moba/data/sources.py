@@ -85,7 +85,6 @@ _MANUALS = [
     _debian("swi-prolog", "BSD-2-Clause", "swi-prolog-doc"),
     _debian("ghc", "BSD-3-Clause", "ghc-doc", files=r"/users_guide/.*\.html$"),
     _debian("libxml2", "MIT", "libxml2-doc"),
-    _debian("libcurl", "curl", "libcurl4-doc"),
 ]  # fmt: skip
 
 _PROSE = [
@@ -110,7 +109,7 @@ _CODE = [
         "Apache-2.0",
         "transformers diffusers datasets accelerate peft jax flax optax keras timm botocore boto3 moto kubernetes "
         "google-cloud-aiplatform aiohttp cryptography requests nltk pyro-ppl lightning openai qiskit cirq-core "
-        "pennylane salt homeassistant prefect dagster mlflow tornado",
+        "pennylane homeassistant prefect dagster mlflow tornado",
     ),
 ]  # fmt: skip
 
