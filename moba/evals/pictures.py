@@ -64,13 +64,13 @@ def plot_curves(
 
     Args:
         is_log: whether y is drawn by its logarithm.
-        marks: name -> y of horizontal lines.
+        marks: name -> y of horizontal lines, the first in the colour of the first curve, and so on.
     """
     figure, (axes,) = _figure(1, title, height=4.2)
     for (name, (x, y)), colour in zip(curves.items(), _colours(), strict=False):
         axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
-    for name, level in (marks or {}).items():
-        axes.axhline(level, color=INK, linewidth=1, linestyle="--", label=name)
+    for (name, level), colour in zip((marks or {}).items(), _colours(), strict=False):
+        axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=name)
     if is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
