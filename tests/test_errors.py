@@ -28,7 +28,7 @@ def int32(*values):
         ({"topk": 0}, "topk must be an integer >= 1, got 0"),
         ({"keep_first": -1}, "keep_first must be an integer >= 0, got -1"),
         ({"keep_first": 1, "keep_recent": 1}, "keep_first + keep_recent must be at most topk - 1 = 1"),
-        ({"router": "best"}, "router must be one of 'mean', 'recent', 'sink', got 'best'"),
+        ({"router": "best"}, "router must be one of 'mean', 'recent', 'sink', 'shared', 'top_p=0.9', got 'best'"),
         ({"backend": "cuda"}, "backend must be one of 'auto', 'reference', 'pytorch', 'triton', got 'cuda'"),
         ({"key_start": torch.ones(2)}, "key_start must be an int32 tensor [B] = [2], got torch.float32 (2,)"),
         ({"key_end": int32(1, 2, 3)}, "key_end must be an int32 tensor [B] = [2], got torch.int32 (3,)"),
