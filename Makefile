@@ -7,6 +7,8 @@ COMPAT := .venv-compat
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # Without an NVIDIA driver the CPU build of this very version is enough; a newer one would pull gigabytes of CUDA.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
+# Compiling ahead of time is tested without the interpreter. tests/test_decode.py --backend triton is four minutes more.
+INTERPRETED := $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.23.0
 
 .PHONY: demo test test-compat check bench aot clean
@@ -30,7 +32,7 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) --dist loadfile
 	# Triton's kernels on the CPU, in processes of their own: the interpreter is chosen when they are imported.
-	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py tests/test_decode.py tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py $(INTERPRETED)
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
