@@ -190,7 +190,7 @@ def test_operator_under_torch_compile():
     q, k = inputs(1, 40, 40, 2, 1, 16, 8)
     cu = torch.tensor([0, 13, 40], dtype=torch.int32, device=DEVICE)
     for bounds in ((None, None, None, None), (cu[:1], None, None, None), (None, None, cu, cu)):
-        torch.library.opcheck(torch.ops.moba.triton_route, (q, k, *bounds, 8, 3, 0, 0))
+        torch.library.opcheck(torch.ops.moba.triton_route, (q, k, None, 40, *bounds, 8, 3, 0, 0))
 
     def routed(q, k):
         return backend.route(q, k, plain(q, k), Selection.of(8, 3, 0, 0, "mean"))
