@@ -36,6 +36,20 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def moba(capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    from moba.cli import main
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torch
 from tiny_folder import save_tiny_model, words
 
 from moba import MoBAConfig
-from moba.cli import main, options
+from moba.cli import options
 
 PROGRAM = [sys.executable, "-m", "moba"]
 LICENSE = Path(__file__).parent.parent / "LICENSE"
@@ -23,18 +23,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     save_tiny_model(path)
     return str(path)
-
-
-@pytest.fixture
-def moba(capsys):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
 
 
 def in_subprocess(*args, **options):

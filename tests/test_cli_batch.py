@@ -11,7 +11,7 @@ import time
 import pytest
 from tiny_folder import save_tiny_model, words
 
-from moba.cli import batch, main
+from moba.cli import batch
 
 OPTIONS = ("--block-size", "8", "--topk", "3", "--decode", "moba", "--max-new-tokens", "5")
 
@@ -21,18 +21,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     save_tiny_model(path)
     return str(path)
-
-
-@pytest.fixture
-def moba(capsys):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
 
 
 def write_lines(path, values):

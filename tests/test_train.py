@@ -20,7 +20,6 @@ from tiny_folder import save_tiny_model
 from tiny_shards import save_shards
 
 from moba import register_moba
-from moba.cli import main
 from moba.data import tokenizer_hash
 from moba.hf import get_moba_config
 from moba.train.checkpoints import checkpoints
@@ -81,18 +80,6 @@ def from_base(file, tiny, *changes):
     text = file.read_text().replace('architecture = "llama"\n', "").replace(f"shape = {{{SHAPE}}}\n", "")
     file.write_text(text)
     return read_recipe(file, [tiny[0], tiny[2], *changes])
-
-
-@pytest.fixture
-def moba(capsys):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        return (stop.value.code, *capsys.readouterr())
-
-    return run
 
 
 def test_training_lowers_the_loss_and_leaves_a_model(moba, file, tmp_path):

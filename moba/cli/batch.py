@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moba.cli.options import Attention, Choice, Drawing, Dtype
+from moba.locking import locked_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,15 +236,8 @@ def open_answers(path: Path, settings: dict[str, Any]) -> Iterator[Answers]:
         ValueError: if another process is writing to it.
         OSError: if it cannot be written.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another run") from None
+    with locked_file(path) as file:
         yield Answers(path, file, settings)
-    finally:
-        os.close(file)
 
 
 def _digest(text: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from moba.locking import locked_file
 
 
 class Records:
@@ -67,12 +68,5 @@ def open_records(path: Path, settings: dict[str, Any]) -> Iterator[Records]:
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another run") from None
+    with locked_file(path) as file:
         yield Records(path, file, settings)
-    finally:
-        os.close(file)
