@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,23 @@ def plot_needle(grids: Mapping[str, Grid], title: str) -> Figure:
     return figure
 
 
+class Panel(NamedTuple):
+    """Lines in one pair of axes.
+
+    Attributes:
+        curves: name -> x, y, and maybe the standard error of y, which is drawn as a band.
+        is_log: whether y is drawn by its logarithm.
+        marks: name -> y of horizontal lines, the first in the colour of the first curve, and so on.
+    """
+
+    curves: Mapping[str, Sequence[Sequence[float]]]
+    x_label: str
+    y_label: str
+    title: str = ""
+    is_log: bool = False
+    marks: Mapping[str, float] = {}
+
+
 def plot_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,
@@ -60,30 +77,39 @@ def plot_curves(
     is_log: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Lines: name -> x and y.
+    """One panel of lines: name -> x and y; the others are those of `Panel`."""
+    return plot_panels([[Panel(curves, x_label, y_label, is_log=is_log, marks=marks or {})]], title)
 
-    Args:
-        is_log: whether y is drawn by its logarithm.
-        marks: name -> y of horizontal lines, the first in the colour of the first curve, and so on.
-    """
-    figure, (axes,) = _figure(1, title, height=4.2)
-    for (name, (x, y)), colour in zip(curves.items(), _colours(), strict=False):
+
+def plot_panels(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
+    """Rows of as many panels each. A curve has the colour of its place in its panel; the first panel has the legend."""
+    figure, grid = _figure(len(panels[0]), title, rows=len(panels), height=0.9 + 3.3 * len(panels), sharey=False)
+    for axes, panel in zip(grid, (panel for row in panels for panel in row), strict=True):
+        _draw(axes, panel)
+    grid[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    for (name, (x, y, *error)), colour in zip(panel.curves.items(), _colours(), strict=False):
         axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
-    for (name, level), colour in zip((marks or {}).items(), _colours(), strict=False):
+        for band in error:
+            low, high = np.array(y) - band, np.array(y) + band
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    for (name, level), colour in zip(panel.marks.items(), _colours(), strict=False):
         axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=name)
-    if is_log:
+    if panel.is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
-    axes.set_xlabel(x_label, fontsize=9, color=INK)
-    axes.set_ylabel(y_label, fontsize=9, color=INK)
+    axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(panel.x_label, fontsize=9, color=INK)
+    axes.set_ylabel(panel.y_label, fontsize=9, color=INK)
     axes.tick_params(which="both", labelsize=8, colors=INK)
     axes.grid(color="#e9e7e1", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def plot_routing_quality(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -120,11 +146,13 @@ def in_thousands(tokens: int) -> str:
     return str(tokens)
 
 
-def _figure(panels: int, title: str, *, height: float, width: float = 4.6) -> tuple[Figure, list[Axes]]:
+def _figure(
+    panels: int, title: str, *, height: float, width: float = 4.6, rows: int = 1, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, width * panels + 1), height), dpi=120, facecolor="white", layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    axes = figure.subplots(rows, panels, squeeze=False, sharey=sharey).flatten()
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, weight="bold")
     return figure, list(axes)
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from moba.attention import moba_attention
+from moba.config import MoBAConfig
 from moba.generation import prefill
 from moba.record import require_moba
 from moba.routing import Routing, full_fp32_matmul
@@ -29,10 +31,11 @@ Observer = Callable[[int, Tensor, Tensor, Routing, float], None]
 
 
 @contextmanager
-def observe_layers(model: Any, observe: Observer) -> Iterator[None]:
+def observe_layers(model: Any, observe: Observer, would_choose: MoBAConfig | None = None) -> Iterator[None]:
     """Inside, `observe(layer, q, k, routing, scale)` is called for each MoBA layer in each forward pass.
 
-    q is [T, H, D], k [S, G, D]: one sequence, no padding; the queries are the last T positions.
+    q is [T, H, D], k [S, G, D]: one sequence, no padding; the queries are the last T positions. With `would_choose`,
+    layers that read with full attention are observed too, with the blocks that this config would choose there.
 
     Raises:
         ValueError: if the model's attention is not "moba" or "moba_naive".
@@ -45,6 +48,8 @@ def observe_layers(model: Any, observe: Observer) -> Iterator[None]:
         result = attention(
             module, query, key, value, mask, observe=lambda module, routing: seen.append(routing), **options
         )
+        if not seen and would_choose is not None:
+            seen.append(_routing(would_choose, query, key, value))
         if seen:
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -56,6 +61,13 @@ def observe_layers(model: Any, observe: Observer) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.register(name, attention)
+
+
+def _routing(config: MoBAConfig, query: Tensor, key: Tensor, value: Tensor) -> Routing:
+    names = ("block_size", "topk", "keep_first", "keep_recent", "router", "backend")
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    options = {name: getattr(config, name) for name in names}
+    return moba_attention(q, k, v, **options, return_routing=True)[1]
 
 
 def block_mass(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:
@@ -108,6 +120,7 @@ def routing_quality(
     num_question: int = 0,
     num_queries: int = 64,
     chunk_tokens: int = 1024,
+    would_choose: MoBAConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Statistics of each layer and head that MoBA runs in, over some queries of a text.
 
@@ -118,6 +131,8 @@ def routing_quality(
         num_question: 0 leaves the statistics of the needle out.
         num_queries: about so many queries, evenly spread, are looked at for the masses; all of the question's are.
         chunk_tokens: tokens read in one forward pass.
+        would_choose: layers that read with full attention are looked at too, by the blocks that this config would
+            choose there, which do not change what the model reads; its router is no "unrotated".
 
     Returns:
         for each layer and head: layer, head, the means of `covered`, `best` and `recent` over the sampled queries
@@ -168,7 +183,7 @@ def routing_quality(
             part = value.double().sum(dim=0).cpu()
             total[name] = total[name] + part if name in total else part
 
-    with observe_layers(model, observe):
+    with observe_layers(model, observe, would_choose):
         prefill(model, tokens, chunk_tokens=chunk_tokens)
     if not sums or not any(total["num_queries"].any() for total in sums.values()):
         raise ValueError(f"{tokens.numel():,} tokens leave no query a choice of blocks: take more, or fewer blocks")

@@ -174,7 +174,8 @@ def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
     return by_source(make, open_shards(recipe.data.folder, "held_out"))
 
 
-def _data_digest(shards: Shards) -> str:
+def data_digest(shards: Shards) -> str:
+    """Of the training shards' checksums: two runs with the same one read the same tokens."""
     return hashlib.sha256(json.dumps([shard["sha256"] for shard in shards.manifest["shards"]]).encode()).hexdigest()
 
 
@@ -198,7 +199,7 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{path} is not what `moba train` writes; choose another out") from None
     same_run(recipe, recipe_then)
-    if data_then != _data_digest(shards):
+    if data_then != data_digest(shards):
         raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
     return checkpoint
 
@@ -208,7 +209,7 @@ def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> No
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": _data_digest(shards)})
+        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
     state.wait_for_everyone()
 
 

@@ -1,0 +1,641 @@
+"""Does MoBA train as well as full attention? Runs of one recipe that differ in their attention, measured and compared.
+
+    moba train recipes/from-scratch.toml --data data/proof --out runs/dense -s attention.schedule=full
+    moba train recipes/from-scratch.toml --data data/proof --out runs/moba-128x8
+    python benchmarks/from_scratch.py measure runs/dense --data data/proof --out dense.json
+    python benchmarks/from_scratch.py measure runs/moba-128x8 --data data/proof --out moba-128x8.json
+    python benchmarks/from_scratch.py report dense.json moba-128x8.json --out benchmarks/results/from-scratch-h200
+
+`measure` reads the same held-out rows with every checkpoint of a run and keeps the loss of each row, so that `report`
+can compare two runs row by row. `report` writes PREFIX.md, PREFIX.json (all runs) and its pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from moba import MoBAConfig, register_moba
+from moba.bench.machine import describe
+from moba.bench.report import to_markdown
+from moba.cli.session import quieten
+from moba.data import Shards, open_shards
+from moba.evals.language import append_copy, summarise_copy
+from moba.evals.pictures import Panel, plot_panels
+from moba.evals.routing import averages, routing_quality
+from moba.hf import get_moba_config, load_key_convolution, set_moba_config
+from moba.train.checkpoints import checkpoints
+from moba.train.packing import PackedRows, by_source
+from moba.train.recipe import Recipe
+from moba.train.run import data_digest
+from moba.train.schedule import throughout
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Result = dict[str, Any]
+
+FULL = "full"
+# Distances between a passage and its copy, as shares of the context; the passage is 1/32 of it.
+COPY_DISTANCES = (1 / 8, 3 / 8, 3 / 4)
+# Logits of so many tokens exist at once.
+_LOGITS = 2048
+
+
+@app.command()
+def measure(
+    run: Annotated[Path, typer.Argument(help="OUT of a `moba train` that has ended.")],
+    out: Annotated[Path, typer.Option(help="A .json file.")],
+    data: Annotated[Path | None, typer.Option(help="Shards; by default where the recipe found them.")] = None,
+    settings: Annotated[str, typer.Option(help="Block size x top-k: each model is read with these, too.")] = (
+        "128x8,512x3"
+    ),
+    rows: Annotated[int, typer.Option(help="Held-out rows of each source.", min=2)] = 128,
+    copy_rows: Annotated[int, typer.Option(help="Of these, rows that get a copied passage.", min=2)] = 32,
+    routing_rows: Annotated[int, typer.Option(help="Of these, rows whose routing is looked at.", min=1)] = 4,
+    rows_at_once: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 16,
+) -> None:
+    """Measure a run's checkpoints on held-out rows."""
+    quieten()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configs = [MoBAConfig(*map(int, setting.split("x"))) for setting in settings.split(",")]
+    result = measure_run(
+        run, data=data, configs=configs, rows=rows, copy_rows=copy_rows, routing_rows=routing_rows,
+        rows_at_once=rows_at_once, device=device,
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result) + "\n")
+    print(f"{out}: {result['name']}, {result['seconds']:.0f} s", flush=True)
+
+
+def measure_run(
+    run: Path,
+    *,
+    configs: Sequence[MoBAConfig],
+    device: torch.device,
+    data: Path | None = None,
+    rows: int = 128,
+    copy_rows: int = 32,
+    routing_rows: int = 4,
+    rows_at_once: int = 16,
+) -> Result:
+    """Everything that `report` compares, of one run.
+
+    Args:
+        run: folder of a training that has ended.
+        configs: settings that every model is read with, besides full attention and its own.
+        device: to compute on; bf16 autocast over fp32 weights on CUDA where the training had it, else fp32.
+        data: folder of the shards; None: the recipe's.
+        rows: held-out rows of each source. copy_rows, routing_rows: how many of them serve these measures.
+        rows_at_once: rows of one forward pass.
+
+    Raises:
+        ValueError: if the run has no last checkpoint, or the shards are not those it was trained on.
+    """
+    begin = time.perf_counter()
+    register_moba(None)
+    saved = json.loads((run / "recipe.json").read_text())
+    recipe = Recipe.from_dict(saved["recipe"])
+    folder = data or Path(recipe.data.folder)
+    if data_digest(open_shards(folder)) != saved["data"]:
+        raise ValueError(f"{folder} is not the data that {run} was trained on")
+    found = checkpoints(run)
+    if not found or _step(found[-1]) != recipe.num_steps:
+        raise ValueError(f"{run} has no checkpoint of its last step {recipe.num_steps}: the training has not ended")
+    held_out = held_out_rows(open_shards(folder, "held_out"), recipe.data.context, rows)
+    texts = {source: tokens for source, (tokens, _) in held_out.items()}
+    is_bf16 = device.type == "cuda" and recipe.training.precision == "bf16"
+    reader = _Reader(texts, rows_at_once, lambda: torch.autocast("cuda", torch.bfloat16) if is_bf16 else nullcontext())
+
+    history = []
+    for checkpoint in found:
+        model = load_checkpoint(checkpoint, device)
+        record = {"step": _step(checkpoint), "attention": attention_name(model)}
+        record["tokens"] = record["step"] * recipe.training.rows_per_step * recipe.data.context
+        losses = reader.losses(model)
+        record["sources"] = {source: _of_rows(losses[source]) for source in texts}
+        record["routing"] = {
+            name: reader.routing(model, config, routing_rows)
+            for name, config in _routings(model, recipe, configs).items()
+        }
+        history.append(record)
+        print(f"{run.name}, step {record['step']}: {_told(record)} ({time.perf_counter() - begin:.0f} s)", flush=True)
+
+    own, num_layers = get_moba_config(model), model.config.num_hidden_layers
+    reads = {attention_name(model): own, FULL: throughout(None).at(1.0, num_layers)}
+    reads |= {setting_name(config): config for config in configs if setting_name(config) not in reads}
+    final = {}
+    for name, config in reads.items():
+        set_moba_config(model, config)
+        final[name] = {"positions": {}, "copy": reader.copies(model, copy_rows)}
+        losses = reader.losses(model)
+        for source in texts:
+            final[name]["positions"][source] = _of_positions(losses[source], recipe.data.context)
+    return {
+        "name": run_name(recipe),
+        "header": describe(device),
+        "precision": "bf16 autocast over fp32 weights" if is_bf16 else "fp32",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recipe": recipe.to_dict(),
+        "data": saved["data"],
+        "sources": {
+            source: {"rows": len(tokens), "documents": num_documents}
+            for source, (tokens, num_documents) in held_out.items()
+        },
+        "bins": position_bins(recipe.data.context),
+        "log": read_log(run / "log.jsonl"),
+        "checkpoints": history,
+        "trained_with": attention_name(load_checkpoint(found[0], device)),
+        "own": attention_name_of(own, num_layers),
+        "final": final,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def held_out_rows(shards: Shards, context: int, count: int) -> dict[str, tuple[Tensor, int]]:
+    """For each source, rows int64 [count or fewer, context] and the number of documents that they are from.
+
+    A row is a part of one document. The first of every document come first, then the second, …
+    """
+    result = {}
+    for source, rows in by_source(
+        lambda shards, sources: PackedRows(shards, context, seed=None, sources=sources, whole_rows=True), shards
+    ).items():
+        order = sorted(range(len(rows.rows)), key=lambda i: (rows.rows[i][0].start, rows.rows[i][0].document))[:count]
+        documents = {rows.rows[i][0].document for i in order}
+        result[source] = (torch.stack([rows[i]["input_ids"] for i in order]), len(documents))
+    return result
+
+
+class _Reader:
+    """Reads the same rows with any model."""
+
+    def __init__(
+        self, texts: Mapping[str, Tensor], rows_at_once: int, precision: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._texts, self._rows_at_once, self._precision = texts, rows_at_once, precision
+
+    def losses(self, model: Any) -> dict[str, Tensor]:
+        """Source -> fp32 [rows, context - 1]."""
+        return {source: self._read(model, rows) for source, rows in self._texts.items()}
+
+    def copies(self, model: Any, count: int) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """Distance -> source -> loss of each row's passage, read first and read again."""
+        result: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for share in COPY_DISTANCES:
+            for source, rows in self._texts.items():
+                context = rows.shape[1]
+                copy = {"num_copied": context // 32, "distance": int(share * context)}
+                texts = torch.stack([append_copy(row[: context - context // 32], **copy) for row in rows[:count]])
+                records = [summarise_copy(losses, **copy) for losses in self._read(model, texts)]
+                result.setdefault(str(copy["distance"]), {})[source] = {
+                    which: _rounded(math.log(record[f"perplexity_{which}"]) for record in records)
+                    for which in ("first", "second")
+                }
+        return result
+
+    def routing(self, model: Any, config: MoBAConfig | None, count: int) -> dict[str, Any]:
+        """Attention mass covered, the best possible, and that of first and nearest blocks, averaged over rows.
+
+        With `config`, of the blocks that it would choose where the model reads with full attention.
+        """
+        rows = [row for rows in self._texts.values() for row in rows[:count]]
+        with self._precision():
+            heads = [routing_quality(model, row, chunk_tokens=row.numel(), would_choose=config) for row in rows]
+        layers: dict[int, list[dict[str, Any]]] = {}
+        for record in (record for row in heads for record in row):
+            layers.setdefault(record["layer"], []).append(record)
+        return {
+            **averages([record for row in heads for record in row]),
+            "layers": {layer: averages(records) for layer, records in layers.items()},
+        }
+
+    @torch.inference_mode()
+    def _read(self, model: Any, rows: Tensor) -> Tensor:
+        """The negative log-likelihood of every token after the first of rows int64 [R, T]: fp32 [R, T - 1]."""
+        head, losses = model.get_output_embeddings(), []
+        for part in rows.split(self._rows_at_once):
+            tokens = part.to(model.device)
+            with self._precision():
+                hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+                chunks = zip(hidden.split(_LOGITS), tokens[:, 1:].flatten().split(_LOGITS), strict=True)
+                row = [F.cross_entropy(head(states).float(), words, reduction="none") for states, words in chunks]
+            losses.append(torch.cat(row).view(len(part), -1).cpu())
+        return torch.cat(losses)
+
+
+def _routings(model: Any, recipe: Recipe, configs: Sequence[MoBAConfig]) -> dict[str, MoBAConfig | None]:
+    """Which routings are looked at: the model's own, or what MoBA would choose where it reads with full attention."""
+    if attention_name(model) != FULL:
+        return {attention_name(model): None}
+    would = configs if recipe.attention.schedule == "full" else [recipe.attention.config()]
+    return {setting_name(config): config for config in would}
+
+
+def load_checkpoint(path: Path, device: torch.device) -> Any:
+    """A checkpoint's model, in fp32, with the attention of its stage of the training."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="moba")
+    if getattr(model.config, "moba_key_convolution", None) is not None:
+        load_key_convolution(model, path)
+    return model.to(device).eval()
+
+
+def position_bins(context: int) -> list[int]:
+    """Where ranges of positions start, and the context: by factors of two up to an eighth, then eighth by eighth."""
+    eighth = context // 8
+    return [0, eighth // 8, eighth // 4, eighth // 2, *range(eighth, context - eighth + 1, eighth), context]
+
+
+def _of_rows(losses: Tensor) -> dict[str, list[float]]:
+    """Each row's mean loss, and that of its last eighth."""
+    last = (losses.shape[1] + 1) // 8
+    return {"loss": _rounded(losses.double().mean(dim=1)), "last": _rounded(losses[:, -last:].double().mean(dim=1))}
+
+
+def _of_positions(losses: Tensor, context: int) -> dict[str, Any]:
+    """Of rows, and for each range of positions each row's mean loss over the tokens that stand there."""
+    bins = position_bins(context)
+    # The loss at index i is that of the token at position i + 1.
+    parts = [losses[:, max(0, start - 1) : stop - 1] for start, stop in pairwise(bins)]
+    return {**_of_rows(losses), "bins": [_rounded(part.double().mean(dim=1)) for part in parts]}
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """A run's log: the training loss, held-out losses, and the rate, over the tokens read.
+
+    Returns:
+        train: [step, tokens, loss, gradient norm] of each logged step. held_out: [step, tokens, {source: loss}].
+        tokens_per_s: the median over logged intervals. tokens_per_s_overall: with evaluations and checkpoints.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    train = [[line["step"], line["tokens"], line["loss"], line.get("grad_norm")] for line in lines if "loss" in line]
+    held_out: dict[int, list[Any]] = {}
+    for line in lines:
+        of_sources = {
+            key[5:-5]: value for key, value in line.items() if key.startswith("eval_") and key[-5:] == "_loss"
+        }
+        if of_sources:
+            held_out.setdefault(line["step"], [line["step"], line["tokens"], {}])[2].update(of_sources)
+    rates = [(line["step"], line["tokens_per_s"]) for line in lines if "tokens_per_s" in line]
+    # The first interval compiles kernels.
+    steps = [step - before for (before, _), (step, _) in pairwise(rates)]
+    seconds = sum(number / rate for number, (_, rate) in zip(steps, rates[1:], strict=True))
+    return {
+        "train": train,
+        "held_out": list(held_out.values()),
+        "tokens_per_s": statistics.median(rate for _, rate in rates[1:] or rates),
+        "tokens_per_s_overall": round(sum(steps) / seconds, 1) if steps else rates[0][1],
+    }
+
+
+def attention_name(model: Any) -> str:
+    """Of the attention that a model carries."""
+    return attention_name_of(get_moba_config(model), model.config.num_hidden_layers)
+
+
+def attention_name_of(config: MoBAConfig | None, num_layers: int) -> str:
+    """ "full", or block size / top-k and what else is set."""
+    if config is None or all(config.is_full_layer(layer, num_layers) for layer in range(num_layers)):
+        return FULL
+    return setting_name(config)
+
+
+def setting_name(config: MoBAConfig) -> str:
+    """Block size / top-k, and what is not the default."""
+    words = [f"{config.block_size}/{config.topk}"]
+    words += [f"router {config.router}"] if config.router != "mean" else []
+    words += [f"first {config.keep_first}"] if config.keep_first else []
+    words += [f"recent {config.keep_recent}"] if config.keep_recent else []
+    words += [f"full layers {config.full_layers}"] if config.full_layers else []
+    return ", ".join(words)
+
+
+def run_name(recipe: Recipe) -> str:
+    """What tells a run of a recipe from another with other attention."""
+    schedule = recipe.attention.schedule
+    name = "dense" if schedule == "full" else f"MoBA {setting_name(recipe.attention.config())}"
+    name += "" if schedule in ("full", "throughout") else f", {schedule.replace('_', ' ')}"
+    width = recipe.model.key_convolution
+    return name if width is None else f"{name}, key convolution {width}"
+
+
+def _told(record: Result) -> str:
+    parts = [f"{source} {statistics.mean(rows['loss']):.4f}" for source, rows in record["sources"].items()]
+    return ", ".join([*parts, *(f"{name} covers {r['covered']:.1%}" for name, r in record["routing"].items())])
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(value), 5) for value in values]
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files of `measure`; of the runs that are to be compared.")],
+    out: Annotated[Path, typer.Option(help="PREFIX.md, PREFIX.json and PREFIX-….png are written.")],
+) -> None:
+    """Compare runs with the dense one of the same recipe and seed: tables and pictures."""
+    write_report([json.loads(path.read_text()) for path in results], out)
+
+
+def write_report(results: Sequence[Result], out: Path) -> None:
+    """Write PREFIX.md, PREFIX.json and the pictures of the largest runs.
+
+    Raises:
+        ValueError: if runs that are of one recipe and seed have the same name, or there is no dense one among them.
+    """
+    families = list(_families(results).values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["# MoBA beside full attention, from scratch", ""]
+    for family in families:
+        lines += _section(family)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n")
+    for name, figure in pictures(families[0].of_first_seed()).items():
+        figure.savefig(f"{out}-{name}.png")
+
+
+class Family:
+    """Runs that differ in their attention and seed only.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.runs: dict[int, dict[str, Result]] = {}
+        for result in results:
+            of_seed = self.runs.setdefault(result["recipe"]["training"]["seed"], {})
+            if result["name"] in of_seed:
+                raise ValueError(f"two results are of the run {result['name']!r}: give each once")
+            of_seed[result["name"]] = result
+        for seed, of_seed in self.runs.items():
+            if "dense" not in of_seed:
+                raise ValueError(f"there is no dense run of seed {seed} beside {', '.join(of_seed)}")
+
+    def of_first_seed(self) -> dict[str, Result]:
+        """Name -> run, the dense one first."""
+        runs = self.runs[min(self.runs)]
+        return {"dense": runs["dense"], **runs}
+
+
+def _families(results: Sequence[Result]) -> dict[str, Family]:
+    """Runs by what they have in common, the largest trainings first."""
+    parts: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: -r["parameters"] * r["recipe"]["training"]["tokens"]):
+        recipe = result["recipe"]
+        shape = {key: value for key, value in recipe["model"].items() if key != "key_convolution"}
+        decides = ("tokens", "rows_per_step", "learning_rate", "learning_schedule", "warmup", "weight_decay", "beta2")
+        training = {key: recipe["training"][key] for key in decides}
+        parts.setdefault(json.dumps([shape, training, recipe["data"]["context"], result["data"]]), []).append(result)
+    return {key: Family(part) for key, part in parts.items()}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over rows and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean of the rows' differences and its standard error."""
+    return mean_and_error([a - b for a, b in zip(values, others, strict=True)])
+
+
+def own_positions(result: Result) -> dict[str, Any]:
+    """Source -> each row's losses at the end of the training, with the attention that the training ended with."""
+    positions: dict[str, Any] = result["final"][result["own"]]["positions"]
+    return positions
+
+
+def _section(family: Family) -> list[str]:
+    first = family.of_first_seed()
+    dense = first["dense"]
+    recipe, header = dense["recipe"], dense["header"]
+    context = recipe["data"]["context"]
+    lines = [
+        f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.0f}M tokens, "
+        f"{context:,} a row",
+        "",
+        *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
+        *(f"- {name}: `{run['header']['command']}`" for name, run in first.items()),
+        f"- evaluated in {dense['precision']}, seeds {', '.join(map(str, family.runs))}",
+        *(f"- {source}: {about['rows']} held-out rows out of {about['documents']} documents"
+          for source, about in dense["sources"].items()),
+        "- ±: standard error over rows; differences are taken row by row",
+        "",
+    ]  # fmt: skip
+    tables: dict[str, tuple[list[str], list[list[str]]]] = {
+        "Held-out loss at the end (nats)": _losses(family),
+        "Each model read with each attention: held-out loss": _cross_reading(first),
+        "Loss by position: dense, and each run's difference": _by_position(first),
+        "A passage read twice: loss of its second copy (of its first)": _copying(first),
+        "Attention mass in the chosen blocks (best possible; first and nearest blocks)": _routing_table(first),
+        "Training": _training(first),
+    }
+    for title, table in tables.items():
+        lines += [f"### {title}", to_markdown({}, [], lambda _, table=table: table)]
+    return lines
+
+
+def _losses(family: Family) -> tuple[list[str], list[list[str]]]:
+    sources = list(family.of_first_seed()["dense"]["sources"])
+    titles = ["run", "seed"]
+    for source in sources:
+        titles += [f"{source}", "− dense", "last eighth", "− dense"]
+    lines = []
+    for seed, runs in sorted(family.runs.items()):
+        for name, run in {"dense": runs["dense"], **runs}.items():
+            line = [name, str(seed)]
+            for source in sources:
+                ours, theirs = own_positions(run)[source], own_positions(runs["dense"])[source]
+                for what in ("loss", "last"):
+                    line.append(_with_error(*mean_and_error(ours[what])))
+                    line.append("" if name == "dense" else _with_error(*difference(ours[what], theirs[what]), sign="+"))
+            lines.append(line)
+    return titles, lines
+
+
+def _cross_reading(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["final"]))
+    sources = list(runs["dense"]["sources"])
+    lines = []
+    for title, run in runs.items():
+        losses = {name: read["positions"] for name, read in run["final"].items()}
+        lines.append(
+            [title]
+            + [
+                f"{statistics.mean(losses[name][source]['loss']):.4f}" if name in losses else ""
+                for source in sources
+                for name in names
+            ]
+        )
+    return ["trained as", *(f"{source}, read {name}" for source in sources for name in names)], lines
+
+
+def _by_position(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    bins = runs["dense"]["bins"]
+    others = [name for name in runs if name != "dense"]
+    sources = list(runs["dense"]["sources"])
+    lines = []
+    for i, (start, stop) in enumerate(pairwise(bins)):
+        line = [f"{start:,} … {stop - 1:,}"]
+        for source in sources:
+            theirs = own_positions(runs["dense"])[source]["bins"][i]
+            line.append(f"{statistics.mean(theirs):.4f}")
+            for name in others:
+                ours = own_positions(runs[name])[source]["bins"][i]
+                line.append(_with_error(*difference(ours, theirs), sign="+"))
+        lines.append(line)
+    return ["position", *(title for source in sources for title in (source, *others))], lines
+
+
+def _copying(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    copies = {name: run["final"][run["own"]]["copy"] for name, run in runs.items()}
+    keys = [(distance, source) for distance in copies["dense"] for source in copies["dense"][distance]]
+    lines = []
+    for name, copy in copies.items():
+        values = [copy[distance][source] for distance, source in keys]
+        lines.append(
+            [name, *(f"{statistics.mean(v['second']):.3f} ({statistics.mean(v['first']):.3f})" for v in values)]
+        )
+    return ["run", *(f"{source}, {int(distance):,} back" for distance, source in keys)], lines
+
+
+def _routing_table(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    columns = routing_curves(runs)
+    tokens = sorted({point["tokens"] for run in runs.values() for point in run["checkpoints"]})
+    lines = [
+        [f"{count / 1e6:.1f}M"]
+        + [
+            f"{points[count]['covered']:.1%} ({points[count]['best']:.1%}; {points[count]['recent']:.1%})"
+            if count in points
+            else ""
+            for points in columns.values()
+        ]
+        for count in tokens
+    ]
+    return ["tokens read", *columns], lines
+
+
+def routing_curves(runs: Mapping[str, Result]) -> dict[str, dict[int, dict[str, float]]]:
+    """Run and setting -> tokens -> covered, best, recent."""
+    curves: dict[str, dict[int, dict[str, float]]] = {}
+    for name, run in runs.items():
+        for point in run["checkpoints"]:
+            for setting, values in point["routing"].items():
+                title = name if setting in name else f"{name}, {setting} would choose"
+                curves.setdefault(title, {})[point["tokens"]] = values
+    return curves
+
+
+def _training(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    """The last tenth of the steps: all runs read the same rows at the same step."""
+    lines = []
+    theirs = _last_tenth(runs["dense"])
+    for name, run in runs.items():
+        ours = _last_tenth(run)
+        gap = "" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
+        log = run["log"]
+        rates = [f"{log['tokens_per_s']:,.0f}", f"{log['tokens_per_s_overall']:,.0f}"]
+        lines.append([name, f"{statistics.mean(ours):.4f}", gap, *rates])
+    titles = ["run", "training loss, last tenth", "− dense", "tokens/s", "with evaluations and checkpoints"]
+    return titles, lines
+
+
+def _last_tenth(run: Result) -> list[float]:
+    losses = [loss for _, _, loss, _ in run["log"]["train"]]
+    return losses[-max(2, len(losses) // 10) :]
+
+
+def _with_error(mean: float, error: float, sign: str = "") -> str:
+    return f"{mean:{sign}.4f} ± {error:.4f}"
+
+
+def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
+    """Name -> matplotlib figure: loss over tokens, loss by position, routing over tokens."""
+    dense = runs["dense"]
+    sources = list(dense["sources"])
+    million = 1e6
+    others = {name: run for name, run in runs.items() if name != "dense"}
+
+    def over_tokens(run: Result, value: Callable[[Result], Any]) -> tuple[list[float], list[Any]]:
+        return [p["tokens"] / million for p in run["checkpoints"]], [value(p) for p in run["checkpoints"]]
+
+    def gap_over_tokens(run: Result, source: str) -> list[list[float]]:
+        pairs = zip(run["checkpoints"], dense["checkpoints"], strict=True)
+        gaps = [difference(a["sources"][source]["loss"], b["sources"][source]["loss"]) for a, b in pairs]
+        return [over_tokens(run, lambda p: None)[0], *map(list, zip(*gaps, strict=True))]
+
+    x, losses = "million tokens read", "held-out loss (nats)"
+    loss = [
+        [
+            Panel(
+                {n: over_tokens(r, lambda p, s=s: statistics.mean(p["sources"][s]["loss"])) for n, r in runs.items()},
+                x, losses, s,
+            )
+            for s in sources
+        ],
+        [
+            Panel({"dense": ([], []), **{n: gap_over_tokens(r, s) for n, r in others.items()}}, x, "minus dense",
+                  marks={"dense": 0.0})
+            for s in sources
+        ],
+    ]  # fmt: skip
+
+    bins = dense["bins"]
+    middle = [(start + stop) / 2 for start, stop in pairwise(bins)]
+
+    def gap_by_position(run: Result, source: str) -> list[list[float]]:
+        pairs = zip(own_positions(run)[source]["bins"], own_positions(dense)[source]["bins"], strict=True)
+        return [middle, *map(list, zip(*(difference(a, b) for a, b in pairs), strict=True))]
+
+    position = [
+        [
+            Panel(
+                {n: (middle, [statistics.mean(b) for b in own_positions(r)[s]["bins"]]) for n, r in runs.items()},
+                "position", losses, s,
+            )
+            for s in sources
+        ],
+        [
+            Panel({"dense": ([], []), **{n: gap_by_position(r, s) for n, r in others.items()}}, "position",
+                  "minus dense", marks={"dense": 0.0})
+            for s in sources
+        ],
+    ]  # fmt: skip
+    curves = routing_curves(runs)
+    panels = [
+        Panel(
+            {n: ([t / million for t in points], [v[what] for v in points.values()]) for n, points in curves.items()},
+            x, "share of the attention mass", title,
+        )
+        for what, title in (
+            ("covered", "in the chosen blocks"),
+            ("best", "in the best possible choice"),
+            ("recent", "in the first and the nearest"),
+        )
+    ]  # fmt: skip
+    size = f"{dense['parameters'] / million:.0f}M parameters, rows of {dense['recipe']['data']['context']:,} tokens"
+    return {
+        "loss": plot_panels(loss, f"Held-out loss over training · {size}"),
+        "positions": plot_panels(position, f"Loss by position · {size}"),
+        "routing": plot_panels([panels], f"What routing covers over training · {size}"),
+    }
+
+
+if __name__ == "__main__":
+    app()

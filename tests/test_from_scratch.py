@@ -1,0 +1,156 @@
+"""The proof's script at toy size: two runs of a recipe are trained, measured and compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_shards import save_shards
+from torch.nn import functional
+
+from moba import MoBAConfig
+from moba.hf import set_moba_config
+from moba.train.recipe import Recipe
+from moba.train.run import train
+from moba.train.schedule import throughout
+
+CONTEXT, ROWS = 128, 6
+CONFIG = MoBAConfig(8, 3)
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def load_script():
+    path = Path(__file__).parents[1] / "benchmarks" / "from_scratch.py"
+    spec = importlib.util.spec_from_file_location("from_scratch", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def recipe(folder, data, schedule, seed=0):
+    return Recipe.from_dict(
+        {
+            "out": str(folder / f"{schedule}-{seed}"),
+            "data": {"folder": str(data), "context": CONTEXT, "whole_rows": True, "held_out_rows": 2},
+            "model": {"architecture": "llama", "shape": {**SHAPE, "num_key_value_heads": 2}},
+            "attention": {"schedule": schedule, "block_size": CONFIG.block_size, "topk": CONFIG.topk},
+            "training": {
+                "tokens": 20 * 2 * CONTEXT, "rows_per_step": 2, "rows_at_once": 2, "learning_rate": 1e-2, "seed": seed,
+                "precision": "fp32", "checkpoint_activations": False, "log_every": 2, "save_every": 10,
+                "evaluate_every": 10, "keep": 100,
+            },
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_shards(tmp_path_factory.mktemp("data"), lengths=(600, 400, 520), held_out=(3 * CONTEXT, 260, 140, 400))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """Name -> folder of a run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for schedule in ("full", "throughout", "hybrid"):
+        train(recipe(folder, data, schedule), say=lambda line: None)
+    return {schedule: folder / f"{schedule}-0" for schedule in ("full", "throughout", "hybrid")}
+
+
+def measured(run, **changes):
+    options = {"configs": [CONFIG], "rows": ROWS, "copy_rows": 2, "routing_rows": 2, "rows_at_once": 4}
+    return script.measure_run(run, device=torch.device("cpu"), **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def results(runs):
+    return {name: measured(run) for name, run in runs.items()}
+
+
+def row_losses(model, row):
+    with torch.no_grad():
+        return functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none")
+
+
+def test_losses_are_those_of_each_row_read_alone(runs, results, data):
+    model = script.load_checkpoint(runs["full"] / "checkpoint-20", torch.device("cpu"))
+    rows = script.held_out_rows(script.open_shards(data, "held_out"), CONTEXT, ROWS)
+    assert {source: len(tokens) for source, (tokens, _) in rows.items()} == {"source 0": 4, "source 1": 5}
+    final = results["full"]["final"]
+    assert list(final) == ["full", "8/3"]
+    for name, config in (("full", throughout(None).at(1, 2)), ("8/3", CONFIG)):
+        set_moba_config(model, config)
+        for source, (tokens, _) in rows.items():
+            expected = [row_losses(model, row) for row in tokens]
+            got = final[name]["positions"][source]
+            assert got["loss"] == pytest.approx([loss.mean().item() for loss in expected], abs=2e-5)
+            assert got["last"] == pytest.approx([loss[-16:].mean().item() for loss in expected], abs=2e-5)
+            assert got["bins"][-1] == got["last"]
+            counts = [stop - max(start, 1) for start, stop in zip(*_bins(results), strict=True)]
+            whole = sum(n * statistics.mean(part) for n, part in zip(counts, got["bins"], strict=True)) / (CONTEXT - 1)
+            assert whole == pytest.approx(statistics.mean(got["loss"]), abs=2e-5)
+    assert final["full"]["positions"] != final["8/3"]["positions"]
+
+
+def _bins(results):
+    bins = results["full"]["bins"]
+    return bins[:-1], bins[1:]
+
+
+def test_first_rows_of_all_documents_come_first(data):
+    shards = script.open_shards(data, "held_out")
+    tokens, num_documents = script.held_out_rows(shards, CONTEXT, 3)["source 1"]
+    assert num_documents == 2
+    members = [i for i, document in enumerate(shards.documents) if document.source == "source 1"]
+    expected = [shards[members[0]][:CONTEXT], shards[members[1]][:CONTEXT], shards[members[0]][CONTEXT : 2 * CONTEXT]]
+    assert tokens.tolist() == [part.tolist() for part in expected]
+
+
+def test_routing_is_followed_over_the_training(results):
+    for name, result in results.items():
+        assert [point["step"] for point in result["checkpoints"]] == [10, 20]
+        assert all(list(point["routing"]) == ["8/3"] for point in result["checkpoints"]), name
+        for point in result["checkpoints"]:
+            quality = point["routing"]["8/3"]
+            assert 0 < quality["covered"] <= quality["best"] + 1e-6 <= 1 + 1e-5
+            assert set(quality["layers"]) == {0, 1}
+    attentions = {name: [point["attention"] for point in result["checkpoints"]] for name, result in results.items()}
+    assert attentions == {"full": ["full"] * 2, "throughout": ["8/3"] * 2, "hybrid": ["8/3", "full"]}
+
+
+def test_a_wrong_folder_is_refused(runs, data, tmp_path):
+    other = save_shards(tmp_path / "other", lengths=(128,))
+    with pytest.raises(ValueError, match="not the data"):
+        measured(runs["full"], data=other)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text((runs["full"] / "recipe.json").read_text())
+    with pytest.raises(ValueError, match="has not ended"):
+        measured(tmp_path / "run")
+
+
+def test_report_compares_with_the_dense_run(results, tmp_path):
+    script.write_report(list(results.values()), tmp_path / "proof")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "proof.md", "proof.json", "proof-loss.png", "proof-positions.png", "proof-routing.png"
+    }  # fmt: skip
+    text = (tmp_path / "proof.md").read_text()
+    dense, moba = (script.own_positions(results[name])["source 0"]["loss"] for name in ("full", "throughout"))
+    gaps = [b - a for a, b in zip(dense, moba, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    assert f"{statistics.mean(gaps):+.4f} ± {error:.4f}" in text
+    assert f"{statistics.mean(dense):.4f} ± " in text
+    assert json.loads((tmp_path / "proof.json").read_text()) == json.loads(json.dumps(list(results.values())))
+
+
+def test_report_needs_a_dense_run_and_each_run_once(results, tmp_path):
+    with pytest.raises(ValueError, match="no dense run"):
+        script.write_report([results["throughout"]], tmp_path / "proof")
+    with pytest.raises(ValueError, match="give each once"):
+        script.write_report([results["full"], results["full"]], tmp_path / "proof")
