@@ -49,7 +49,7 @@ def test_documents_come_back_in_order(folder):
     assert len(shards) == 3
     assert [document.tolist() for document in shards] == list(DOCUMENTS.values())
     assert shards[1].dtype == np.uint16
-    assert shards.documents[2] == (1, 0, 40, "source", "c")
+    assert shards.documents[2] == (1, 0, 40, "source", "c", None)
     assert shards.num_tokens == 45
     shards.verify()
     assert open_shards(folder, "held_out")[0].tolist() == [9, 9]

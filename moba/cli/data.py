@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,9 +35,20 @@ def data(
     ] = None,
     text_key: Annotated[str, typer.Option(metavar="KEY", help="Where a JSON line holds its text.")] = "text",
     held_out: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of your own documents, held out for evaluation.")
+        float, typer.Option(metavar="SHARE", help="Of your own documents, or of those with questions, held out.")
     ] = 0.01,
     licence: Annotated[str, typer.Option(metavar="TEXT", help="Of your own text, for the manifest.")] = "not stated",
+    retrieval: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Make questions about facts hidden in the training documents of this folder of `moba data`.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(metavar="LIST", help="With --retrieval: tokens of a document; each gets an equal share.")
+    ] = "2K,4K,8K,16K,32K,32K",
+    tokens: Annotated[int, typer.Option(metavar="N", help="With --retrieval: tokens in all.")] = 6_000_000,
     list_sources: Annotated[
         bool, typer.Option("--list", help="List the packages and their licences, and stop.")
     ] = False,
@@ -50,6 +61,8 @@ def data(
         moba data data/permissive --sources manuals,prose
 
         moba data data/mine --from texts/ --from more.jsonl --tokenizer path/to/model
+
+        moba data data/needle --retrieval data/permissive --lengths 4K,32K
     """  # fmt: skip
     if list_sources:
         _list()
@@ -63,13 +76,19 @@ def data(
     from moba.data.build import build
     from moba.models import load_tokenizer
 
-    units = _package_units(sources) if not texts else _own_units(texts, text_key, held_out, licence)
+    if retrieval is not None and texts:
+        raise ValueError("--retrieval takes its texts from a folder of `moba data`; leave out --from")
     quieten()
     name = tokenizer or "SmolLM2-135M-Instruct"
+    loaded = load_tokenizer(tokenizer)
+    if retrieval is not None:
+        units = _retrieval_units(retrieval, loaded, lengths, tokens, held_out)
+    else:
+        units = _own_units(texts, text_key, held_out, licence) if texts else _package_units(sources)
     say(f"{len(units)} sources, tokenizer of {name}")
     with messages.status("starting …") as status:
         manifest = build(
-            out, units, load_tokenizer(tokenizer), tokenizer_name=name, end_of_text=end_of_text,
+            out, units, loaded, tokenizer_name=name, end_of_text=end_of_text,
             on_progress=lambda unit, tokens: status.update(f"{unit}: {tokens:,} tokens"),
             on_finished=lambda number, unit, tokens: say(f"{number} of {len(units)}: {unit}, {tokens:,} tokens"),
         )  # fmt: skip
@@ -95,6 +114,13 @@ def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) 
         for path in paths
         for unit in folder_units(path.expanduser(), text_key=text_key, held_out=held_out, licence=licence)
     ]
+
+
+def _retrieval_units(folder: Path, tokenizer: Any, lengths: str, tokens: int, held_out: float) -> list[Unit]:
+    from moba.cli.eval import parse_lengths
+    from moba.data.retrieval import Plan, retrieval_unit
+
+    return [retrieval_unit(folder, tokenizer, Plan(tuple(parse_lengths(lengths)), tokens, held_out))]
 
 
 def _list() -> None:

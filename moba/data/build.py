@@ -42,6 +42,23 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """One document that is tokens already.
+
+    Attributes:
+        name: of the document in its source.
+        tokens: int [n], without the end of text.
+        learned: spans (first, one past the last) of the tokens that training learns to predict; None: all.
+        held_out: whether it is kept for evaluation.
+    """
+
+    name: str
+    tokens: np.ndarray
+    learned: list[tuple[int, int]] | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
 class Unit:
     """What is built in one go: a source of the manifest.
 
@@ -53,7 +70,7 @@ class Unit:
 
     name: str
     about: dict[str, Any]
-    read: Callable[[Path], tuple[dict[str, Any], Iterable[Text]]]
+    read: Callable[[Path], tuple[dict[str, Any], Iterable[Text | Tokens]]]
 
 
 def build(
@@ -150,8 +167,9 @@ def _add(
     work.mkdir()
     try:
         found, texts = unit.read(work)
-        for text, tokens in _tokenised(texts, tokenizer, manifest["end_of_text"], manifest["dtype"]):
-            writers["held_out" if text.held_out else "train"].add(tokens, unit.name, text.name)
+        for text in _tokenised(texts, tokenizer):
+            tokens = np.append(text.tokens, manifest["end_of_text"])
+            writers["held_out" if text.held_out else "train"].add(tokens, unit.name, text.name, text.learned)
             num_tokens += len(tokens)
             num_documents += 1
             on_progress(unit.name, num_tokens)
@@ -169,22 +187,23 @@ def _add(
     )
 
 
-def _tokenised(
-    texts: Iterable[Text], tokenizer: Any, end_of_text: int, dtype: str
-) -> Iterator[tuple[Text, np.ndarray]]:
-    """Each document with its tokens and the end of text, tokenised many at once."""
+def _tokenised(texts: Iterable[Text | Tokens], tokenizer: Any) -> Iterator[Tokens]:
+    """Each document as tokens, many tokenised at once."""
     waiting: list[Text] = []
     size = 0
     for text in texts:
+        if isinstance(text, Tokens):
+            yield text
+            continue
         waiting.append(text)
         size += sum(map(len, text.parts))
         if size >= _CHARS_AT_ONCE:
-            yield from _tokenise(waiting, tokenizer, end_of_text, dtype)
+            yield from _tokenise(waiting, tokenizer)
             waiting, size = [], 0
-    yield from _tokenise(waiting, tokenizer, end_of_text, dtype)
+    yield from _tokenise(waiting, tokenizer)
 
 
-def _tokenise(texts: list[Text], tokenizer: Any, end_of_text: int, dtype: str) -> Iterator[tuple[Text, np.ndarray]]:
+def _tokenise(texts: list[Text], tokenizer: Any) -> Iterator[Tokens]:
     if not texts:
         return
     parts = [part for text in texts for part in text.parts]
@@ -195,8 +214,9 @@ def _tokenise(texts: list[Text], tokenizer: Any, end_of_text: int, dtype: str) -
         )["input_ids"]
     )  # fmt: skip
     for text in texts:
-        ids = [np.asarray(next(pieces), dtype=dtype) for _ in text.parts]
-        yield text, np.concatenate([*ids, np.asarray([end_of_text], dtype=dtype)])
+        # Of the smallest dtype that serves every vocabulary: a document may have millions of tokens.
+        ids = [np.asarray(next(pieces), dtype=np.uint32) for _ in text.parts]
+        yield Tokens(text.name, np.concatenate(ids), held_out=text.held_out)
 
 
 def end_token(tokenizer: Any, name: str | None = None) -> int:

@@ -8,7 +8,8 @@
 The manifest is a JSON object with
 
     tokenizer, tokenizer_hash, vocab_size, dtype ("uint16", or "uint32" for vocabularies above 65,536)
-    shards     [{file, sha256, tokens, documents: [[offset, length, source, name], …]}, …] for training
+    shards     [{file, sha256, tokens, documents: [[offset, length, source, name], …]}, …] for training; a document
+               of which only parts are learned has their spans behind its name: [[first, one past the last], …]
     held_out   the same for evaluation
     sources    [{name, licence, …}, …]
 
@@ -41,6 +42,7 @@ class Document(NamedTuple):
         offset, length: in tokens.
         source: the name of the source it is from.
         name: of the document in its source.
+        learned: spans (first, one past the last) of the tokens that training learns to predict; None: all of them.
     """
 
     shard: int
@@ -48,6 +50,7 @@ class Document(NamedTuple):
     length: int
     source: str
     name: str
+    learned: list[tuple[int, int]] | None = None
 
 
 class Shards:
@@ -216,8 +219,14 @@ class ShardWriter:
         self._file: Any = None
         self.shards: list[dict[str, Any]] = []
 
-    def add(self, tokens: np.ndarray | list[int], source: str, name: str) -> None:
-        """Append a document of at least one token."""
+    def add(
+        self,
+        tokens: np.ndarray | list[int],
+        source: str,
+        name: str,
+        learned: list[tuple[int, int]] | None = None,
+    ) -> None:
+        """Append a document of at least one token, of which only the spans `learned` are learned if there are any."""
         if self._file is None:
             file = f"{self._split}-{self._next:05}.bin"
             self._next += 1
@@ -228,7 +237,8 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         shard = self.shards[-1]
-        shard["documents"].append([shard["tokens"], len(tokens), source, name])
+        entry = [shard["tokens"], len(tokens), source, name]
+        shard["documents"].append(entry if learned is None else [*entry, learned])
         shard["tokens"] += len(tokens)
         if shard["tokens"] >= self._max_tokens:
             self.close()

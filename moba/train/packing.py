@@ -122,16 +122,31 @@ class PackedRows(Dataset):
         return self._num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row: input_ids int64 [context], padded with 0, and the lengths of its sequences, the padding's included."""
+        """A row.
+
+        Returns:
+            input_ids int64 [context], padded with 0; labels, the same with -100 for what is not learned; the lengths of
+            its sequences; num_padding.
+        """
         epoch, place = divmod(index, len(self.rows))
         pieces = self.rows[self._row(epoch, place)]
         tokens = np.zeros(self.context, dtype=np.int64)
+        labels = np.full(self.context, IGNORED, dtype=np.int64)
         lengths, end = [], 0
         for document, start, length in pieces:
             tokens[end : end + length] = self.shards[document][start : start + length]
+            learned = self.shards.documents[document].learned
+            for first, stop in [(start, start + length)] if learned is None else learned:
+                part = slice(end + max(first - start, 0), end + max(min(stop - start, length), 0))
+                labels[part] = tokens[part]
             lengths.append(length)
             end += length
-        return {"input_ids": torch.from_numpy(tokens), "lengths": lengths, "num_padding": self.context - end}
+        return {
+            "input_ids": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "lengths": lengths,
+            "num_padding": self.context - end,
+        }
 
     def _row(self, epoch: int, place: int) -> int:
         if self.seed is None:
@@ -146,18 +161,17 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What a causal language model reads: rows side by side if each is one sequence, else all packed into one.
 
     Returns:
-        input_ids and labels, int64 [B, T]. If packed: [1, B·T], labels -100 on padding and where a sequence starts, and
+        input_ids and labels, int64 [B, T]. If packed: [1, B·T], labels -100 where a sequence starts, too, and
         position_ids of the same shape, cu_seq_lens_q and cu_seq_lens_k int32, which may end in empty sequences.
     """
     input_ids = torch.stack([row["input_ids"] for row in rows])
+    labels = torch.stack([row["labels"] for row in rows])
     if all(len(row["lengths"]) == 1 and not row["num_padding"] for row in rows):
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
-    labels = input_ids.clone()
+        return {"input_ids": input_ids, "labels": labels}
     lengths: list[int] = []
-    for row, label in zip(rows, labels, strict=True):
+    for row in rows:
         lengths += row["lengths"]
         if row["num_padding"]:
-            label[-row["num_padding"] :] = IGNORED
             lengths.append(row["num_padding"])
     ends = torch.tensor(lengths).cumsum(0)
     starts = ends - torch.tensor(lengths)
