@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LargestNewTensor, assert_close
+from helpers import LargestNewTensor, assert_close, relative_error
 from tiny_models import random_tokens, tiny_model
 from torch.nn import functional as F
 
-from moba.train.loss import linear_cross_entropy, use_fused_loss
+from moba.train.loss import _loss_and_gradients, linear_cross_entropy, use_fused_loss
 
 
 def loss_and_gradients(model, tokens, labels, **options):
@@ -64,6 +64,30 @@ def test_logits_of_all_tokens_never_exist():
     with LargestNewTensor() as largest:
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=100).backward()
     assert largest.num_elements <= 100 * 300
+
+
+@pytest.mark.parametrize("learned", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_gradients_that_are_needed_exist(learned):
+    hidden, weight = (torch.randn(n, 16, requires_grad=needs) for n, needs in zip((64, 50), learned, strict=True))
+    labels = torch.randint(0, 50, (64,))
+    arguments = (hidden, weight, labels, 7, torch.float32, *learned)
+    torch.library.opcheck(_loss_and_gradients, arguments, atol=1e-5, rtol=1e-5)
+    _, *gradients = _loss_and_gradients(*arguments)
+    assert [gradient.numel() > 0 for gradient in gradients] == list(learned)
+
+
+def test_more_chunks_round_no_more():
+    hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (4096, 50))
+    labels = torch.randint(0, 50, (4096,))
+    (expected,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum"), weight)
+    errors = []
+    for chunk_tokens in (4096, 64):
+        with torch.autocast("cpu", torch.bfloat16):
+            total = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
+        (gradient,) = torch.autograd.grad(total, weight)
+        assert gradient.dtype == torch.float32
+        errors.append(relative_error(gradient, expected))
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_labels_that_are_all_ignored():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -32,23 +31,88 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     Args:
         hidden: [N, C]. weight: [V, C].
         labels: int64 [N], -100 where there is none.
-        chunk_tokens: logits of this many tokens exist at once, forward and backward, where they are computed anew.
+        chunk_tokens: logits of this many tokens exist at once. The gradients are computed with them, where they will
+            be needed: backward only scales them.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
 
-    Numerics: logits in the inputs' (or autocast's) dtype, log-softmax and the sum in fp32.
+    Numerics: logits in the inputs' (or autocast's) dtype, log-softmax and all sums over chunks in fp32.
     """
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for rows, words in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-        total = total + checkpoint(_sum_of_chunk, rows, weight, words, use_reentrant=False, preserve_rng_state=False)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    learned = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    total: Tensor = _loss_and_gradients(hidden, weight, labels, chunk_tokens, dtype, *learned)[0]
     return total
 
 
-def _sum_of_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+# An operator, so that torch.compile takes its loop as one piece.
+@torch.library.custom_op("moba::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    learns_hidden: bool,
+    learns_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its gradients by hidden and by weight, each of no elements unless it is learned."""
+    wide = torch.promote_types(dtype, torch.float32)
+    total = hidden.new_zeros((), dtype=wide)
+    d_hidden = torch.empty_like(hidden if learns_hidden else hidden[:0])
+    d_weight = torch.zeros_like(weight if learns_weight else weight[:0], dtype=wide)
+    matrix = weight.to(dtype)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        is_learned, words = (labels[chunk] != IGNORED)[:, None], labels[chunk, None].clamp(min=0)
+        rows = hidden[chunk].to(dtype)
+        logits = rows @ matrix.mT
+        log_p = F.log_softmax(logits, dim=-1, dtype=wide)
+        log_p_word = log_p.gather(1, words)
+        total -= (log_p_word * is_learned).sum()
+        if learns_hidden or learns_weight:
+            d_logits = torch.exp(log_p, out=logits).scatter_(1, words, log_p_word.expm1().to(dtype))
+            if learns_hidden:
+                d_hidden[chunk] = d_logits @ matrix * is_learned
+            if learns_weight:
+                d_weight += d_logits.mT @ (rows * is_learned)
+    return total, d_hidden, d_weight.to(weight.dtype)
+
+
+@_loss_and_gradients.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    learns_hidden: bool,
+    learns_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return (
+        total,
+        torch.empty_like(hidden[: None if learns_hidden else 0]),
+        torch.empty_like(weight[: None if learns_weight else 0]),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.learned = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, d_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients = [
+        d_total.to(gradient.dtype) * gradient if is_learned and d_total is not None else None
+        for gradient, is_learned in zip(ctx.saved_tensors, ctx.learned, strict=True)
+    ]
+    return *gradients, None, None, None, None, None
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
@@ -93,7 +157,8 @@ def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
     ) -> Any:
         if labels is None:
             return of_logits(input_ids=input_ids, **kwargs)
-        hidden = self.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+        # Else transformers fills a cache of keys and values that nobody reads.
+        hidden = self.base_model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
         total = summed(hidden.flatten(0, 1), self.get_output_embeddings().weight, targets)
         count = (targets != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
