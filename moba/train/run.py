@@ -4,13 +4,16 @@ OUT/recipe.json     what decides the run; another recipe does not go on from it
 OUT/log.jsonl       one line for each logged step and evaluation
 OUT/tensorboard/    the same, to look at
 OUT/checkpoint-N/   weights, optimizer, random state: complete, or not there
-OUT/model/          the trained model, with its MoBA config and tokenizer (with LoRA merged; OUT/adapter/ alone)
+OUT/model/          the trained model, with its MoBA config and tokenizer
+OUT/adapter/        with LoRA, whose weights OUT/model/ has merged: the adapter alone, as peft saves it
+OUT/adapter.safetensors  the same in one small file, with the configs, for `--model` and `model.base`
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +36,7 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from moba.adapters import write_adapter
 from moba.data import Shards, open_shards, tokenizer_hash
 from moba.hf import get_moba_config
 from moba.train.checkpoints import (
@@ -44,7 +48,7 @@ from moba.train.checkpoints import (
 )
 from moba.train.estimate import Estimate, estimate
 from moba.train.loss import use_fused_loss
-from moba.train.model import add_adapters, build_model, checkpoint_activations, num_parameters
+from moba.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
 from moba.train.packing import PackedRows, by_source, collate
 from moba.train.recipe import Recipe, same_run
 from moba.train.schedule import MoBASchedule
@@ -91,6 +95,8 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
     if recipe.training.checkpoint_activations:
         checkpoint_activations(model)
+    if recipe.training.compile:
+        compile_layers(model)
     total, learning = num_parameters(trained)
     tell(
         f"{total / 1e6:,.1f}M parameters, {learning / 1e6:,.1f}M of them trained; loss: {loss}; "
@@ -99,11 +105,12 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     tell("from the beginning" if checkpoint is None else f"going on from {checkpoint}")
     if tokenizer is None:
         tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
+    held_out = _held_out(recipe)
     trainer = _Trainer(
         model=trained,
-        args=_arguments(recipe, out, rows_at_a_time),
+        args=_arguments(recipe, out, rows_at_a_time, held_out),
         train_dataset=rows,
-        eval_dataset=_held_out(recipe),
+        eval_dataset=held_out,
         data_collator=collate,
         callbacks=[
             MoBASchedule(recipe.schedule),
@@ -213,7 +220,9 @@ def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> No
     state.wait_for_everyone()
 
 
-def _arguments(recipe: Recipe, out: Path, rows_at_a_time: int) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, out: Path, rows_at_a_time: int, held_out: dict[str, PackedRows] | None
+) -> TrainingArguments:
     training = recipe.training
     name, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
@@ -225,7 +234,8 @@ def _arguments(recipe: Recipe, out: Path, rows_at_a_time: int) -> TrainingArgume
         output_dir=str(out),
         max_steps=recipe.num_steps,
         per_device_train_batch_size=training.rows_at_once,
-        per_device_eval_batch_size=1,
+        # Trainer averages over batches, so that all must be of one size.
+        per_device_eval_batch_size=math.gcd(training.rows_at_once, *map(len, (held_out or {}).values())),
         gradient_accumulation_steps=training.rows_per_step // rows_at_a_time,
         learning_rate=training.learning_rate,
         lr_scheduler_type=name,
@@ -236,8 +246,9 @@ def _arguments(recipe: Recipe, out: Path, rows_at_a_time: int) -> TrainingArgume
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         bf16=training.precision == "bf16",
-        torch_compile=training.compile,
         logging_steps=training.log_every,
+        # Else every batch would wait for the GPU, and a loss that is no number would be left out of the log.
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if training.evaluate_every else "no",
         eval_steps=training.evaluate_every or None,
         prediction_loss_only=True,
@@ -333,6 +344,10 @@ class _Log(TrainerCallback):
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An evaluation's time is not the training's."""
+        self._since = (time.perf_counter(), state.global_step)
+
 
 def _tensorboard(out: Path, checkpoint: Path | None, state: PartialState) -> list[TrainerCallback]:
     if not state.is_main_process or find_spec("tensorboard") is None:
@@ -359,7 +374,7 @@ def _enough_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def _save_model(trainer: Trainer, model: Any, tokenizer: Any, out: Path, recipe: Recipe) -> None:
-    """OUT/model, and OUT/adapter with LoRA."""
+    """OUT/model, and the adapter of LoRA."""
 
     def save(folder: str) -> None:
         if recipe.lora is None:
@@ -371,6 +386,10 @@ def _save_model(trainer: Trainer, model: Any, tokenizer: Any, out: Path, recipe:
 
     if recipe.lora is not None:
         _replace(trainer, out / "adapter", trainer.save_model)
+        if trainer.args.should_save:
+            scale = recipe.lora.alpha / recipe.lora.rank
+            config = model.config.get_text_config(decoder=True)
+            write_adapter(out / "adapter", config, str(recipe.model.base), scale, out / "adapter.safetensors")
     _replace(trainer, out / "model", save)
 
 
