@@ -93,7 +93,7 @@ def moba_attention(
     Source: MoBA (arXiv 2502.13189), section 2.
     """
     require_tensors(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = to_autocast_dtype(q, k, v)
     check_attention(4, q=q, k=k, v=v)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]} and {k.shape[0]}")
@@ -158,7 +158,7 @@ def moba_attention_varlen(
     Numerics and source: as in `moba_attention`.
     """
     require_tensors(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = to_autocast_dtype(q, k, v)
     check_attention(3, q=q, k=k, v=v)
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, q.shape[0])
@@ -228,7 +228,7 @@ def moba_attention_paged(
     require_tensors(q=q, k_pages=k_pages, v_pages=v_pages)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
         raise ValueError("a paged cache serves inference only: call moba_attention_paged under torch.no_grad()")
-    q, k_pages, v_pages = _autocast(q, k_pages, v_pages)
+    q, k_pages, v_pages = to_autocast_dtype(q, k_pages, v_pages)
     check_attention(4, q=q, k_pages=k_pages, v_pages=v_pages)
     sequences = _paged_sequences(q, k_pages, q.shape[1], page_table, key_end, block_means, block_size)
     if q.shape[1] > MAX_DECODE_QUERIES:
@@ -433,7 +433,7 @@ def _route_by(
         raise ValueError(f"route_by must be a pair of queries and keys, got {type(route_by).__name__}")
     by_q, by_k = route_by
     require_tensors(**{"route_by[0]": by_q, "route_by[1]": by_k})
-    by_q, by_k, _ = _autocast(by_q, by_k, by_k)
+    by_q, by_k, _ = to_autocast_dtype(by_q, by_k, by_k)
     check_attention(q.ndim, **{"route_by[0]": by_q, "route_by[1]": by_k, "route_by[1] again": by_k})
     if by_q.shape[:-1] != q.shape[:-1] or by_k.shape[:-1] != k.shape[:-1] or by_q.device != q.device:
         raise ValueError(
@@ -475,7 +475,7 @@ def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor
     return indices
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def to_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
     device = q.device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:

@@ -142,6 +142,31 @@ def test_any_shape(ranks, data):
     assert_same_as_one_device(ranks, shape, lengths, options)
 
 
+def without_gradients(rank, shape, lengths, options):
+    """Out and lse under no_grad, which takes another way to put heads together."""
+    start = sum(lengths[:rank])
+    q, k, v, _ = (x[:, start : start + lengths[rank]] for x in inputs(shape))
+    with torch.no_grad():
+        out, lse = context_parallel_attention(q, k, v, **options, return_lse=True)
+    return out.numpy(), lse.numpy()
+
+
+def by_first_head(q, means):
+    """A router that looks at all heads: every head takes the blocks that the first one likes."""
+    scores = torch.einsum("rd,nd->rn", q[:, 0], means[:, 0])
+    return scores[:, None].expand(-1, q.shape[1], -1)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_without_gradients_and_with_settings(ranks, transport):
+    shape, lengths = (1, 72, 6, 6, 16), [24, 24, 24]
+    options = {"block_size": 8, "topk": 3, "scale": 0.4, "router": "mean" if transport == "heads" else by_first_head}
+    results = ranks.run(without_gradients, shape, lengths, {**options, "transport": transport})
+    expected = on_one_device(shape, options)
+    for i in range(2):
+        assert_close(torch.cat([torch.from_numpy(part[i]) for part in results], dim=1), expected[i], 2e-5)
+
+
 def bytes_sent(rank, shape, lengths, options):
     """Bytes of keys and values this rank sent, and those of the distinct blocks that others chose from it."""
     start = sum(lengths[:rank])
@@ -183,11 +208,19 @@ def disagree(rank, what):
     if what == "head dim" and rank:
         q = q[..., :4]
     k = torch.zeros(1, 15, 2, 8) if what == "shape" and rank else q
-    block_size = 8 + rank if what == "block_size" else 8
-    context_parallel_attention(q, k, k, block_size=block_size, topk=2, transport="gather")
+    if what == "gradients asked for" and rank:
+        k.requires_grad_()
+    options = {"block_size": 8 + rank if what == "block_size" else 8, "transport": "gather"}
+    if what == "scale":
+        options["scale"] = 0.25 if rank else 0.250001
+    if what == "cu_seqlens":
+        options["cu_seqlens"] = torch.tensor([0, 20 + rank, 48]).int()
+    context_parallel_attention(q, k, k, topk=2, **options)
 
 
-@pytest.mark.parametrize("what", ["dtype", "head dim", "shape", "block_size"])
+@pytest.mark.parametrize(
+    "what", ["dtype", "head dim", "shape", "block_size", "scale", "cu_seqlens", "gradients asked for"]
+)
 def test_disagreement_ends_all_ranks_with_a_message(ranks, what):
     for rank, (is_right, message) in enumerate(ranks.outcomes(disagree, what)):
         assert not is_right

@@ -8,12 +8,18 @@ Three ways for keys and queries to meet:
   values that one of its queries chose. Memory and traffic follow the routing.
 - "heads": every rank gets all tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), and gives their results back.
 
+Heads do not depend on each other, so whatever travels does so for a few key/value heads at a time: while one group of
+heads is computed, the next one's rows travel, forward and backward, and only two groups' rows are in memory for that.
+
 Letters: B batch, T tokens of this rank, S tokens of the sequence, H query heads, G key/value heads, D head dim,
 N blocks before this rank's, M blocks that travelled for one key/value head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -22,14 +28,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from moba.attention import append_block_means, moba_attention, moba_attention_varlen, moba_route
+from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dtype
 from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
-from moba.parallel.exchange import exchange, send_and_receive
-from moba.parallel.shards import DTYPES, Shards, agree, process_group
+from moba.parallel.exchange import Rows, Travel, send_and_receive
+from moba.parallel.routing import route
+from moba.parallel.shards import DTYPES, Shards, agree, fingerprint, float_bits, process_group
 from moba.routing import Routing
 
+# Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
+_Results = tuple[Tensor, Tensor, Tensor]
 TRANSPORTS = ("gather", "selective", "heads")
+# Groups of key/value heads that travel one after the other; more would hide more of the first one's way, and leave
+# less work to each launch.
+HEAD_GROUPS = 4
 
 
 def context_parallel_attention(
@@ -76,40 +88,38 @@ def context_parallel_attention(
         rounded to its dtype before they travel and added in fp32 in the ranks' order, so results repeat.
     """
     group = process_group(group)
+    tensors = (q, k, v)
+    if all(isinstance(x, Tensor) for x in tensors):
+        q, k, v = to_autocast_dtype(q, k, v)
 
-    def settings() -> dict[str, int]:
+    def settings() -> dict[str, int | Tensor]:
         validate_selection(block_size, topk, keep_first, keep_recent, router)
         require_one_of("transport", transport, TRANSPORTS)
         require_one_of("backend", backend, BACKENDS)
+        require_tensors(q=q, k=k, v=v)
         _check_shapes(q, k, v, cu_seqlens, transport, group.size())
+        differentiable = [torch.is_grad_enabled() and x.requires_grad for x in (q, k, v)]
         return {
             "batch size": q.shape[0], "query heads": q.shape[2], "key/value heads": k.shape[2],
             "head dim": q.shape[3], "dtype": DTYPES.index(q.dtype), "block_size": block_size, "topk": topk,
-            "keep_first": keep_first, "keep_recent": keep_recent,
+            "scale": float_bits(scale), "keep_first": keep_first, "keep_recent": keep_recent,
             "router": -1 if callable(router) else crc32(router.encode()), "transport": TRANSPORTS.index(transport),
-            "documents": 0 if cu_seqlens is None else cu_seqlens.numel(),
+            "gradients asked for": sum(asked << i for i, asked in enumerate(differentiable)),
+            "number of documents": 0 if cu_seqlens is None else cu_seqlens.numel(),
+            "cu_seqlens": 0 if cu_seqlens is None else fingerprint(cu_seqlens),
         }  # fmt: skip
 
-    device = next((x.device for x in (q, k, v) if isinstance(x, Tensor)), torch.device("cpu"))
-    shards = agree(q, device, group, settings)
+    shards = agree(q, group, settings)
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, shards.num_tokens)
-    options: dict[str, Any] = {
-        "block_size": block_size, "topk": topk, "keep_first": keep_first, "keep_recent": keep_recent,
-        "router": router, "backend": backend,
-    }  # fmt: skip
-    if transport == "gather":
-        out, lse, routing = _by_gathering(q, k, v, shards, cu_seqlens, scale, options)
-    elif transport == "selective":
-        out, lse, routing = _by_selecting(q, k, v, shards, scale, options)
-    else:
-        out, lse, routing = _by_heads(q, k, v, shards, cu_seqlens, scale, options)
-    results = (out, *([lse] if return_lse else []), *([routing] if return_routing else []))
+    call = _Call(shards, cu_seqlens, scale, block_size, topk, keep_first, keep_recent, router, backend)
+    by = {"gather": _by_gathering, "selective": _by_selecting, "heads": _by_heads}[transport]
+    out, lse, indices = by(q, k, v, call)
+    results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
     return results if len(results) > 1 else out
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, transport: str, num_ranks: int) -> None:
-    require_tensors(q=q, k=k, v=v)
     check_attention(4, q=q, k=k, v=v)
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(
@@ -130,135 +140,266 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, tr
         )
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, scale: float | None, options: Any
-) -> tuple[Tensor, Tensor, Routing]:
-    """Attention of q [B, T, H, D], the last of the keys [B, S, G, D], or within documents."""
-    both: dict[str, Any] = {"scale": scale, "return_lse": True, "return_routing": True}
-    if cu_q is None:
-        result: tuple[Tensor, Tensor, Routing] = moba_attention(q, k, v, **options, **both)
-        return result
-    out, lse, routing = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, **options, **both)
-    return out[None], lse[None], Routing(routing.indices[None], routing.block_size)
+@dataclass(frozen=True)
+class _Call:
+    """What the transports are told beside tensors."""
+
+    shards: Shards
+    cu_seqlens: Tensor | None
+    scale: float | None
+    block_size: int
+    topk: int
+    keep_first: int
+    keep_recent: int
+    router: Router
+    backend: str
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The arguments that choose blocks."""
+        names = ("block_size", "topk", "keep_first", "keep_recent", "router", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def group_sizes(self, num_heads: int) -> list[int]:
+        """How many of some heads travel at a time."""
+        # A user's router may look at all heads at once.
+        count = 1 if callable(self.router) or len(self.shards.lengths) == 1 else min(HEAD_GROUPS, num_heads)
+        return [num_heads * (i + 1) // count - num_heads * i // count for i in range(count)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> _Results:
+        """Attention of q [B, T, H, D], the last of the keys [B, S, G, D], or within documents."""
+        options = {**self.selection, "scale": self.scale, "return_lse": True, "return_routing": True}
+        if cu_q is None:
+            out, lse, routing = moba_attention(q, k, v, **options)
+            return out, lse, routing.indices
+        out, lse, routing = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, **options)
+        return out[None], lse[None], routing.indices[None]
+
+    def replay(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over a routing [B, T, H, K] of these keys."""
+        out, lse = moba_attention(
+            q, k, v, block_size=self.block_size, topk=self.topk, scale=self.scale, backend=self.backend,
+            routing=Routing(indices, self.block_size), return_lse=True,
+        )  # fmt: skip
+        return out, lse
 
 
-def _by_gathering(
-    q: Tensor, k: Tensor, v: Tensor, shards: Shards, cu_seqlens: Tensor | None, scale: float | None, options: Any
-) -> tuple[Tensor, Tensor, Routing]:
-    rows = torch.cat([k, v], dim=-1).transpose(0, 1)  # [T, B, G, 2 D]
-    all_rows = torch.arange(rows.shape[0], device=q.device)
-    places = [all_rows if rank >= shards.rank else all_rows[:0] for rank in range(len(shards.lengths))]
+def _one_ahead(starts: list[Callable[[], Travel]]) -> Iterator[Tensor]:
+    """What each of these travels brings, the next one under way. The first begins now."""
+    first = starts[0]()
+
+    def arrivals() -> Iterator[Tensor]:
+        travel = first
+        for start in starts[1:]:
+            following = start()
+            yield travel.wait()
+            travel = following
+        yield travel.wait()
+
+    return arrivals()
+
+
+def _joined(parts: Iterator[tuple[Tensor, ...]], num_heads: int) -> tuple[Tensor, ...]:
+    """Tensors [B, T, H, ...] of all heads from those of groups of heads, each let go of at once without gradients."""
+    if torch.is_grad_enabled():
+        return tuple(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+    whole: tuple[Tensor, ...] = ()
+    first = 0
+    for part in parts:
+        whole = whole or tuple(x.new_empty(*x.shape[:2], num_heads, *x.shape[3:]) for x in part)
+        for x, some in zip(whole, part, strict=True):
+            x[:, :, first : first + some.shape[2]] = some
+        first += part[0].shape[2]
+    return whole
+
+
+def _gather(k: Tensor, v: Tensor, shards: Shards) -> Travel:
+    """Keys and values [B, T, heads, D] on their way to this rank and those behind: rows [T, B, heads, 2 D]."""
+    rows = torch.cat([k, v], dim=-1).transpose(0, 1)
+    everything, nothing = slice(None), slice(0)
+    places: list[Rows] = [everything if rank >= shards.rank else nothing for rank in range(len(shards.lengths))]
     counts = [length if rank <= shards.rank else 0 for rank, length in enumerate(shards.lengths)]
-    k, v = exchange(rows, places, counts, shards.group).transpose(0, 1).chunk(2, dim=-1)
-    if cu_seqlens is None:
-        return _attend(q, k, v, None, None, scale, options)
-    cu_q = cu_seqlens.clamp(shards.start, shards.stop) - shards.start
-    return _attend(q, k, v, cu_q, cu_seqlens.clamp(max=shards.stop), scale, options)
+    return Travel(rows, places, counts, shards.group)
 
 
-def _by_selecting(
-    q: Tensor, k: Tensor, v: Tensor, shards: Shards, scale: float | None, options: Any
-) -> tuple[Tensor, Tensor, Routing]:
-    block_size = options["block_size"]
+def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
+    shards, cu = call.shards, call.cu_seqlens
+    sizes = call.group_sizes(k.shape[2])
+    query_sizes = [size * (q.shape[2] // k.shape[2]) for size in sizes]
+    pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
+    arrivals = _one_ahead([partial(_gather, *pair, shards) for pair in pairs])
+    queries = q.split(query_sizes, dim=2)
+    if cu is not None or shards.inside_a_block(call.block_size) is not None:
+        cu_q = None if cu is None else cu.clamp(shards.start, shards.stop) - shards.start
+        cu_k = None if cu is None else cu.clamp(max=shards.stop)
+        attended = (
+            call.attend(of_q, *_keys_and_values(rows), cu_q, cu_k)
+            for of_q, rows in zip(queries, arrivals, strict=True)
+        )  # fmt: skip
+        out, lse, indices = _joined(attended, q.shape[2])
+        return out, lse, indices
+    indices = route(q, k, shards, call.selection).indices
+    chosen = indices.split(query_sizes, dim=2)
+    replayed = (
+        call.replay(of_q, *_keys_and_values(rows), blocks)
+        for of_q, rows, blocks in zip(queries, arrivals, chosen, strict=True)
+    )
+    out, lse = _joined(replayed, q.shape[2])
+    return out, lse, indices
+
+
+def _keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, B, heads, 2 D] -> two [B, S, heads, D]."""
+    k, v = rows.transpose(0, 1).chunk(2, dim=-1)
+    return k, v
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """The blocks of a group of g key/value heads that this rank's queries chose among those of the ranks before it.
+
+    Attributes:
+        row, slot, head: int64 [blocks], where each block that comes shall stand, in the order in which they come.
+        slots: int64 [N, B, g], where a chosen block stands among those that travel for its key/value head.
+        num_slots: M, the most of any key/value head.
+        counts: for each rank how many come from there.
+        places: for each rank, which of this rank's blocks go there: numbers of (block, row, head).
+    """
+
+    row: Tensor
+    slot: Tensor
+    head: Tensor
+    slots: Tensor
+    num_slots: int
+    counts: list[int]
+    places: list[Tensor]
+
+    def beside_own(self, blocks: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keys and values [B, M · block_size + T, g, 2 D]: the blocks [.., block_size, 2 D] that came, and this rank's.
+
+        Heads for which fewer than M blocks travelled have zeros, which no query chose.
+        """
+        came = blocks.new_zeros(k.shape[0], self.num_slots, k.shape[2], *blocks.shape[1:])
+        came = came.index_put((self.row, self.slot, self.head), blocks)
+        return torch.cat([came.transpose(2, 3).flatten(1, 2), torch.cat([k, v], dim=-1)], dim=1)
+
+    def renumbered(self, indices: Tensor) -> Tensor:
+        """The routing [B, T, H, K] of these heads' queries, among the keys of `beside_own`."""
+        num_before = self.slots.shape[0]
+        own = indices - num_before + self.num_slots
+        if num_before:
+            queries_per_head = indices.shape[2] // self.slots.shape[2]
+            table = self.slots.permute(1, 2, 0).repeat_interleave(queries_per_head, dim=1)  # [B, H, N]
+            place = indices.clamp(0, num_before - 1).long().transpose(1, 2).flatten(2)  # [B, H, T K]
+            travelled = table.gather(2, place).unflatten(2, (indices.shape[1], indices.shape[3])).transpose(1, 2)
+            own = torch.where(indices < num_before, travelled, own)
+        return torch.where(indices < 0, -1, own).to(torch.int32)
+
+
+def _by_selecting(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
+    shards, block_size = call.shards, call.block_size
     shards.require_whole_blocks(block_size)
-    routing = moba_route(q, _means_before(k, shards, options), num_keys=shards.stop, **options)
-    chosen = _chosen_before(routing, shards, k.shape[2])  # [N, B, G]
-    wanted = _tell_wishes(chosen, shards, block_size)
-    travelled = _fetch(k, v, chosen, wanted, shards, block_size)
-    num_before = shards.start // block_size
-    slots = chosen.long().cumsum(0) - 1  # among the blocks that travel for a key/value head
-    num_slots = int(slots[-1].max()) + 1 if num_before and slots.numel() else 0
-    block, row, head = chosen.nonzero(as_tuple=True)
-    before = travelled.new_zeros(k.shape[0], k.shape[2], num_slots, *travelled.shape[1:])
-    before = before.index_put((row, head, slots[block, row, head]), travelled)  # [B, G, M, block_size, 2 D]
-    own = torch.cat([k, v], dim=-1)
-    keys, values = torch.cat([before.flatten(2, 3).transpose(1, 2), own], dim=1).chunk(2, dim=-1)
-    local = _renumbered(routing.indices, slots, num_before, num_slots)
-    out, lse = moba_attention(
-        q, keys, values, block_size=block_size, topk=options["topk"], backend=options["backend"], scale=scale,
-        routing=Routing(local, block_size), return_lse=True,
-    )  # fmt: skip
-    return out, lse, routing
+    sizes = call.group_sizes(k.shape[2])
+    query_sizes = [size * (q.shape[2] // k.shape[2]) for size in sizes]
+    indices = route(q, k, shards, call.selection).indices
+    chosen = _chosen_before(indices, shards, block_size, k.shape[2])
+    # The host learns of every group what travels before the first one does, so that it need not wait in between.
+    wishes = _all_wishes(chosen, shards, sizes, block_size)
+    pairs = list(zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True))
+    arrivals = _one_ahead(
+        [partial(_fetch, *pair, wish, shards.group, block_size) for pair, wish in zip(pairs, wishes, strict=True)]
+    )
+    queries = zip(q.split(query_sizes, dim=2), indices.split(query_sizes, dim=2), strict=True)
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        for (of_q, of_all), (of_k, of_v), wish, blocks in zip(queries, pairs, wishes, arrivals, strict=True):
+            keys, values = wish.beside_own(blocks, of_k, of_v).chunk(2, dim=-1)
+            yield call.replay(of_q, keys, values, wish.renumbered(of_all))
+
+    out, lse = _joined(parts(), q.shape[2])
+    return out, lse, indices
 
 
-def _means_before(k: Tensor, shards: Shards, options: Any) -> Tensor:
-    """Means [B, blocks, G, D] of the finished blocks of all ranks up to this one."""
-    block_size = options["block_size"]
-    means = k.new_empty(k.shape[0], k.shape[1] // block_size, *k.shape[2:])
-    append_block_means(means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=options["backend"])
-    rows = means.transpose(0, 1).contiguous()
-    sends = [rows if rank >= shards.rank else rows[:0] for rank in range(len(shards.lengths))]
-    counts = [length // block_size if rank <= shards.rank else 0 for rank, length in enumerate(shards.lengths)]
-    return torch.cat(send_and_receive(sends, counts, shards.group)).transpose(0, 1)
-
-
-def _chosen_before(routing: Routing, shards: Shards, num_kv_heads: int) -> Tensor:
-    """Whether a block before this rank's was chosen by one of its queries, for each row and kv head: bool [N, B, G]."""
-    num_before = shards.start // routing.block_size
-    indices = routing.indices.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2)  # [B, G, all choices]
-    place = torch.where((indices >= 0) & (indices < num_before), indices, num_before).long()
-    chosen = torch.zeros(*indices.shape[:2], num_before + 1, dtype=torch.bool, device=indices.device)
-    return chosen.scatter_(2, place, True)[..., :num_before].permute(2, 0, 1)
-
-
-def _tell_wishes(chosen: Tensor, shards: Shards, block_size: int) -> list[Tensor]:
-    """Which of this rank's blocks each rank wants: for each rank bool [its blocks or none, B, G]."""
-    blocks = [length // block_size for length in shards.lengths]
-    wishes = list(chosen.to(torch.uint8).split([n if rank < shards.rank else 0 for rank, n in enumerate(blocks)]))
-    counts = [blocks[shards.rank] if rank > shards.rank else 0 for rank in range(len(blocks))]
-    return [rows.bool() for rows in send_and_receive(wishes, counts, shards.group)]
-
-
-def _fetch(k: Tensor, v: Tensor, chosen: Tensor, wanted: list[Tensor], shards: Shards, block_size: int) -> Tensor:
-    """Blocks of keys and values, in the order of `chosen.nonzero()`: [blocks, block_size, 2 D]."""
-    num_blocks = k.shape[1] // block_size
-    blocks = torch.cat([k, v], dim=-1)[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
-    rows = blocks.permute(1, 0, 3, 2, 4).flatten(0, 2)  # (block, row, head): [.., block_size, 2 D]
-    places = [rows_of.flatten().nonzero()[:, 0] for rows_of in wanted]
-    before = [length // block_size for length in shards.lengths[: shards.rank]]
-    counts = [int(part.sum()) for part in chosen.split(before)] if before else []
-    counts += [0] * (len(shards.lengths) - len(counts))
-    return exchange(rows, places, counts, shards.group)
-
-
-def _renumbered(indices: Tensor, slots: Tensor, num_before: int, num_slots: int) -> Tensor:
-    """The routing [B, T, H, K] among the blocks that travelled and this rank's own.
+def _chosen_before(indices: Tensor, shards: Shards, block_size: int, num_kv_heads: int) -> Tensor:
+    """Whether a block before this rank's was chosen by one of its queries, for each row and kv head: bool [N, B, G].
 
     Args:
-        slots: int64 [N, B, G], where a chosen block stands among those that travelled for its key/value head.
+        indices: int32 [B, T, H, K].
     """
-    own = indices - num_before + num_slots
-    if num_before:
-        group = indices.shape[2] // slots.shape[2]
-        table = slots.permute(1, 2, 0).repeat_interleave(group, dim=1)  # [B, H, N]
-        place = indices.clamp(0, num_before - 1).long().transpose(1, 2).flatten(2)  # [B, H, T K]
-        travelled = table.gather(2, place).unflatten(2, (indices.shape[1], indices.shape[3])).transpose(1, 2)
-        own = torch.where(indices < num_before, travelled, own)
-    return torch.where(indices < 0, -1, own).to(torch.int32)
+    num_before = shards.start // block_size
+    chosen = torch.zeros(
+        num_kv_heads, indices.shape[0], num_before + 1, dtype=torch.bool, device=indices.device
+    )  # fmt: skip
+    for of_head, of_queries in zip(chosen, indices.chunk(num_kv_heads, dim=2), strict=True):
+        is_before = (of_queries >= 0) & (of_queries < num_before)
+        of_head.scatter_(1, torch.where(is_before, of_queries, num_before).flatten(1).long(), True)
+    return chosen[..., :num_before].permute(2, 1, 0)
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, shards: Shards, cu_seqlens: Tensor | None, scale: float | None, options: Any
-) -> tuple[Tensor, Tensor, Routing]:
-    q, k, v = (_to_heads(x, shards) for x in (q, k, v))
-    out, lse, routing = _attend(q, k, v, cu_seqlens, cu_seqlens, scale, options)
-    indices = _to_tokens(routing.indices, shards)
-    return _to_tokens(out, shards), _to_tokens(lse[..., None], shards)[..., 0], Routing(indices, routing.block_size)
+def _all_wishes(chosen: Tensor, shards: Shards, sizes: list[int], block_size: int) -> list[_Wishes]:
+    """What travels, for each group of key/value heads, of the blocks [N, B, G] that this rank and all others chose."""
+    blocks = [length // block_size for length in shards.lengths]
+    ranks_before = [count if rank < shards.rank else 0 for rank, count in enumerate(blocks)]
+    mine = [blocks[shards.rank] if rank > shards.rank else 0 for rank in range(len(blocks))]
+    wanted = send_and_receive(chosen.to(torch.uint8).split(ranks_before), mine, shards.group).bool()
+    wishes = []
+    for of_heads, wanted_of_heads in zip(chosen.split(sizes, dim=2), wanted.split(sizes, dim=2), strict=True):
+        slots = of_heads.long().cumsum(0) - 1
+        block, row, head = of_heads.nonzero(as_tuple=True)
+        wishes.append(
+            _Wishes(
+                row, slots[block, row, head], head, slots,
+                num_slots=int(slots[-1].max()) + 1 if slots.numel() else 0,
+                counts=[int(part.sum()) for part in of_heads.split(ranks_before)],
+                places=[part.flatten().nonzero()[:, 0] for part in wanted_of_heads.split(mine)],
+            )
+        )  # fmt: skip
+    return wishes
 
 
-def _to_heads(x: Tensor, shards: Shards) -> Tensor:
-    """[B, T, heads, ...] of this rank's tokens -> [B, S, heads / ranks, ...] of this rank's heads."""
-    num_ranks = len(shards.lengths)
-    rows = x.unflatten(2, (num_ranks, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # (rank, token)
-    places = list(torch.arange(rows.shape[0], device=x.device).split(x.shape[1])) if x.shape[1] else []
-    places = places or [torch.arange(0, device=x.device)] * num_ranks
-    return exchange(rows, places, list(shards.lengths), shards.group).transpose(0, 1)
+def _fetch(k: Tensor, v: Tensor, wish: _Wishes, group: ProcessGroup, block_size: int) -> Travel:
+    """Chosen blocks of keys and values [B, T, heads, D] on their way: rows of [block_size, 2 D]."""
+    num_blocks = k.shape[1] // block_size
+    blocks = torch.cat([k, v], dim=-1)[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
+    rows = blocks.permute(1, 0, 3, 2, 4).flatten(0, 2)  # (block, row, head)
+    return Travel(rows, wish.places, wish.counts, group)
 
 
-def _to_tokens(x: Tensor, shards: Shards) -> Tensor:
-    """The inverse of `_to_heads`."""
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
+    shards, cu = call.shards, call.cu_seqlens
+    num_ranks, group = len(shards.lengths), q.shape[2] // k.shape[2]
+    sizes = [size * num_ranks for size in call.group_sizes(k.shape[2] // num_ranks)]
+    parts = zip(
+        q.split([size * group for size in sizes], dim=2), k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True
+    )
+    returning: list[list[Travel]] = []
+    for size, rows in zip(sizes, _one_ahead([partial(_to_heads, part, shards) for part in parts]), strict=True):
+        counts = [size * group // num_ranks, size // num_ranks, size // num_ranks]
+        of_q, of_k, of_v = rows.transpose(0, 1).split(counts, dim=2)
+        returning.append([_to_tokens(x, shards) for x in call.attend(of_q, of_k, of_v, cu, cu)])
+    arrived = (tuple(_arrived_tokens(travel, shards) for travel in travels) for travels in returning)
+    out, lse, indices = _joined(arrived, q.shape[2])
+    return out, lse, indices
+
+
+def _to_heads(tensors: tuple[Tensor, ...], shards: Shards) -> Travel:
+    """Tensors [B, T, heads, D] of this rank's tokens on their way: rows [S, B, heads of all / ranks, D] will come."""
     num_ranks, num_tokens = len(shards.lengths), shards.lengths[shards.rank]
-    rows = x.transpose(0, 1)
-    places = list(torch.arange(rows.shape[0], device=x.device).split(shards.lengths))
-    received = exchange(rows, places, [num_tokens] * num_ranks, shards.group)
-    return received.unflatten(0, (num_ranks, num_tokens)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    rows = torch.cat([x.unflatten(2, (num_ranks, -1)) for x in tensors], dim=3).permute(2, 1, 0, 3, 4).flatten(0, 1)
+    places: list[Rows] = [slice(rank * num_tokens, (rank + 1) * num_tokens) for rank in range(num_ranks)]
+    return Travel(rows, places, shards.lengths, shards.group, is_partition=True)
+
+
+def _to_tokens(x: Tensor, shards: Shards) -> Travel:
+    """[B, S, heads / ranks, ...] of this rank's heads on their way: [ranks · T, B, heads / ranks, ...] will come."""
+    starts = [sum(shards.lengths[:rank]) for rank in range(len(shards.lengths))]
+    places: list[Rows] = [slice(i, i + length) for i, length in zip(starts, shards.lengths, strict=True)]
+    counts = [shards.lengths[shards.rank]] * len(shards.lengths)
+    return Travel(x.transpose(0, 1), places, counts, shards.group, is_partition=True)
+
+
+def _arrived_tokens(travel: Travel, shards: Shards) -> Tensor:
+    """[B, T, heads, ...] of this rank's tokens from what `_to_tokens` brought."""
+    rows = travel.wait()
+    per_rank = rows.unflatten(0, (len(shards.lengths), shards.lengths[shards.rank]))
+    return per_rank.movedim(0, 2).transpose(0, 1).flatten(2, 3)

@@ -1,7 +1,12 @@
-"""Rows that travel between ranks, forward and, as gradients, back."""
+"""Rows that travel between ranks while something else is computed, forward and, as gradients, back.
+
+NCCL moves them on a stream of its own: the GPU computes on what came before until `Travel.wait` orders its stream
+behind the transfer, and the host never waits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,67 +16,144 @@ from torch.distributed import ProcessGroup
 
 from moba.routing import accumulation_dtype
 
+# Rows of a tensor: their numbers (int64), or a contiguous range.
+Rows = Tensor | slice
 
-def send_and_receive(sends: list[Tensor], counts: list[int], group: ProcessGroup) -> list[Tensor]:
-    """Exchange rows with every rank of a group.
+
+class _Transfer:
+    """One exchange with every rank of a group, under way until `finish` returns what came: for each rank its rows.
 
     Args:
-        sends: for each rank the rows [*, ...] that go there; this rank's own stay.
+        sends: for each rank the rows [*, ...] that go there; this rank's own are copied.
+        counts: for each rank how many rows come from there.
+    """
+
+    def __init__(self, sends: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> None:
+        me = group.rank()
+        self.received = sends[me].new_empty(sum(counts), *sends[me].shape[1:])
+        parts = self.received.split(list(counts))
+        parts[me].copy_(sends[me])
+        # Held until the transfer is over: the allocator must not give their memory away before.
+        self._sends = [rows.contiguous() if peer != me else rows[:0] for peer, rows in enumerate(sends)]
+        operations = []
+        for peer in range(group.size()):
+            if peer == me:
+                continue
+            place = dist.get_global_rank(group, peer)
+            if self._sends[peer].numel():
+                operations.append(dist.P2POp(dist.isend, self._sends[peer], place, group))
+            if parts[peer].numel():
+                operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    def finish(self) -> Tensor:
+        """What came, [sum of counts, ...], in the ranks' order."""
+        for work in self._works:
+            work.wait()
+        self._works, self._sends = [], []
+        return self.received
+
+
+def send_and_receive(sends: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Exchange rows with every rank of a group, without gradients.
+
+    Args:
+        sends: for each rank the rows [*, ...] that go there; this rank's own are copied.
         counts: for each rank how many rows come from there.
 
     Returns:
-        For each rank the rows that came from there.
+        What came, [sum of counts, ...], in the ranks' order.
     """
-    me = group.rank()
-    received = [rows.new_empty(count, *rows.shape[1:]) for rows, count in zip(sends, counts, strict=True)]
-    received[me] = sends[me]
-    operations = []
-    for peer in range(group.size()):
-        if peer == me:
-            continue
-        place = dist.get_global_rank(group, peer)
-        if sends[peer].numel():
-            operations.append(dist.P2POp(dist.isend, sends[peer].contiguous(), place, group))
-        if received[peer].numel():
-            operations.append(dist.P2POp(dist.irecv, received[peer], place, group))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    return received
+    return _Transfer(sends, counts, group).finish()
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: ProcessGroup, counts: list[int], *places: Tensor) -> Tensor:
-        ctx.group, ctx.counts, ctx.num_rows = group, counts, rows.shape[0]
-        ctx.save_for_backward(*places)
-        taken = {id(place): rows[place] for place in places}  # once, where several ranks get the same
-        return torch.cat(send_and_receive([taken[id(place)] for place in places], counts, group))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        places = ctx.saved_tensors
-        returned = send_and_receive(
-            list(gradient.split(ctx.counts)), [place.numel() for place in places], ctx.group
-        )  # fmt: skip
-        total = gradient.new_zeros(
-            ctx.num_rows, *gradient.shape[1:], dtype=accumulation_dtype(gradient.dtype)
-        )  # fmt: skip
-        for place, part in zip(places, returned, strict=True):
-            total[place] += part
-        return total.to(gradient.dtype), None, None, *(None,) * len(places)
-
-
-def exchange(rows: Tensor, places: list[Tensor], counts: list[int], group: ProcessGroup) -> Tensor:
-    """Send each rank some of this rank's rows, and return those that came: [sum of counts, ...], in the ranks' order.
+class Travel:
+    """Rows of this rank on their way to others, and theirs to here, from now on.
 
     Args:
-        rows: [n, ...]. places: int64, for each rank the numbers of the rows that go there, none twice; also for this
-            rank, whose rows are copied.
+        rows: [n, ...]; differentiable.
+        places: for each rank the rows that go there, none twice; also for this rank, whose rows are copied.
         counts: for each rank how many rows come from there.
+        group: the process group, all of whose ranks do the same.
+        is_partition: whether every row goes to exactly one rank, so that no gradients need to be added.
 
     Numerics: the gradients of a row that went to several ranks are added in fp32 (fp64 for fp64), in the ranks' order,
         and rounded once: they repeat bit for bit.
     """
-    received: Tensor = _Exchange.apply(rows, group, counts, *places)
-    return received
+
+    def __init__(
+        self,
+        rows: Tensor,
+        places: Sequence[Rows],
+        counts: Sequence[int],
+        group: ProcessGroup,
+        *,
+        is_partition: bool = False,
+    ) -> None:
+        self._places, self._counts, self._group, self._is_partition = places, list(counts), group, is_partition
+        self._lengths = [_num_rows(place, rows.shape[0]) for place in places]
+        self._num_rows = rows.shape[0]
+        self._transfer: _Transfer | None = None
+        self._ticket: Tensor | None = _Send.apply(rows, self)
+
+    def wait(self) -> Tensor:
+        """What came, [sum of counts, ...], in the ranks' order; to be called once."""
+        ticket, self._ticket = self._ticket, None
+        arrived: Tensor = _Receive.apply(ticket, self)
+        return arrived
+
+    def start(self, rows: Tensor) -> None:
+        """Send rows [n, ...]."""
+        rows = rows.contiguous()
+        self._transfer = _Transfer([rows[place] for place in self._places], self._counts, self._group)
+
+    def start_back(self, gradient: Tensor) -> None:
+        """Send the gradient of what came back to where it came from."""
+        self._transfer = _Transfer(gradient.split(self._counts), self._lengths, self._group)
+
+    def finish(self) -> Tensor:
+        """What came."""
+        assert self._transfer is not None
+        transfer, self._transfer = self._transfer, None
+        return transfer.finish()
+
+    def finish_back(self) -> Tensor:
+        """The gradient of the rows, from those of all ranks that they went to."""
+        parts = self.finish().split(self._lengths)
+        dtype = parts[0].dtype if self._is_partition else accumulation_dtype(parts[0].dtype)
+        total = parts[0].new_zeros(self._num_rows, *parts[0].shape[1:], dtype=dtype)
+        for place, part in zip(self._places, parts, strict=True):
+            total[place] += part
+        return total.to(parts[0].dtype)
+
+
+def _num_rows(place: Rows, num_rows: int) -> int:
+    return len(range(num_rows)[place]) if isinstance(place, slice) else place.numel()
+
+
+class _Send(torch.autograd.Function):
+    """Rows -> a ticket for what will come. Backward waits for the gradients that `_Receive` sent."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        travel.start(rows)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None]:
+        return ctx.travel.finish_back(), None
+
+
+class _Receive(torch.autograd.Function):
+    """A ticket -> what came. Backward sends the gradients on their way and does not wait."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.finish()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.start_back(gradient.contiguous())
+        return gradient.new_empty(0), None

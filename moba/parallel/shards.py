@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,17 +46,21 @@ class Shards:
         """Length of the whole sequence."""
         return sum(self.lengths)
 
+    def inside_a_block(self, block_size: int) -> int | None:
+        """The first rank whose tokens begin inside a block, None if there is none."""
+        starts = (sum(self.lengths[:rank]) for rank in range(len(self.lengths)))
+        inside = (rank for rank, start in enumerate(starts) if start % block_size and self.lengths[rank])
+        return next(inside, None)
+
     def require_whole_blocks(self, block_size: int) -> None:
         """Raise a ValueError, on all ranks alike, unless every shard begins where a block does."""
-        start = 0
-        for rank, length in enumerate(self.lengths):
-            if length and start % block_size:
-                raise ValueError(
-                    f'transport="selective" needs shards that begin where a block of {block_size} does; rank {rank} '
-                    f"begins at position {start} (lengths {list(self.lengths)}). Give every rank but the last a "
-                    'multiple of block_size tokens, or take transport="gather"'
-                )
-            start += length
+        rank = self.inside_a_block(block_size)
+        if rank is not None:
+            raise ValueError(
+                f'transport="selective" needs shards that begin where a block of {block_size} does; rank {rank} '
+                f"begins at position {sum(self.lengths[:rank])} (lengths {list(self.lengths)}). Give every rank but "
+                'the last a multiple of block_size tokens, or take transport="gather"'
+            )
 
 
 def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
@@ -76,12 +81,22 @@ def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
     return default
 
 
-def agree(q: Tensor, device: torch.device, group: ProcessGroup, settings: Callable[[], dict[str, int]]) -> Shards:
+def float_bits(value: float | None) -> int:
+    """A number that differs where floats do."""
+    return -1 if value is None else struct.unpack("q", struct.pack("d", value))[0]
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """An int64 scalar on the tensor's device that differs, but for rare accidents, where whole numbers [n] differ."""
+    mixed = (x.long() + 1) * (torch.arange(x.numel(), device=x.device) * 2654435761 + 97)
+    return (mixed ^ (mixed >> 29)).sum()
+
+
+def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], dict[str, int | Tensor]]) -> Shards:
     """Tell all ranks what this one has, and check that it fits what they have.
 
     Args:
         q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
-        device: where the group's ranks exchange numbers.
         settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
             learns of its ValueError, so that none waits for a rank that gave up.
 
@@ -98,8 +113,11 @@ def agree(q: Tensor, device: torch.device, group: ProcessGroup, settings: Callab
     except ValueError as error:
         problem, same, mine = error, {}, [0]
     row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
-    row[: len(mine)] = torch.tensor(mine)
-    row = row.to(device)
+    row[: len(mine)] = torch.tensor([0 if isinstance(number, Tensor) else number for number in mine])
+    row = row.to(_control_device(q, group))
+    for place, number in enumerate(mine):
+        if isinstance(number, Tensor):
+            row[place] = number  # on the device, so that the host waits once
     rows = [torch.empty_like(row) for _ in range(group.size())]
     dist.all_gather(rows, row, group=group)
     table = torch.stack(rows).tolist()
@@ -109,7 +127,16 @@ def agree(q: Tensor, device: torch.device, group: ProcessGroup, settings: Callab
         raise ValueError(f"ranks {invalid} were given something that is not valid; their own message says what")
     for column, name in enumerate(same, start=2):
         values = [numbers[column] for numbers in table]
+        if len(set(values)) > 1 and name == "cu_seqlens":
+            raise ValueError(f"the ranks disagree on cu_seqlens: give ranks 0 to {group.size() - 1} the same bounds")
         if len(set(values)) > 1:
             shown = [str(DTYPES[value]) for value in values] if name == "dtype" else values
             raise ValueError(f"the ranks disagree on {name}: {shown} on ranks 0 to {group.size() - 1}")
     return Shards(tuple(numbers[1] for numbers in table), group.rank(), group)
+
+
+def _control_device(q: object, group: ProcessGroup) -> torch.device:
+    """Where the ranks of a group exchange numbers, also with one that was given nothing sensible."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return q.device if isinstance(q, Tensor) else torch.device("cpu")
