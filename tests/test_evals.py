@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from tiny_models import random_tokens, tiny_model
 
 from moba import MoBAConfig, register_moba
+from moba.cli.eval_setup import setting_name
 from moba.cli.options import Backend, choose_config
-from moba.evals.language import append_copy, copy_recall, perplexity, summarise, token_losses
-from moba.hf import set_moba_config
+from moba.evals.language import append_copy, copy_recall, perplexity, summarise
+from moba.evals.reader import Reader, reading_order
+from moba.hf import add_key_convolution, set_moba_config
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +34,97 @@ def test_losses_are_those_of_one_forward_pass(model, attention, chunk_tokens):
     tokens = random_tokens(1, 61)
     with torch.no_grad():
         expected = F.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="none")
-    losses = token_losses(model, tokens[0], chunk_tokens=chunk_tokens)
+    losses = Reader(model, chunk_tokens=chunk_tokens).losses(tokens[0])
     assert losses.shape == (60,)
     # fp32 sums in another order, through layers of deliberately large weights.
     assert torch.allclose(losses, expected, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def models():
+    """Models whose caches differ: by name, in fp64, so that other chunks give the same to within 1e-4 in fp32."""
+    register_moba(None)
+    made = {name: tiny_model().double() for name in ("full", "mean", "unrotated", "convolved", "sliding")}
+    add_key_convolution(made["convolved"])
+    with torch.no_grad():
+        for name, weight in made["convolved"].named_parameters():
+            if "key_convolution" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(3))
+    for name, model in made.items():
+        set_moba_config(
+            model,
+            MoBAConfig(4, 3, router="unrotated" if name == "unrotated" else "mean",
+                       full_layers=3 if name == "full" else 0, decode="moba"),
+        )  # fmt: skip
+        model.set_attn_implementation("moba")
+    made["sliding"] = tiny_model("Mistral", sliding_window=16).double()
+    return made
+
+
+def forward_tokens(model):
+    """A list that grows by the number of tokens of each forward pass."""
+    counts = []
+    model.register_forward_pre_hook(
+        lambda module, args, options: counts.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    return counts
+
+
+TEXTS = [random_tokens(1, 90)[0][:length].clone() for length in (70, 90, 40, 70, 66)]
+TEXTS[1][50:] = TEXTS[1][50:].flip(0)
+TEXTS[3][22:] = TEXTS[0][:48]
+TEXTS[4] = TEXTS[0][:66]
+
+
+@pytest.mark.parametrize("name", ["full", "mean", "unrotated", "convolved", "sliding"])
+def test_what_texts_begin_with_is_read_once(models, name):
+    model = models[name]
+    counts = forward_tokens(model)
+    reader = Reader(model, chunk_tokens=16)
+    for i in reading_order(TEXTS):
+        logits = [reader.read(TEXTS[i]), reader.step(5), reader.step(9)]
+        assert sum(counts) == reader.num_read
+        num_read = reader.num_read
+        fresh = Reader(model, chunk_tokens=128)
+        expected = [fresh.read(TEXTS[i]), fresh.step(5), fresh.step(9)]
+        for got, want in zip(logits, expected, strict=True):
+            assert torch.allclose(got, want, atol=1e-4)
+        del counts[-3:]
+    beginnings = {tuple(text[:n].tolist()) for text in TEXTS for n in range(1, len(text) + 1)}
+    in_all, steps = sum(map(len, TEXTS)), 2 * len(TEXTS)
+    if name in ("full", "mean", "unrotated"):
+        assert num_read == len(beginnings) + steps <= in_all / 2
+    else:
+        assert num_read < in_all + steps or name == "sliding", "what is only gone on from needs no cropping"
+
+
+@pytest.mark.parametrize("name", ["full", "mean", "unrotated", "convolved", "sliding"])
+def test_losses_of_texts_that_begin_alike(models, name):
+    reader = Reader(models[name], chunk_tokens=16)
+    reader.read(TEXTS[2])
+    for text in [*TEXTS, TEXTS[4], TEXTS[0]]:
+        assert torch.allclose(reader.losses(text), Reader(models[name]).losses(text), atol=1e-4)
+    reader.read(TEXTS[1])
+    assert torch.allclose(reader.losses(TEXTS[1]), Reader(models[name]).losses(TEXTS[1]), atol=1e-4)
+
+
+def test_several_copies_of_one_text_read_it_once(models):
+    tokens = random_tokens(1, 80)[0]
+    reader = Reader(models["mean"])
+    for distance in (20, 40, 60):
+        record = copy_recall(reader, tokens, num_copied=8, distance=distance)
+        assert record == pytest.approx(
+            copy_recall(Reader(models["mean"]), tokens, num_copied=8, distance=distance), rel=1e-4
+        )
+    assert reader.num_read == 80 + 8 + 2 * (8 + 1)
+
+
 def test_attention_matters_to_the_losses(model):
     tokens = random_tokens(1, 61)[0]
     model.set_attn_implementation("sdpa")
-    dense = token_losses(model, tokens)
+    dense = Reader(model).losses(tokens)
     model.set_attn_implementation("moba")
-    assert (token_losses(model, tokens) - dense).abs().max() > 0.1
+    assert (Reader(model).losses(tokens) - dense).abs().max() > 0.1
 
 
 def test_summary_of_known_losses():
@@ -57,7 +138,7 @@ def test_summary_of_known_losses():
 
 def test_perplexity_summarises_the_model_s_losses(model):
     tokens = random_tokens(1, 50)[0]
-    assert perplexity(model, tokens, last=10) == summarise(token_losses(model, tokens), last=10)
+    assert perplexity(Reader(model), tokens, last=10) == summarise(Reader(model).losses(tokens), last=10)
 
 
 def test_copy_is_appended_from_the_given_distance():
@@ -68,8 +149,8 @@ def test_copy_is_appended_from_the_given_distance():
 
 def test_copy_recall_looks_at_the_copies(model):
     tokens = random_tokens(1, 40)[0]
-    record = copy_recall(model, tokens, num_copied=6, distance=20)
-    losses = token_losses(model, append_copy(tokens, num_copied=6, distance=20))
+    record = copy_recall(Reader(model), tokens, num_copied=6, distance=20)
+    losses = Reader(model).losses(append_copy(tokens, num_copied=6, distance=20))
     # Losses have no entry for the first token: loss i is that of token i + 1, and the copy's own first one is left out.
     assert record["perplexity_second"] == pytest.approx(losses[40:].mean().exp().item())
     assert record["perplexity_first"] == pytest.approx(losses[20:25].mean().exp().item())
@@ -97,7 +178,7 @@ class Rememberer(torch.nn.Module):
 
 
 def test_copy_recall_is_low_for_a_model_that_remembers():
-    record = copy_recall(Rememberer(), torch.randperm(100)[:80], num_copied=20, distance=40, chunk_tokens=16)
+    record = copy_recall(Reader(Rememberer(), chunk_tokens=16), torch.randperm(100)[:80], num_copied=20, distance=40)
     assert record["perplexity_second"] < 1.01
     assert record["perplexity_first"] > 50
 
@@ -111,20 +192,18 @@ def test_the_passage_must_lie_in_the_text(num_copied, distance):
 @pytest.mark.parametrize("tokens", [torch.zeros(1, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)])
 def test_losses_need_a_sequence(model, tokens):
     with pytest.raises(ValueError, match="tokens"):
-        token_losses(model, tokens)
+        Reader(model).losses(tokens)
 
 
 def test_the_command_lines_default_is_the_choice_of_the_quality_table():
-    results = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "quality.json").read_text())
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "quality" / "sparsity.jsonl"
     losses, share = {}, {}
-    for row in results["rows"]:
-        setting = json.dumps(row["config"])
-        losses.setdefault(setting, []).append(math.log(row["perplexity"]))
-        share[setting] = row["keys_read"]
-    documents = len(losses["null"])
-    means = {setting: sum(values) / documents for setting, values in losses.items() if len(values) == documents}
-    within = [setting for setting, mean in means.items() if mean <= means["null"] + math.log(1.05)]
-    sparsest = json.loads(min(within, key=lambda setting: share[setting]))
-    assert share[json.dumps(sparsest)] <= 0.35
-    default = choose_config(None, Backend.auto, None).config
-    assert MoBAConfig.from_dict(sparsest) == default
+    for row in map(json.loads, results.read_text().splitlines()[1:]):
+        losses.setdefault(row["attention"], []).append(math.log(row["perplexity"]))
+        share[row["attention"]] = row["keys_read"]
+    means = {setting: sum(values) / 2 for setting, values in losses.items() if len(values) == 2}
+    within = [setting for setting, mean in means.items() if mean <= means["full"] + math.log(1.05)]
+    sparsest = min(within, key=lambda setting: share[setting])
+    assert share[sparsest] <= 0.35
+    assert setting_name(choose_config(None, Backend.auto, None).config) == sparsest
+    assert f"above full attention's: {sparsest}." in results.with_suffix(".md").read_text()

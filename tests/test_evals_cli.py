@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_folder import save_tiny_model, words
 
+from moba import MoBAConfig
 from moba.cli import main
+from moba.cli.eval_setup import parse_settings, setting_name
+from moba.cli.options import Choice
 from moba.data.build import Text, Unit, build
-from moba.evals.language import token_losses
+from moba.evals.reader import Reader
 from moba.evals.texts import haystack_text, long_documents
+from moba.generation import num_keys_read
 from moba.models import load_model, load_tokenizer
 
 
@@ -37,10 +42,21 @@ def evaluate(capsys, tmp_path, model):
     return run
 
 
+MOBA = "8x3 first=1"
+
+
 def records(tmp_path, name):
-    settings, *rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    first, *rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
     assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    return settings["settings"], rows
+    summary = (tmp_path / "out" / f"{name}.md").read_text()
+    assert {"device", "versions", "commit", "command", "date", "dtype"} == {*first["made_on"]} - {"threads"}
+    assert all(f"- {key}: {value}" in summary for key, value in first["made_on"].items())
+    assert all(row["attention"] in summary for row in rows)
+    return first["settings"], rows
+
+
+def without_time(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
 
 
 def test_needle_fills_the_grid_and_goes_on(evaluate, tmp_path):
@@ -48,18 +64,17 @@ def test_needle_fills_the_grid_and_goes_on(evaluate, tmp_path):
     code, out, err = evaluate(*args)
     assert code == 0, err
     settings, rows = records(tmp_path, "needle")
-    assert settings["config"]["block_size"] == 8
+    assert settings["task"]["num_digits"] == 5
     cells = [(row["attention"], row["length"], row["depth"]) for row in rows]
-    assert sorted(cells) == sorted((a, n, d) for a in ("sdpa", "moba") for n in (64, 100) for d in (0, 0.5, 1))
-    assert "full attention: found" in out
+    assert sorted(cells) == sorted((a, n, d) for a in ("full", MOBA) for n in (64, 100) for d in (0, 0.5, 1))
+    assert "full: found" in out
+    assert sum(row["num_read"] for row in rows) < 0.8 * 6 * (64 + 100)
     path = tmp_path / "out" / "needle.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:6]) + "\n" + '{"attention": "mo')
+    path.write_text("\n".join(path.read_text().splitlines()[:6]) + "\n" + '{"attention": "fu')
     code, again, err = evaluate(*args)
     assert "5 of 12 measured before" in err
     assert again == out
-    assert {key: value for key, value in records(tmp_path, "needle")[1][7].items() if key != "seconds"} == {
-        key: value for key, value in rows[7].items() if key != "seconds"
-    }
+    assert without_time(records(tmp_path, "needle")[1][8]) == without_time(rows[8])
     code, _, err = evaluate(*args, "--task", "passkey")
     assert code == 2
     assert "made with another task" in err
@@ -70,23 +85,29 @@ def test_loss_by_position_is_that_of_the_model(evaluate, tmp_path, model):
     assert code == 0, err
     rows = {row["attention"]: row for row in records(tmp_path, "loss")[1]}
     loaded, tokenizer = load_model(str(model))
-    losses = token_losses(loaded, torch.tensor(tokenizer(words(120))["input_ids"]))
-    assert rows["sdpa"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert rows["sdpa"]["perplexity_last"] == pytest.approx(losses[-40:].mean().exp().item(), rel=1e-3)
-    assert rows["moba"]["loss"] != rows["sdpa"]["loss"]
+    losses = Reader(loaded).losses(torch.tensor(tokenizer(words(120))["input_ids"]))
+    assert rows["full"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert rows["full"]["perplexity_last"] == pytest.approx(losses[-40:].mean().exp().item(), rel=1e-3)
+    assert rows[MOBA]["loss"] != rows["full"]["loss"]
     assert f"{losses.mean().item():.4f}" in out
 
 
 def test_sparsity_measures_full_attention_and_every_setting(evaluate, tmp_path):
-    code, out, err = evaluate("sparsity", "--settings", "8x2,8x4,16x16", "--length", 192)
+    settings = "8x2 first=0, 8x4 first=0 router=shared, 16x16, 8x8 first=0 router=top_p=0.1"
+    code, out, err = evaluate("sparsity", "--settings", settings, "--length", 192)
     assert code == 0, err
-    rows = {row["setting"]: row for row in records(tmp_path, "sparsity")[1]}
-    assert list(rows) == ["full", "8x2", "8x4", "16x16"]
-    assert rows["full"]["keys_read"] == rows["16x16"]["keys_read"] == 1
-    assert rows["8x2"]["keys_read"] < rows["8x4"]["keys_read"] < 1
-    assert rows["16x16"]["perplexity"] == pytest.approx(rows["full"]["perplexity"], rel=1e-3)
+    rows = {row["attention"]: row for row in records(tmp_path, "sparsity")[1]}
+    names = ["full", "8x2", "8x4 router=shared", "16x16 first=1", "8x8 router=top_p=0.1"]
+    assert list(rows) == names
+    read = [rows[name]["keys_read"] for name in names]
+    assert read[0] == read[3] == 1
+    assert read[1] < read[2] < 1
+    budget = MoBAConfig(8, 8, router="top_p=0.1")
+    assert 0.05 < read[4] < num_keys_read(budget, 3, 192)[0] / num_keys_read(None, 3, 192)[0]
+    assert rows["16x16 first=1"]["perplexity"] == pytest.approx(rows["full"]["perplexity"], rel=1e-3)
     assert abs(math.log(rows["8x2"]["perplexity"] / rows["full"]["perplexity"])) > 1e-3
     assert "above full" in out
+    assert "at most 5% above full attention's" in (tmp_path / "out" / "sparsity.md").read_text()
 
 
 def test_copy_recall_by_distance(evaluate, tmp_path):
@@ -94,17 +115,21 @@ def test_copy_recall_by_distance(evaluate, tmp_path):
     assert code == 0, err
     rows = records(tmp_path, "copy")[1]
     assert [(row["attention"], row["distance"]) for row in rows] == [
-        ("sdpa", 40), ("sdpa", 100), ("moba", 40), ("moba", 100),
+        ("full", 40), ("full", 100), (MOBA, 40), (MOBA, 100),
     ]  # fmt: skip
 
 
 def test_routing_measures_layers_and_heads(evaluate, tmp_path):
-    code, out, err = evaluate("routing", "--length", 120, "--prompts", 2)
+    settings = "8x3, 8x3 router=unrotated full=0, 8x3 first=0 full=1"
+    code, _, err = evaluate("routing", "--length", 120, "--prompts", 2, "--settings", settings)
     assert code == 0, err
     _, rows = records(tmp_path, "routing")
-    assert [len(row["heads"]) for row in rows] == [12, 12]
+    names = [MOBA, "8x3 first=1 router=unrotated", "8x3 full=1"]
+    assert [row["attention"] for row in rows] == [name for name in names for _ in range(2)]
+    assert [len(row["heads"]) for row in rows] == [12, 12, 12, 12, 8, 8]
+    assert len({rows[0]["covered"], rows[2]["covered"], rows[4]["covered"]}) == 3
     assert all(0 < head["covered"] <= head["best"] + 1e-6 <= 1 + 1e-5 for row in rows for head in row["heads"])
-    assert "needle's block chosen" in out
+    assert "needle chosen" in (tmp_path / "out" / "routing.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -112,8 +137,18 @@ def test_routing_measures_layers_and_heads(evaluate, tmp_path):
     [
         (("needle", "--lengths", "8K"), "context is 256"),
         (("needle", "--lengths", "no"), "1K,8K,100000"),
-        (("loss", "--length", 250), "no document has 250"),
-        (("sparsity", "--settings", "8-3"), "128x4,512x3"),
+        (("loss", "--length", 250), "short.txt has 100 tokens, 250 are needed"),
+        (
+            ("loss", "--length", 90, "--text", "1848-Pork-1"),
+            "a file or the name of an address such as 1848-Polk-1, got '1848-Pork-1'",
+        ),
+        (("loss", "--length", 90, "--data", "x"), "give either data or text, not both"),
+        (("sparsity", "--settings", "8-3"), "a list such as '128x4, 512x3"),
+        (("needle", "--settings", "8x3 last=3"), "got '8x3 last=3'; valid words: first, recent, full, router, decode"),
+        (("needle", "--settings", "8x3 first=x"), "got '8x3 first=x'"),
+        (("needle", "--settings", "8x3 router=no"), "router must be"),
+        (("needle", "--settings", "8x3,"), "got ''"),
+        (("routing", "--compare"), "full attention chooses no blocks"),
         (("routing", "--length", 24, "--topk", 16), "length must exceed|no query a choice"),
     ],
 )
@@ -147,3 +182,24 @@ def test_addresses_are_the_haystack():
     assert len(documents) == 2
     assert documents[0][1].numel() == 512
     assert documents[0][0] != documents[1][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "name"),
+    [
+        ("128x6", MoBAConfig(128, 6, keep_first=1), "128x6 first=1"),
+        ("128x1", MoBAConfig(128, 1), "128x1"),
+        ("128x6 first=0", MoBAConfig(128, 6), "128x6"),
+        ("64x8 router=top_p=0.5 full=10", MoBAConfig(64, 8, keep_first=1, full_layers=10, router="top_p=0.5"),
+         "64x8 first=1 full=10 router=top_p=0.5"),
+        ("64x8  full=0+3 first=0 recent=2 decode=moba",
+         MoBAConfig(64, 8, keep_recent=2, full_layers=(0, 3), decode="moba"), "64x8 recent=2 full=0+3 decode=moba"),
+        ("full", None, "full"),
+    ],
+)  # fmt: skip
+def test_settings_and_their_names(text, config, name):
+    untrained = Choice(MoBAConfig(32, 3, keep_first=1, backend="pytorch"), kept_by_default=True)
+    (read,) = parse_settings(text, untrained)
+    assert read == (config and replace(config, backend="pytorch"))
+    assert setting_name(read) == name
+    assert parse_settings(name, Choice(MoBAConfig(32, 3), kept_by_default=False)) == [config]

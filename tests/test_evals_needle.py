@@ -10,7 +10,8 @@ from tiny_models import random_tokens
 
 from moba import MoBAConfig, register_moba
 from moba.evals.needle import TASKS, Haystack, Prompt, Task, find, grid
-from moba.evals.records import open_records
+from moba.evals.reader import Reader
+from moba.evals.records import open_records, record_of
 from moba.hf import set_moba_config
 from moba.models import load_model, load_tokenizer
 
@@ -32,7 +33,7 @@ def haystack(loaded):
     return Haystack(loaded[1], words(300))
 
 
-@pytest.mark.parametrize(("depth", "place"), [(0, 0), (0.25, 24), (0.5, 47), (1, 94)])
+@pytest.mark.parametrize(("depth", "place"), [(0, 0), (0.25, 25), (0.5, 50), (1, 94)])
 def test_the_needle_lies_at_its_depth(haystack, depth, place):
     prompt = haystack.prompt(TASK, length=100, depth=depth)
     text = haystack.tokenizer.decode(prompt.tokens).split()
@@ -44,7 +45,7 @@ def test_the_needle_lies_at_its_depth(haystack, depth, place):
     assert text[97:] == ["w51", key, "w52"]
     assert prompt.num_question == 3
     hay = text[:start] + text[stop:97]
-    assert " ".join(hay) in words(300)
+    assert " ".join(hay) in words(300) + " " + words(300)
     assert haystack.tokenizer.decode(prompt.answer) == "w9"
 
 
@@ -55,8 +56,8 @@ def test_several_needles_have_different_keys_and_one_is_asked_for(haystack):
     assert len(places) == 3
     assert len({text[i + 1] for i in places}) == 3
     assert text[prompt.needle[0] + 1] == text[118]
-    # 108 tokens of hay; the one asked for lies at 3/4, the others a third and two thirds further, around the end.
-    assert places == [round(108 * (0.75 + 1 / 3 - 1)), round(108 * (0.75 + 2 / 3 - 1)) + 3, round(108 * 0.75) + 6]
+    # The one asked for lies at 3/4, the others a third and two thirds further, around the end.
+    assert places == [round(120 * (0.75 + 1 / 3 - 1)), round(120 * (0.75 + 2 / 3 - 1)) + 3, round(120 * 0.75) + 6]
     assert prompt.needle[0] == places[2]
 
 
@@ -64,6 +65,22 @@ def test_prompts_differ_by_seed_only(haystack):
     first, again, other = (haystack.prompt(TASK, length=60, depth=0.5, seed=seed).tokens for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def shared(one, other):
+    return next(i for i, (a, b) in enumerate(zip(one.tolist(), other.tolist(), strict=False)) if a != b)
+
+
+def test_prompts_of_a_seed_share_what_lies_before_the_needle(haystack):
+    def prompt(length, depth):
+        return haystack.prompt(TASK, length=length, depth=depth, seed=4)
+
+    assert shared(prompt(100, 0.5).tokens, prompt(100, 0.75).tokens) == 50
+    assert shared(prompt(100, 0.5).tokens, prompt(80, 0.25).tokens) == 20
+    short, long = prompt(60, 0.5), prompt(120, 0.25)
+    assert short.needle == long.needle == (30, 33)
+    assert short.answer.equal(long.answer)
+    assert shared(short.tokens, long.tokens) == 57, "all but the question"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +123,7 @@ def test_the_answer_is_scored_as_one_forward_pass_scores_it(loaded, chunk_tokens
     prompt = Prompt(tokens[0, :60], tokens[0, 60:], (0, 1), 1)
     with torch.no_grad():
         logits = model(tokens).logits[0, 59:63]
-    record = find(model, prompt, chunk_tokens=chunk_tokens)
+    record = find(Reader(model, chunk_tokens=chunk_tokens), prompt)
     assert record["loss"] == pytest.approx(F.cross_entropy(logits, prompt.answer).item(), abs=1e-3)
     assert record["said"] == logits.argmax(dim=-1).tolist()
     assert not record["found"]
@@ -114,7 +131,7 @@ def test_the_answer_is_scored_as_one_forward_pass_scores_it(loaded, chunk_tokens
     for _ in range(3):
         with torch.no_grad():
             right.append(model(torch.cat([prompt.tokens, torch.stack(right)])[None]).logits[0, -1].argmax())
-    assert find(model, Prompt(prompt.tokens, torch.stack(right), (0, 1), 1))["found"]
+    assert find(Reader(model), Prompt(prompt.tokens, torch.stack(right), (0, 1), 1))["found"]
 
 
 def test_moba_decides_what_is_found(loaded):
@@ -123,7 +140,7 @@ def test_moba_decides_what_is_found(loaded):
     losses = {}
     for attention in ("sdpa", "moba"):
         model.set_attn_implementation(attention)
-        losses[attention] = find(model, prompt)["loss"]
+        losses[attention] = find(Reader(model), prompt)["loss"]
     assert abs(losses["sdpa"] - losses["moba"]) > 0.1
 
 
@@ -134,19 +151,33 @@ def test_the_grid_averages_trials():
 
 def test_records_survive_a_kill(tmp_path):
     path = tmp_path / "new" / "x.jsonl"
-    with open_records(path, {"a": 1}) as records:
-        records.add({"length": 8, "depth": 0.25, "found": True})
-        with pytest.raises(ValueError, match="another run"), open_records(path, {"a": 1}):
+    row = {"attention": "full", "length": 8, "found": True}
+    with open_records(path, {"a": 1}, {"device": "x"}) as records:
+        records.add(row)
+        with pytest.raises(ValueError, match="another run"), open_records(path, {"a": 1}, {}):
             pass
-    path.write_bytes(path.read_bytes() + b'{"length": 16, "de')
-    with open_records(path, {"a": 1}) as records:
-        assert records.holds(length=8, depth=0.25)
-        assert not records.holds(length=16)
-        records.add({"length": 16})
-    with open_records(path, {"a": 1}) as records:
-        assert [row["length"] for row in records.rows] == [8, 16]
-    with pytest.raises(ValueError, match="another a, b"), open_records(path, {"a": 2, "b": 1}):
+    path.write_bytes(path.read_bytes() + b'{"attention": "full", "le')
+    with open_records(path, {"a": 1}, {"device": "y"}) as records:
+        assert record_of(records, {"length": 8}) == row
+        assert record_of(records, {"length": 16}) is None
+        records.add({**row, "length": 16})
+    with open_records(path, {"a": 1}, {}) as records:
+        assert records.rows == [{"settings": {"a": 1}, "made_on": {"device": "x"}}, row, {**row, "length": 16}]
+    with pytest.raises(ValueError, match="line 1: made with another a, b"), open_records(path, {"a": 2, "b": 1}, {}):
         pass
-    path.write_text("no\n")
-    with pytest.raises(ValueError, match="not a file of records"), open_records(path, {}):
+
+
+@pytest.mark.parametrize("text", ["no\n", "no", '{"a": 1}', '{"a": 1}\n', "[1]\n", '{"settings": 1}\n', '{"set'])
+def test_only_files_of_records_are_gone_on_from(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    if text == '{"set':
+        with open_records(path, {}, {}) as records:
+            assert [row.keys() for row in records.rows] == [{"settings", "made_on"}]
+        return
+    with (
+        pytest.raises(ValueError, match="line 1: not a line that this command wrote; choose another --out"),
+        open_records(path, {}, {}),
+    ):
         pass
+    assert path.read_text() == text

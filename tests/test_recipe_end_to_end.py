@@ -97,6 +97,6 @@ def test_a_toy_model_learns_to_find_the_needle(tmp_path, tokenizer, capsys):
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "needle" / "needle.jsonl").read_text().splitlines()[1:]]
     assert len(rows) == 48
-    assert {row["attention"] for row in rows} == {"moba"}
+    assert {row["attention"] for row in rows} == {"8x3"}
     found = sum(row["found"] for row in rows)
     assert found >= 36, f"{found} of 48 found; by chance it would be 6"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moba.cli.options import Attention, Choice, Drawing, Dtype
-from moba.locking import locked_file
+from moba.lines import NOT_OURS, Lines, open_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from moba.cli.session import Session
 
 KEYS = ("id", "max_new_tokens", "prompt")
-RECORD_BEGINS = b'{"line": '
-NOT_OURS = "not a line that this command wrote"
 ADVICE = "choose another --batch-output, or remove it to start anew"
 
 
@@ -59,7 +54,7 @@ def run_batch(
     """Answer every prompt of a batch file that has no answer yet.
 
     Raises:
-        ValueError: naming the line that cannot be answered, before anything is generated; or what `Answers` refuses.
+        ValueError: naming the line that cannot be answered, before anything is generated; or what `finished` refuses.
         OSError: if files cannot be read or written.
     """
     from moba.cli.session import open_session, say
@@ -77,8 +72,9 @@ def run_batch(
     output = output or default_output(batch_file)
     if output.exists() and output.samefile(batch_file):
         raise ValueError(f"--batch-output {output} is the --batch-file itself; choose another")
-    with open_answers(output, settings) as answers:
-        done = answers.finished(prompts)
+    digest = _digest(json.dumps(settings, sort_keys=True))
+    with open_lines(output, begins=("line",), advice=ADVICE) as answers:
+        done = finished(answers, prompts, digest)
         left = [prompt for prompt in prompts if prompt.line not in done]
         say(f"{len(done)} of {len(prompts)} prompts answered in {answers.path}")
         if not left:
@@ -87,7 +83,8 @@ def run_batch(
         encoded = [_encode(session, prompt, chat, drawing) for prompt in left]
         for num_done, (prompt, ids) in enumerate(zip(left, encoded, strict=True), start=len(done) + 1):
             record = _answer(session, prompt, ids, drawing)
-            answers.add(prompt, **record)
+            about = {"prompt": _digest(prompt.text), "settings": digest}
+            answers.add({"line": prompt.line, "id": prompt.id, **record, **about})
             say(
                 f"{num_done} of {len(prompts)}: line {prompt.line}, {record['prompt_tokens']:,} tokens read, "
                 f"{record['new_tokens']:,} made in {record['seconds']:.1f} s"
@@ -169,75 +166,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-class Answers:
-    """The output file: what is finished, and a way to add to it.
-
-    Every record has `line`, `id`, `prompt` (a digest) and `settings` (a digest), and then what the run adds.
-    """
-
-    def __init__(self, path: Path, file: int, settings: dict[str, Any]) -> None:
-        self.path, self._file = path, file
-        self._settings = _digest(json.dumps(settings, sort_keys=True))
-
-    def finished(self, prompts: list[BatchPrompt]) -> set[int]:
-        """Line numbers that have an answer. A last line that was being written when its run was killed is removed.
-
-        Raises:
-            ValueError: if the file does not belong to these prompts and settings.
-        """
-        data = self.path.read_bytes()
-        *records, rest = data.split(b"\n")
-        by_line = {prompt.line: prompt for prompt in prompts}
-        done = {self._check(record, number, by_line) for number, record in enumerate(records, start=1)}
-        if rest:
-            # Zeros are what a power cut can leave of a write.
-            begun = rest.rstrip(b"\0")[: len(RECORD_BEGINS)]
-            if not RECORD_BEGINS.startswith(begun):
-                raise ValueError(f"{self.path}, line {len(records) + 1}: {NOT_OURS}; {ADVICE}")
-            os.ftruncate(self._file, len(data) - len(rest))
-        return done
-
-    def add(self, prompt: BatchPrompt, **values: Any) -> None:
-        """Append a record; when this returns it is on the disk."""
-        record = {
-            "line": prompt.line,
-            "id": prompt.id,
-            **values,
-            "prompt": _digest(prompt.text),
-            "settings": self._settings,
-        }
-        data = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
-
-    def _check(self, data: bytes, number: int, by_line: dict[int, BatchPrompt]) -> int:
-        where = f"{self.path}, line {number}"
-        try:
-            record = json.loads(data)
-            line, prompt, settings = record["line"], record["prompt"], record["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{where}: {NOT_OURS}; {ADVICE}") from None
-        if line not in by_line or prompt != _digest(by_line[line].text):
-            raise ValueError(f"{where}: the answer to another prompt than line {line} of the batch file; {ADVICE}")
-        if settings != self._settings:
-            raise ValueError(f"{where}: made with other settings; {ADVICE}")
-        return line
-
-
-@contextmanager
-def open_answers(path: Path, settings: dict[str, Any]) -> Iterator[Answers]:
-    """Open or make the output file, for this process alone.
+def finished(lines: Lines, prompts: list[BatchPrompt], settings: str) -> set[int]:
+    """The numbers of the prompts' lines that have an answer.
 
     Args:
-        settings: everything that changes the answers; a file made with others is refused.
+        lines: the output file. settings: a digest of everything that changes the answers.
 
     Raises:
-        ValueError: if another process is writing to it.
-        OSError: if it cannot be written.
+        ValueError: if the file does not belong to these prompts and settings.
     """
-    with locked_file(path) as file:
-        yield Answers(path, file, settings)
+    by_line = {prompt.line: prompt for prompt in prompts}
+    done = set()
+    for number, record in enumerate(lines.rows, start=1):
+        if not {"line", "prompt", "settings"} <= record.keys():
+            raise lines.error(number, NOT_OURS)
+        line = record["line"]
+        prompt = by_line.get(line) if isinstance(line, int) else None
+        if prompt is None or record["prompt"] != _digest(prompt.text):
+            raise lines.error(number, f"the answer to another prompt than line {line} of the batch file")
+        if record["settings"] != settings:
+            raise lines.error(number, "made with other settings")
+        done.add(line)
+    return done
 
 
 def _digest(text: str) -> str:

@@ -10,56 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moba.generation import chunk_bounds
+from moba.evals.reader import Reader
 
 
-@torch.inference_mode()
-def token_losses(model: Any, tokens: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
-    """The negative log-likelihood of every token after the first, given all before it.
-
-    loss_t = −log p(token_{t+1} | token_0 … token_t)
-
-    Args:
-        model: a causal language model of transformers.
-        tokens: int64 [T] token ids, T >= 2.
-        chunk_tokens: tokens read in one forward pass against the cache, so that the logits of only so many exist at
-            once. The result does not depend on it but for rounding.
-
-    Returns:
-        fp32 [T - 1] on the CPU, in nats.
-
-    Raises:
-        ValueError: if there are fewer than two tokens.
-    """
-    from moba.cache import MoBACache
-
-    if tokens.ndim != 1 or tokens.numel() < 2:
-        raise ValueError(f"tokens must be int64 [T] with T >= 2, got shape {tuple(tokens.shape)}")
-    tokens = tokens.to(model.device)
-    cache = MoBACache(model.config)
-    losses = []
-    with cache.reading():
-        for start, stop in chunk_bounds(tokens.numel(), chunk_tokens):
-            logits = model(input_ids=tokens[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
-            targets = tokens[start + 1 : stop + 1]
-            losses.append(F.cross_entropy(logits[: targets.numel()].float(), targets, reduction="none").cpu())
-    return torch.cat(losses)
-
-
-def perplexity(model: Any, tokens: Tensor, *, last: int = 1024, chunk_tokens: int = 1024) -> dict[str, Any]:
+def perplexity(reader: Reader, tokens: Tensor, *, last: int = 1024) -> dict[str, Any]:
     """Perplexity of a text: over all of it, over its end, and along the positions.
 
     Args:
-        model, tokens, chunk_tokens: as for `token_losses`.
+        reader: of a causal language model of transformers.
+        tokens: int64 [T], T >= 2.
         last: how many tokens count as the end, and how many lie in each range of positions.
 
     Returns:
         the record of `summarise`.
     """
-    return summarise(token_losses(model, tokens, chunk_tokens=chunk_tokens), last=last)
+    return summarise(reader.losses(tokens), last=last)
 
 
 def summarise(losses: Tensor, *, last: int = 1024) -> dict[str, Any]:
@@ -102,13 +69,11 @@ def append_copy(tokens: Tensor, *, num_copied: int = 512, distance: int = 3072) 
     return torch.cat([tokens, tokens[start : start + num_copied]])
 
 
-def copy_recall(
-    model: Any, tokens: Tensor, *, num_copied: int = 512, distance: int = 3072, chunk_tokens: int = 1024
-) -> dict[str, Any]:
+def copy_recall(reader: Reader, tokens: Tensor, *, num_copied: int = 512, distance: int = 3072) -> dict[str, Any]:
     """Perplexity of a passage's second copy, `distance` tokens after the first.
 
     Args:
-        model, chunk_tokens: as for `token_losses`.
+        reader: of a causal language model of transformers. It reads one text only once for several distances.
         tokens: int64 [T], the text before the copy.
         num_copied, distance: as for `append_copy`.
 
@@ -117,9 +82,7 @@ def copy_recall(
         announces.
     """
     text = append_copy(tokens, num_copied=num_copied, distance=distance)
-    return summarise_copy(
-        token_losses(model, text, chunk_tokens=chunk_tokens), num_copied=num_copied, distance=distance
-    )
+    return summarise_copy(reader.losses(text), num_copied=num_copied, distance=distance)
 
 
 def summarise_copy(losses: Tensor, *, num_copied: int, distance: int) -> dict[str, Any]:

