@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moba.generation import chunk_bounds, prefill
+
+if TYPE_CHECKING:
+    from moba.cache import MoBACache
 
 # Logits of so many tokens exist in fp32 at once.
 _LOSS_ROWS = 1024
@@ -37,11 +40,9 @@ class Reader:
     """
 
     def __init__(self, model: Any, *, chunk_tokens: int | None = None) -> None:
-        from moba.cache import MoBACache
-
         self.model = model
         self.chunk_tokens = chunk_tokens_for(model.device) if chunk_tokens is None else chunk_tokens
-        self.cache = MoBACache(model.config)
+        self.cache = self._new_cache()
         self.num_read = 0
         self._tokens = torch.empty(0, dtype=torch.long)
         self._losses = torch.empty(0)  # of the first tokens that have a successor in the text
@@ -98,17 +99,26 @@ class Reader:
 
     def _go_back(self, tokens: Tensor, most: int) -> int:
         """Drop from the cache all but what the text begins with, at most its first `most` tokens; how many are left."""
-        from moba.cache import MoBACache
+        from moba.cache import MoBADynamicLayer
 
         length = max(min(_shared(self._tokens, tokens.cpu()), most), 0)
         num_lost = int(self.cache.get_seq_length()) - length
-        if length == 0 or not all(_can_lose(layer, num_lost) for layer in self.cache.layers):
+        # A layer of another kind, as of a sliding window, may not hold what a shorter text needs.
+        if length == 0 or not all(isinstance(layer, MoBADynamicLayer) for layer in self.cache.layers):
             length = 0
-            self.cache = MoBACache(self.model.config)
+            self.cache = self._new_cache()
         elif num_lost:
             self.cache.crop(-num_lost)
         self._tokens, self._losses = self._tokens[:length], self._losses[: max(length - 1, 0)]
         return length
+
+    def _new_cache(self) -> MoBACache:
+        from moba.cache import MoBACache
+        from moba.hf.cached_rows import keep_all_rows
+
+        cache = MoBACache(self.model.config)
+        keep_all_rows(cache)
+        return cache
 
     def _keep(self, tokens: Tensor, start: int) -> None:
         self._tokens = tokens.cpu()
@@ -128,14 +138,3 @@ def _shared(one: Tensor, other: Tensor) -> int:
     most = min(one.numel(), other.numel())
     differing = (one[:most] != other[:most]).nonzero()
     return int(differing[0]) if differing.numel() else most
-
-
-def _can_lose(layer: Any, count: int) -> bool:
-    """Whether a cache's layer can drop its last tokens and go on: not one that keeps the last tokens only."""
-    from moba.cache import MoBADynamicLayer
-    from moba.hf.cached_rows import SPARE
-
-    if not isinstance(layer, MoBADynamicLayer):
-        return False
-    kept = getattr(layer, "cached_rows", {}).values()
-    return all(rows.rows.shape[1] == rows.num_seen or count <= SPARE for rows in kept)

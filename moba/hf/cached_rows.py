@@ -96,6 +96,12 @@ def cache_layer(module: Any, options: dict[str, Any]) -> Any:
     return cache.layers[module.layer_idx]
 
 
+def keep_all_rows(cache: Any) -> None:
+    """Keep the rows of all tokens beside a new cache's keys, so that it can be cropped as far as one likes."""
+    for layer in cache.layers:
+        layer.keeps_all_rows = True
+
+
 def remember(layer: Any, name: str, new: Tensor, *, need: int | None) -> Tensor:
     """Add rows, one for each token whose keys the layer is about to take; give them with the last ones of before.
 
@@ -103,10 +109,10 @@ def remember(layer: Any, name: str, new: Tensor, *, need: int | None) -> Tensor:
         layer: of a cache.
         name: of these rows, as a layer can keep several kinds.
         new: [B, T, C].
-        need: how many rows of before are wanted; None: all.
+        need: how many rows of before are wanted; None: all, as after `keep_all_rows`.
 
     Returns:
-        [B, up to need + SPARE of before, then T, C].
+        [B, need of before or more, as far as there are any, then T, C].
 
     Raises:
         ValueError: if the cache holds keys whose rows are not known.
@@ -115,6 +121,8 @@ def remember(layer: Any, name: str, new: Tensor, *, need: int | None) -> Tensor:
         layer.cached_rows = {}
         cls: Any = type(layer)
         layer.__class__ = _with_rows(cls)
+    if getattr(layer, "keeps_all_rows", False):
+        need = None
     kept = layer.cached_rows.get(name) or _Rows(new[:, :0])
     length = layer.get_seq_length()
     # The length is a tensor where the room is made beforehand; a GPU is not waited for.
