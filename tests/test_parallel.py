@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ranks import Ranks
 
 from moba import moba_attention, moba_attention_varlen
-from moba.parallel import TRANSPORTS, context_parallel_attention
+from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
+from moba.parallel.routing import SharedRouting, lent_rows
 
 BOTH = {"return_lse": True, "return_routing": True}
 
@@ -149,6 +150,38 @@ def without_gradients(rank, shape, lengths, options):
     with torch.no_grad():
         out, lse = context_parallel_attention(q, k, v, **options, return_lse=True)
     return out.numpy(), lse.numpy()
+
+
+def shared_routing(rank, shape, lengths, selection):
+    """The routing when ranks lend each other queries, and when they do not, and how many they lend."""
+    start, group = sum(lengths[:rank]), dist.group.WORLD
+    q, k, _, _ = (x[:, start : start + lengths[rank]] for x in inputs(shape))
+    shards = Shards(tuple(lengths), rank, group)
+    lent, own = (SharedRouting(q, k, shards, selection, lends=lends).finish() for lends in (True, False))
+    return lent.indices.numpy(), own.indices.numpy()
+
+
+@pytest.mark.parametrize("lengths", [[32, 32, 32], [48, 0, 24], [0, 8, 64], [64, 24, 8]])
+def test_queries_that_another_rank_routes(ranks, lengths):
+    shape = (2, sum(lengths), 4, 2, 16)
+    selection = {"block_size": 8, "topk": 3, "keep_first": 0, "keep_recent": 0, "router": "mean", "backend": "auto"}
+    results = ranks.run(shared_routing, shape, lengths, selection)
+    expected = on_one_device(shape, {"block_size": 8, "topk": 3})[2]
+    for i in range(2):
+        assert torch.equal(torch.cat([torch.from_numpy(part[i]) for part in results], dim=1), expected)
+
+
+@pytest.mark.parametrize("lengths", [(100, 100), (128, 128, 128), (64, 200, 10, 300), (0, 100), (100, 0), (0, 0)])
+def test_lent_queries_make_the_scoring_of_pairs_equal(lengths):
+    lent = lent_rows(lengths)
+    starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
+    for early in range(len(lengths) // 2):
+        late = len(lengths) - 1 - early
+        start, length = starts[late], lengths[late]
+        scored = sum(range(starts[early], starts[early] + lengths[early])) + sum(range(start, start + lent[late]))
+        kept = sum(range(start + lent[late], start + length))
+        assert abs(scored - kept) <= 2 * (start + length) or not lent[late]
+    assert not any(lent[: (len(lengths) + 1) // 2])
 
 
 def by_first_head(q, means):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +21,16 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from moba.attention import moba_attention, moba_route
+from moba.attention import moba_attention
 from moba.bench import machine
 from moba.bench.attention import DTYPES
 from moba.bench.link import measure_link, rate
 from moba.bench.measure import measure
 from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
 from moba.bench.report import Records, table, write
-from moba.parallel import TRANSPORTS, context_parallel_attention
+from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
+from moba.parallel.routing import SharedRouting
+from moba.parallel.shards import process_group
 from moba.routing import Routing
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
@@ -66,6 +69,7 @@ def parallel(
             cases = [
                 ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], clustered)
             ]
+        cases = [case.for_ranks(dist.get_world_size()) for case in cases]
         header, records = _run(cases, device, backend, repeats, out)
         if dist.get_rank() == 0:
             for name, value in header.items():
@@ -189,19 +193,25 @@ def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], r
     return result
 
 
-def _routing_times(case: ParallelCase, device: torch.device, options: dict[str, Any], repeats: int) -> list[float]:
-    """What each rank would take to choose the blocks of its own tokens: milliseconds."""
+def _routing_times(
+    case: ParallelCase, device: torch.device, options: dict[str, Any], repeats: int
+) -> dict[str, list[float]]:
+    """What each rank takes until it knows the blocks of its tokens, if each routes its own and if they lend queries."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
-    stop = (rank + 1) * length
-    q, *_ = make_inputs(replace(case, backward=False), device, length, first=rank * length)
-    means = torch.randn(
-        1, stop // case.block_size, case.kv_heads, case.head_dim, dtype=case.dtype, device=device
-    )  # fmt: skip
-    found = measure(lambda: moba_route(q, means, num_keys=stop, **options), device, warmups=1, repeats=repeats)
-    times: list[float] = _gathered(found.ms)
+    q, k, *_ = make_inputs(replace(case, backward=False), device, length, first=rank * length)
+    shards = Shards((length,) * num_ranks, rank, process_group(None))
+    selection = {**options, "keep_first": 0, "keep_recent": 0, "router": "mean"}
+    times = {}
+    for name, lends in (("own", False), ("lending", True)):
+        run = partial(_route, q, k, shards, selection, lends)
+        times[name] = _gathered(measure(run, device, warmups=1, repeats=repeats).ms)
     _free(device)
     return times
+
+
+def _route(q: Tensor, k: Tensor, shards: Shards, selection: dict[str, Any], lends: bool) -> Routing:
+    return SharedRouting(q, k, shards, selection, lends).finish()
 
 
 def _on_all(
@@ -338,8 +348,9 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
                 _ratio(found.get("forward_bytes"), one.get("forward_bytes")) if is_parallel else "",
                 "" if sent is None else f"{sent / 1e9:.3g}", "" if not needed else f"{sent / needed:.3g}",
             ])  # fmt: skip
-        routing = " and ".join(f"{ms:.3g}" for ms in record["routing_ms"])
-        cells.append([record["case"], "routing, by rank", routing, *[""] * (len(titles) - 3)])
+        for name, times in record["routing_ms"].items():
+            by_rank = ", ".join(f"{ms:.3g}" for ms in times)
+            cells.append([record["case"], f"routing by rank, {name}", by_rank, *[""] * (len(titles) - 3)])
     return titles, cells
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,10 +35,9 @@ class ParallelCase:
         kind = ", clustered" if self.clustered else ""
         return f"{length_name(self.tokens)}, {heads} heads, {self.block_size}/{self.topk}{kind}"
 
-    @property
-    def input_bytes(self) -> int:
-        """Of the whole sequence's q, k and v."""
-        return self.tokens * (self.heads + 2 * self.kv_heads) * self.head_dim * self.dtype.itemsize
+    def for_ranks(self, num_ranks: int) -> ParallelCase:
+        """The same with as many tokens as make equal shards of whole blocks."""
+        return replace(self, tokens=max(1, self.tokens // (num_ranks * self.block_size)) * num_ranks * self.block_size)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

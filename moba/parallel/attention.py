@@ -17,7 +17,7 @@ N blocks before this rank's, M blocks that travelled for one key/value head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dt
 from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
 from moba.parallel.exchange import Rows, Travel, send_and_receive
-from moba.parallel.routing import route
+from moba.parallel.routing import SharedRouting
 from moba.parallel.shards import DTYPES, Shards, agree, fingerprint, float_bits, process_group
 from moba.routing import Routing
 
@@ -184,7 +184,7 @@ class _Call:
         return out, lse
 
 
-def _one_ahead(starts: list[Callable[[], Travel]]) -> Iterator[Tensor]:
+def _one_ahead(starts: Sequence[Callable[[], Travel]]) -> Iterator[Tensor]:
     """What each of these travels brings, the next one under way. The first begins now."""
     first = starts[0]()
 
@@ -227,18 +227,20 @@ def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     sizes = call.group_sizes(k.shape[2])
     query_sizes = [size * (q.shape[2] // k.shape[2]) for size in sizes]
     pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
-    arrivals = _one_ahead([partial(_gather, *pair, shards) for pair in pairs])
     queries = q.split(query_sizes, dim=2)
+    starts = [partial(_gather, *pair, shards) for pair in pairs]
     if cu is not None or shards.inside_a_block(call.block_size) is not None:
         cu_q = None if cu is None else cu.clamp(shards.start, shards.stop) - shards.start
         cu_k = None if cu is None else cu.clamp(max=shards.stop)
         attended = (
             call.attend(of_q, *_keys_and_values(rows), cu_q, cu_k)
-            for of_q, rows in zip(queries, arrivals, strict=True)
-        )  # fmt: skip
+            for of_q, rows in zip(queries, _one_ahead(starts), strict=True)
+        )
         out, lse, indices = _joined(attended, q.shape[2])
         return out, lse, indices
-    indices = route(q, k, shards, call.selection).indices
+    routing = SharedRouting(q, k, shards, call.selection)
+    arrivals = _one_ahead(starts)  # behind what routing needs, and while it is computed
+    indices = routing.finish().indices
     chosen = indices.split(query_sizes, dim=2)
     replayed = (
         call.replay(of_q, *_keys_and_values(rows), blocks)
@@ -301,7 +303,7 @@ def _by_selecting(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     shards.require_whole_blocks(block_size)
     sizes = call.group_sizes(k.shape[2])
     query_sizes = [size * (q.shape[2] // k.shape[2]) for size in sizes]
-    indices = route(q, k, shards, call.selection).indices
+    indices = SharedRouting(q, k, shards, call.selection).finish().indices
     chosen = _chosen_before(indices, shards, block_size, k.shape[2])
     # The host learns of every group what travels before the first one does, so that it need not wait in between.
     wishes = _all_wishes(chosen, shards, sizes, block_size)

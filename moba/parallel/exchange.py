@@ -20,7 +20,7 @@ from moba.routing import accumulation_dtype
 Rows = Tensor | slice
 
 
-class _Transfer:
+class Transfer:
     """One exchange with every rank of a group, under way until `finish` returns what came: for each rank its rows.
 
     Args:
@@ -64,7 +64,7 @@ def send_and_receive(sends: Sequence[Tensor], counts: Sequence[int], group: Proc
     Returns:
         What came, [sum of counts, ...], in the ranks' order.
     """
-    return _Transfer(sends, counts, group).finish()
+    return Transfer(sends, counts, group).finish()
 
 
 class Travel:
@@ -93,7 +93,7 @@ class Travel:
         self._places, self._counts, self._group, self._is_partition = places, list(counts), group, is_partition
         self._lengths = [_num_rows(place, rows.shape[0]) for place in places]
         self._num_rows = rows.shape[0]
-        self._transfer: _Transfer | None = None
+        self._transfer: Transfer | None = None
         self._ticket: Tensor | None = _Send.apply(rows, self)
 
     def wait(self) -> Tensor:
@@ -105,11 +105,11 @@ class Travel:
     def start(self, rows: Tensor) -> None:
         """Send rows [n, ...]."""
         rows = rows.contiguous()
-        self._transfer = _Transfer([rows[place] for place in self._places], self._counts, self._group)
+        self._transfer = Transfer([rows[place] for place in self._places], self._counts, self._group)
 
     def start_back(self, gradient: Tensor) -> None:
         """Send the gradient of what came back to where it came from."""
-        self._transfer = _Transfer(gradient.split(self._counts), self._lengths, self._group)
+        self._transfer = Transfer(gradient.split(self._counts), self._lengths, self._group)
 
     def finish(self) -> Tensor:
         """What came."""

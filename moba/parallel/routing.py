@@ -1,36 +1,101 @@
-"""Routing over shards: block means travel, 1/block_size of the keys, and every query then knows its blocks."""
+"""Routing over shards: block means travel, 1/block_size of the keys, and every query then knows its blocks.
+
+A query's scoring costs as much as there are blocks before it, so the last rank would score the longest. Ranks pair up,
+the first with the last: the later one lends the earlier one its first queries, as many as make their work equal.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moba.attention import append_block_means, moba_route
-from moba.parallel.exchange import send_and_receive
+from moba.parallel.exchange import Transfer
 from moba.parallel.shards import Shards
 from moba.routing import Routing
 
+# Blocks of a sequence from which lending pays. A query of 128 dims and its choice are 0.3 KB; 2 ps a score, as an H100
+# takes, are as long as their way over a fast link (300 GB/s) at 500 blocks, over a slow one (50 GB/s) at 3000.
+LENDING_BLOCKS = 2048
 
-def route(q: Tensor, k: Tensor, shards: Shards, selection: dict[str, Any]) -> Routing:
-    """The routing of this rank's queries, its blocks those of the whole sequence.
+
+class SharedRouting:
+    """The routing of this rank's queries: what it needs is on its way from now on, `finish` computes it.
 
     Args:
         q: [B, T, H, D]. k: [B, T, G, D].
         shards: of whole blocks.
         selection: block_size, topk and the other arguments of `moba_route`.
+        lends: whether ranks lend each other queries; None: where it pays.
     """
-    return moba_route(q, _means_before(k, shards, selection), num_keys=shards.stop, **selection)
+
+    def __init__(
+        self, q: Tensor, k: Tensor, shards: Shards, selection: dict[str, Any], lends: bool | None = None
+    ) -> None:
+        self._q, self._shards, self._selection = q.detach(), shards, selection
+        if lends is None:
+            scores = selection["router"] not in ("recent", "sink")
+            lends = scores and shards.num_tokens >= LENDING_BLOCKS * selection["block_size"]
+        self._lent = lent_rows(shards.lengths) if lends else [0] * len(shards.lengths)
+        self._means = _send_means(k, shards, selection, to_all=lends)
+        rows = self._q.transpose(0, 1)
+        partner = len(shards.lengths) - 1 - shards.rank
+        self._from_partner = self._lent[partner] if partner > shards.rank else 0
+        self._to_partner = self._lent[shards.rank] if partner < shards.rank else 0
+        self._rows = self._between_partners(rows[: self._to_partner], self._from_partner)
+
+    def finish(self) -> Routing:
+        """The routing, its blocks those of the whole sequence."""
+        means = self._means.finish().transpose(0, 1)
+        stop, num_lent = self._shards.stop, self._to_partner
+        own = moba_route(self._q[:, num_lent:], means, num_keys=stop, **self._selection).indices
+        rows = self._rows.finish().transpose(0, 1)
+        answers = own[:, :0]
+        if self._from_partner:
+            partner = len(self._shards.lengths) - 1 - self._shards.rank
+            last = sum(self._shards.lengths[:partner]) + self._from_partner
+            answers = moba_route(rows, means, num_keys=last, **self._selection).indices
+        returned = self._between_partners(answers.transpose(0, 1), num_lent).finish()
+        if num_lent:
+            own = torch.cat([returned.transpose(0, 1), own], dim=1)
+        return Routing(own, self._selection["block_size"])
+
+    def _between_partners(self, rows: Tensor, count: int) -> Transfer:
+        """Send these rows to this rank's partner, which sends `count`."""
+        num_ranks, me = len(self._shards.lengths), self._shards.rank
+        partner = num_ranks - 1 - me
+        sends = [rows if rank == partner != me else rows[:0] for rank in range(num_ranks)]
+        counts = [count if rank == partner != me else 0 for rank in range(num_ranks)]
+        return Transfer(sends, counts, self._shards.group)
 
 
-def _means_before(k: Tensor, shards: Shards, selection: dict[str, Any]) -> Tensor:
-    """Means [B, blocks, G, D] of the finished blocks of all ranks up to this one."""
+def lent_rows(lengths: tuple[int, ...]) -> list[int]:
+    """For each rank, how many of its first queries another rank shall route.
+
+    Scoring the queries at positions a … b - 1 costs b² - a² (times a constant), so a rank whose tokens are s … e - 1,
+    beside a partner of cost c, keeps those from x on with e² - x² = x² - s² + c.
+    """
+    starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
+    lent = [0] * len(lengths)
+    for early in range(len(lengths) // 2):
+        late = len(lengths) - 1 - early
+        start, stop = starts[late], starts[late] + lengths[late]
+        cost = (starts[early] + lengths[early]) ** 2 - starts[early] ** 2
+        keeps_from = ((stop**2 + start**2 - cost) / 2) ** 0.5 if stop**2 + start**2 > cost else start
+        lent[late] = int(min(max(keeps_from - start, 0), lengths[late]))
+    return lent
+
+
+def _send_means(k: Tensor, shards: Shards, selection: dict[str, Any], to_all: bool) -> Transfer:
+    """Means of the finished blocks of all ranks up to this one, or of all: [blocks, B, G, D] will come."""
     block_size = selection["block_size"]
     means = k.new_empty(k.shape[0], k.shape[1] // block_size, *k.shape[2:])
     append_block_means(
         means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=selection["backend"]
     )  # fmt: skip
     rows = means.transpose(0, 1).contiguous()
-    sends = [rows if rank >= shards.rank else rows[:0] for rank in range(len(shards.lengths))]
-    counts = [length // block_size if rank <= shards.rank else 0 for rank, length in enumerate(shards.lengths)]
-    return send_and_receive(sends, counts, shards.group).transpose(0, 1)
+    sends = [rows if to_all or rank >= shards.rank else rows[:0] for rank in range(len(shards.lengths))]
+    counts = [n // block_size if to_all or rank <= shards.rank else 0 for rank, n in enumerate(shards.lengths)]
+    return Transfer(sends, counts, shards.group)
