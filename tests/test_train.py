@@ -367,3 +367,12 @@ def test_the_pages_example_runs():
     names: dict = {}
     exec(block, names)
     assert get_moba_config(names["model"]).topk == 28
+
+
+@pytest.mark.parametrize("file", ["activation", "needle", "lora", "from-scratch"])
+def test_any_recipe_can_be_run_with_full_attention(file):
+    recipe = read_recipe(Path(__file__).parent.parent / "recipes" / f"{file}.toml", ["attention.schedule=full"])
+    assert recipe.schedule.stages == ((0.0, None),)
+    annealed = ["attention.schedule=full", "attention.start=64", "attention.at=0.5"]
+    recipe = read_recipe(Path(__file__).parent.parent / "recipes" / f"{file}.toml", annealed)
+    assert recipe.schedule.stages == ((0.0, None),)

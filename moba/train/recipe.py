@@ -81,8 +81,8 @@ class AttentionPart:
     """[attention]: MoBA's settings (see MoBAConfig) and when they hold.
 
     Attributes:
-        schedule: throughout, full (dense attention from first to last), activation, hybrid, anneal_topk,
-            anneal_block_size; see `moba.train.schedule`.
+        schedule: throughout, full (dense attention from first to last, whatever else is set, so that any recipe can be
+            run so), activation, hybrid, anneal_topk, anneal_block_size; see `moba.train.schedule`.
         at: share of the steps at which activation and hybrid switch, or annealing ends.
         start: annealing's first topk or block size.
     """
@@ -100,12 +100,12 @@ class AttentionPart:
 
     def __post_init__(self) -> None:
         require_one_of("attention.schedule", self.schedule, SCHEDULES)
-        is_annealed = self.schedule.startswith("anneal")
-        if is_annealed != (self.start is not None):
+        is_full = self.schedule == "full"
+        if not is_full and self.schedule.startswith("anneal") != (self.start is not None):
             raise ValueError(
                 f"attention.start is annealing's first value: schedule={self.schedule!r}, start={self.start}"
             )
-        if self.at is not None and self.schedule in ("throughout", "full"):
+        if self.at is not None and self.schedule == "throughout":
             raise ValueError(f"attention.at: schedule={self.schedule!r} never switches, got at={self.at}")
         if isinstance(self.full_layers, list):
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
@@ -123,7 +123,7 @@ class AttentionPart:
             return activation(config, at=0.5 if self.at is None else self.at)
         if self.schedule == "hybrid":
             return hybrid(config, full_from=0.9 if self.at is None else self.at)
-        if self.start is not None:
+        if self.schedule.startswith("anneal") and self.start is not None:
             anneal = anneal_topk if self.schedule == "anneal_topk" else anneal_block_size
             return anneal(config, start=self.start, until=0.5 if self.at is None else self.at, length=context)
         return throughout(None if self.schedule == "full" else config)
