@@ -51,6 +51,8 @@ FULL = "full"
 COPY_DISTANCES = (1 / 8, 3 / 8, 3 / 4)
 # Logits of so many tokens exist at once.
 _LOGITS = 2048
+# Queries of a row whose routing is looked at: so many that they stand everywhere in their blocks.
+_QUERIES = 100
 
 
 @app.command()
@@ -62,6 +64,7 @@ def measure(
         "128x8,512x3"
     ),
     rows: Annotated[int, typer.Option(help="Held-out rows of each source.", min=2)] = 128,
+    history_rows: Annotated[int, typer.Option(help="Of these, rows that every checkpoint reads.", min=2)] = 32,
     copy_rows: Annotated[int, typer.Option(help="Of these, rows that get a copied passage.", min=2)] = 32,
     routing_rows: Annotated[int, typer.Option(help="Of these, rows whose routing is looked at.", min=1)] = 4,
     rows_at_once: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 16,
@@ -71,8 +74,8 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = [MoBAConfig(*map(int, setting.split("x"))) for setting in settings.split(",")]
     result = measure_run(
-        run, data=data, configs=configs, rows=rows, copy_rows=copy_rows, routing_rows=routing_rows,
-        rows_at_once=rows_at_once, device=device,
+        run, data=data, configs=configs, rows=rows, history_rows=history_rows, copy_rows=copy_rows,
+        routing_rows=routing_rows, rows_at_once=rows_at_once, device=device,
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result) + "\n")
@@ -86,6 +89,7 @@ def measure_run(
     device: torch.device,
     data: Path | None = None,
     rows: int = 128,
+    history_rows: int = 32,
     copy_rows: int = 32,
     routing_rows: int = 4,
     rows_at_once: int = 16,
@@ -97,7 +101,8 @@ def measure_run(
         configs: settings that every model is read with, besides full attention and its own.
         device: to compute on; bf16 autocast over fp32 weights on CUDA where the training had it, else fp32.
         data: folder of the shards; None: the recipe's.
-        rows: held-out rows of each source. copy_rows, routing_rows: how many of them serve these measures.
+        rows: held-out rows of each source. history_rows, copy_rows, routing_rows: how many of them are read by every
+            checkpoint, get a copied passage, and have their routing looked at, at every checkpoint.
         rows_at_once: rows of one forward pass.
 
     Raises:
@@ -123,7 +128,7 @@ def measure_run(
         model = load_checkpoint(checkpoint, device)
         record = {"step": _step(checkpoint), "attention": attention_name(model)}
         record["tokens"] = record["step"] * recipe.training.rows_per_step * recipe.data.context
-        losses = reader.losses(model)
+        losses = reader.losses(model, history_rows)
         record["sources"] = {source: _of_rows(losses[source]) for source in texts}
         record["routing"] = {
             name: reader.routing(model, config, routing_rows)
@@ -139,7 +144,7 @@ def measure_run(
     for name, config in reads.items():
         set_moba_config(model, config)
         final[name] = {"positions": {}, "copy": reader.copies(model, copy_rows)}
-        losses = reader.losses(model)
+        losses = reader.losses(model, rows)
         for source in texts:
             final[name]["positions"][source] = _of_positions(losses[source], recipe.data.context)
     return {
@@ -186,9 +191,9 @@ class _Reader:
     ) -> None:
         self._texts, self._rows_at_once, self._precision = texts, rows_at_once, precision
 
-    def losses(self, model: Any) -> dict[str, Tensor]:
-        """Source -> fp32 [rows, context - 1]."""
-        return {source: self._read(model, rows) for source, rows in self._texts.items()}
+    def losses(self, model: Any, count: int) -> dict[str, Tensor]:
+        """Source -> fp32 [rows, context - 1], of the first rows."""
+        return {source: self._read(model, rows[:count]) for source, rows in self._texts.items()}
 
     def copies(self, model: Any, count: int) -> dict[str, dict[str, dict[str, list[float]]]]:
         """Distance -> source -> loss of each row's passage, read first and read again."""
@@ -212,7 +217,10 @@ class _Reader:
         """
         rows = [row for rows in self._texts.values() for row in rows[:count]]
         with self._precision():
-            heads = [routing_quality(model, row, chunk_tokens=row.numel(), would_choose=config) for row in rows]
+            heads = [
+                routing_quality(model, row, num_queries=_QUERIES, chunk_tokens=row.numel(), would_choose=config)
+                for row in rows
+            ]
         layers: dict[int, list[dict[str, Any]]] = {}
         for record in (record for row in heads for record in row):
             layers.setdefault(record["layer"], []).append(record)
@@ -276,7 +284,7 @@ def read_log(path: Path) -> dict[str, Any]:
 
     Returns:
         train: [step, tokens, loss, gradient norm] of each logged step. held_out: [step, tokens, {source: loss}].
-        tokens_per_s: the median over logged intervals. tokens_per_s_overall: with evaluations and checkpoints.
+        tokens_per_s: the median over logged intervals but the first, in which kernels are compiled.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     train = [[line["step"], line["tokens"], line["loss"], line.get("grad_norm")] for line in lines if "loss" in line]
@@ -287,15 +295,11 @@ def read_log(path: Path) -> dict[str, Any]:
         }
         if of_sources:
             held_out.setdefault(line["step"], [line["step"], line["tokens"], {}])[2].update(of_sources)
-    rates = [(line["step"], line["tokens_per_s"]) for line in lines if "tokens_per_s" in line]
-    # The first interval compiles kernels.
-    steps = [step - before for (before, _), (step, _) in pairwise(rates)]
-    seconds = sum(number / rate for number, (_, rate) in zip(steps, rates[1:], strict=True))
+    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
     return {
         "train": train,
         "held_out": list(held_out.values()),
-        "tokens_per_s": statistics.median(rate for _, rate in rates[1:] or rates),
-        "tokens_per_s_overall": round(sum(steps) / seconds, 1) if steps else rates[0][1],
+        "tokens_per_s": statistics.median(rates[1:] or rates),
     }
 
 
@@ -427,7 +431,7 @@ def _section(family: Family) -> list[str]:
     recipe, header = dense["recipe"], dense["header"]
     context = recipe["data"]["context"]
     lines = [
-        f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.0f}M tokens, "
+        f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.3g}M tokens, "
         f"{context:,} a row",
         "",
         *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
@@ -453,20 +457,23 @@ def _section(family: Family) -> list[str]:
 
 def _losses(family: Family) -> tuple[list[str], list[list[str]]]:
     sources = list(family.of_first_seed()["dense"]["sources"])
-    titles = ["run", "seed"]
-    for source in sources:
-        titles += [f"{source}", "− dense", "last eighth", "− dense"]
     lines = []
-    for seed, runs in sorted(family.runs.items()):
-        for name, run in {"dense": runs["dense"], **runs}.items():
-            line = [name, str(seed)]
-            for source in sources:
-                ours, theirs = own_positions(run)[source], own_positions(runs["dense"])[source]
+    for part in [[source] for source in sources] + ([sources] if len(sources) > 1 else []):
+        for seed, runs in sorted(family.runs.items()):
+            for name, run in {"dense": runs["dense"], **runs}.items():
+                line = [part[0] if len(part) == 1 else "mean of them", name, str(seed)]
                 for what in ("loss", "last"):
-                    line.append(_with_error(*mean_and_error(ours[what])))
-                    line.append("" if name == "dense" else _with_error(*difference(ours[what], theirs[what]), sign="+"))
-            lines.append(line)
-    return titles, lines
+                    ours, theirs = ([own_positions(r)[source][what] for source in part] for r in (run, runs["dense"]))
+                    gaps = [difference(a, b) for a, b in zip(ours, theirs, strict=True)]
+                    line.append(_with_error(*_mean_of_sources([mean_and_error(values) for values in ours])))
+                    line.append("" if name == "dense" else _with_error(*_mean_of_sources(gaps), sign="+"))
+                lines.append(line)
+    return ["source", "run", "seed", "loss", "− dense", "last eighth", "− dense"], lines
+
+
+def _mean_of_sources(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of means and standard errors of independent rows, each source counted alike."""
+    return statistics.mean(mean for mean, _ in parts), math.hypot(*(error for _, error in parts)) / len(parts)
 
 
 def _cross_reading(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
@@ -549,11 +556,8 @@ def _training(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
     for name, run in runs.items():
         ours = _last_tenth(run)
         gap = "" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
-        log = run["log"]
-        rates = [f"{log['tokens_per_s']:,.0f}", f"{log['tokens_per_s_overall']:,.0f}"]
-        lines.append([name, f"{statistics.mean(ours):.4f}", gap, *rates])
-    titles = ["run", "training loss, last tenth", "− dense", "tokens/s", "with evaluations and checkpoints"]
-    return titles, lines
+        lines.append([name, f"{statistics.mean(ours):.4f}", gap, f"{run['log']['tokens_per_s']:,.0f}"])
+    return ["run", "training loss, last tenth of the steps", "− dense", "tokens/s"], lines
 
 
 def _last_tenth(run: Result) -> list[float]:

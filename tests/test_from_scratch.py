@@ -65,7 +65,14 @@ def runs(tmp_path_factory, data):
 
 
 def measured(run, **changes):
-    options = {"configs": [CONFIG], "rows": ROWS, "copy_rows": 2, "routing_rows": 2, "rows_at_once": 4}
+    options = {
+        "configs": [CONFIG],
+        "rows": ROWS,
+        "history_rows": 4,
+        "copy_rows": 2,
+        "routing_rows": 2,
+        "rows_at_once": 4,
+    }
     return script.measure_run(run, device=torch.device("cpu"), **{**options, **changes})
 
 
