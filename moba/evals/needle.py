@@ -264,9 +264,9 @@ def score_answer(reader: Reader, prompt: Tensor, answer: Tensor) -> tuple[list[f
     return losses, said
 
 
-def grid(records: Iterable[dict[str, Any]], value: str = "found") -> dict[tuple[int, float], float]:
-    """(length, depth) -> the mean of a value over the records of the cell."""
-    cells: dict[tuple[int, float], list[float]] = {}
+def grid(records: Iterable[dict[str, Any]], value: str = "found", row: str = "depth") -> dict[tuple[int, Any], float]:
+    """(length, depth, or what else is asked for as `row`) -> the mean of a value over the records of the cell."""
+    cells: dict[tuple[int, Any], list[float]] = {}
     for record in records:
-        cells.setdefault((record["length"], record["depth"]), []).append(float(record[value]))
+        cells.setdefault((record["length"], record[row]), []).append(float(record[value]))
     return {cell: sum(values) / len(values) for cell, values in cells.items()}
