@@ -40,7 +40,7 @@ from moba.hf import get_moba_config, load_key_convolution, set_moba_config
 from moba.train.checkpoints import checkpoints
 from moba.train.packing import PackedRows, by_source
 from moba.train.recipe import Recipe
-from moba.train.run import data_digest
+from moba.train.run import data_digest, training_rows
 from moba.train.schedule import throughout
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -113,7 +113,8 @@ def measure_run(
     saved = json.loads((run / "recipe.json").read_text())
     recipe = Recipe.from_dict(saved["recipe"])
     folder = data or Path(recipe.data.folder)
-    if data_digest(open_shards(folder)) != saved["data"]:
+    shards = open_shards(folder)
+    if data_digest(shards) != saved["data"]:
         raise ValueError(f"{folder} is not the data that {run} was trained on")
     found = checkpoints(run)
     if not found or _step(found[-1]) != recipe.num_steps:
@@ -154,6 +155,7 @@ def measure_run(
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": recipe.to_dict(),
         "data": saved["data"],
+        "unique_tokens": training_rows(recipe, shards).num_tokens,
         "sources": {
             source: {"rows": len(tokens), "documents": num_documents}
             for source, (tokens, num_documents) in held_out.items()
@@ -434,6 +436,7 @@ def _section(family: Family) -> list[str]:
         f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.3g}M tokens, "
         f"{context:,} a row",
         "",
+        f"- {dense['unique_tokens'] / 1e6:.3g}M different tokens are read, as often as it takes",
         *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
         *(f"- {name}: `{run['header']['command']}`" for name, run in first.items()),
         f"- evaluated in {dense['precision']}, seeds {', '.join(map(str, family.runs))}",

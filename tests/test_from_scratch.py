@@ -34,12 +34,12 @@ def load_script():
 script = load_script()
 
 
-def recipe(folder, data, schedule, seed=0):
+def recipe(folder, data, schedule, seed=0, **model):
     return Recipe.from_dict(
         {
             "out": str(folder / f"{schedule}-{seed}"),
             "data": {"folder": str(data), "context": CONTEXT, "whole_rows": True, "held_out_rows": 2},
-            "model": {"architecture": "llama", "shape": {**SHAPE, "num_key_value_heads": 2}},
+            "model": {"architecture": "llama", "shape": {**SHAPE, "num_key_value_heads": 2}, **model},
             "attention": {"schedule": schedule, "block_size": CONFIG.block_size, "topk": CONFIG.topk},
             "training": {
                 "tokens": 20 * 2 * CONTEXT, "rows_per_step": 2, "rows_at_once": 2, "learning_rate": 1e-2, "seed": seed,
@@ -130,6 +130,26 @@ def test_routing_is_followed_over_the_training(results):
             assert set(quality["layers"]) == {0, 1}
     attentions = {name: [point["attention"] for point in result["checkpoints"]] for name, result in results.items()}
     assert attentions == {"full": ["full"] * 2, "throughout": ["8/3"] * 2, "hybrid": ["8/3", "full"]}
+
+
+def test_key_convolutions_are_read_with_their_weights(tmp_path, data):
+    train(recipe(tmp_path, data, "throughout", key_convolution=3), say=lambda line: None)
+    result = measured(tmp_path / "throughout-0")
+    assert result["name"] == "MoBA 8/3, key convolution 3"
+    check_against_the_log(result)
+
+
+def test_the_last_checkpoint_has_the_loss_that_the_training_logged(results):
+    for result in results.values():
+        check_against_the_log(result)
+
+
+def check_against_the_log(result):
+    """The training evaluated the first two rows of the first document, which are the first and third measured."""
+    step, _, logged = result["log"]["held_out"][-1]
+    assert step == 20
+    losses = script.own_positions(result)["source 0"]["loss"]
+    assert (losses[0] + losses[2]) / 2 == pytest.approx(logged["source 0"], abs=2e-5)
 
 
 def test_a_wrong_folder_is_refused(runs, data, tmp_path):

@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
             f"{rows_at_a_time}, got {recipe.training.rows_per_step}"
         )
     shards = open_shards(recipe.data.folder)
-    rows = _rows(recipe, shards, recipe.num_steps * recipe.training.rows_per_step)
+    rows = training_rows(recipe, shards)
     checkpoint = _check_run(recipe, out, shards)
     model, tokenizer = build_model(recipe, shards.manifest)
     check_tokenizer(shards, model, tokenizer)
@@ -119,6 +119,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
             *(callbacks or []),
         ],
     )
+    trainer.tokenizer = tokenizer
     trainer.remove_callback(PrinterCallback)
     with _enough_memory(recipe):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -134,7 +135,7 @@ def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, i
         ValueError: as `train` would.
     """
     shards = open_shards(recipe.data.folder)
-    rows = _rows(recipe, shards, recipe.num_steps * recipe.training.rows_per_step)
+    rows = training_rows(recipe, shards)
     model, tokenizer = build_model(recipe, shards.manifest)
     check_tokenizer(shards, model, tokenizer)
     total, trained = num_parameters(model if recipe.lora is None else add_adapters(model, recipe.lora))
@@ -160,14 +161,13 @@ def check_tokenizer(shards: Shards, model: PreTrainedModel, tokenizer: Any) -> N
         )
 
 
-def _rows(recipe: Recipe, shards: Shards, num_rows: int) -> PackedRows:
+def training_rows(recipe: Recipe, shards: Shards) -> PackedRows:
+    """The rows that a training reads, in their order."""
     data = recipe.data
-    options: dict[str, Any] = {
-        "sources": data.sources or None,
-        "min_length": data.min_length,
-        "whole_rows": data.whole_rows,
-    }
-    return PackedRows(shards, data.context, num_rows=num_rows, seed=recipe.training.seed, **options)
+    return PackedRows(
+        shards, data.context, num_rows=recipe.num_steps * recipe.training.rows_per_step, seed=recipe.training.seed,
+        sources=data.sources or None, min_length=data.min_length, whole_rows=data.whole_rows,
+    )  # fmt: skip
 
 
 def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
@@ -269,8 +269,9 @@ def _arguments(
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer, whose checkpoints appear whole."""
+    """transformers' Trainer, whose checkpoints appear whole, with the tokenizer, so that each can be evaluated."""
 
+    tokenizer: Any = None
     _draft: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -282,6 +283,8 @@ class _Trainer(Trainer):
         self._draft = out / UNFINISHED
         try:
             super()._save_checkpoint(model, trial)
+            if self.tokenizer is not None and self.args.should_save:
+                self.tokenizer.save_pretrained(self._draft / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_into_place(self._draft / name, out / name)
