@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_folder import save_tiny_model, words
 
-from moba import MoBAConfig
+from moba import MoBAConfig, register_moba
 from moba.cli import main
 from moba.cli.eval_setup import parse_settings, setting_name
 from moba.cli.options import Choice
@@ -18,6 +18,7 @@ from moba.data.build import Text, Unit, build
 from moba.evals.reader import Reader
 from moba.evals.texts import haystack_text, long_documents
 from moba.generation import num_keys_read
+from moba.hf import add_key_convolution, set_moba_config
 from moba.models import load_model, load_tokenizer
 
 
@@ -130,6 +131,42 @@ def test_routing_measures_layers_and_heads(evaluate, tmp_path):
     assert len({rows[0]["covered"], rows[2]["covered"], rows[4]["covered"]}) == 3
     assert all(0 < head["covered"] <= head["best"] + 1e-6 <= 1 + 1e-5 for row in rows for head in row["heads"])
     assert "needle chosen" in (tmp_path / "out" / "routing.md").read_text()
+
+
+def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_path, model):
+    register_moba(None)
+    loaded, tokenizer = load_model(str(model))
+    add_key_convolution(loaded, 5)
+    with torch.no_grad():
+        for layer in loaded.model.layers:
+            layer.self_attn.key_convolution.weight.normal_()
+    set_moba_config(loaded, MoBAConfig(8, 4, keep_recent=1))
+    loaded.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(words(400))
+    args = (
+        "-m",
+        tmp_path / "model",
+        "--text",
+        tmp_path / "text.txt",
+        "--length",
+        120,
+        "--settings",
+        "8x4,8x4 router=shared",
+    )
+    for name, *more in (
+        ("loss", "--last", 40),
+        ("copy", "--distances", "40,80", "--copied", 16),
+        ("routing", "--prompts", 1),
+    ):
+        code, _, err = moba("eval", name, *args, *more, "--out", tmp_path / "out")
+        assert code == 0, err
+        _, rows = records(tmp_path, name)
+        assert {row["attention"] for row in rows} == {"8x4 recent=1", "8x4 recent=1 router=shared"}
+        if name == "loss":
+            loaded.set_attn_implementation("moba")
+            expected = Reader(loaded).losses(torch.tensor(tokenizer(words(120))["input_ids"]))
+            assert rows[0]["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,13 @@ def test_a_toy_model_learns_to_find_the_needle(tmp_path, tokenizer, capsys):
     assert {row["attention"] for row in rows} == {"8x3"}
     found = sum(row["found"] for row in rows)
     assert found >= 36, f"{found} of 48 found; by chance it would be 6"
+
+    for folder in (model, model.with_name("checkpoint-96")):
+        for name in ("copy", "routing"):
+            options = ("--distances", "16,32", "--copied", 8) if name == "copy" else ("--prompts", 1)
+            out = tmp_path / folder.name / name
+            texts = ("--text", tmp_path / "hay.txt", "--length", 60, *options)
+            run("eval", name, "-m", folder, *texts, "--router", "shared", "--out", out)
+            first, row, *_ = map(json.loads, (out / f"{name}.jsonl").read_text().splitlines())
+            assert row["attention"] == "8x3 router=shared"
+            assert first["settings"]["model"] == str(folder)
