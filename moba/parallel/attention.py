@@ -59,8 +59,10 @@ def context_parallel_attention(
     cu_seqlens: Tensor | None = None,
     transport: str = "gather",
     backend: str = "auto",
+    shards: Shards | None = None,
     return_lse: bool = False,
     return_routing: bool = False,
+    return_shards: bool = False,
 ) -> Any:
     """Mixture of Block Attention over a sequence that is split between ranks. Every rank calls it.
 
@@ -74,12 +76,14 @@ def context_parallel_attention(
             batch size 1, and not with "selective".
         transport: "gather", "selective" or "heads". "selective" needs shards of whole blocks (but for the last), and
             waits for the device to learn what travels; "heads" needs as many key/value heads as ranks, or a multiple.
-        return_lse, return_routing: also return this rank's log-sum-exp [B, T, H] and `Routing`, whose blocks are those
-            of the whole sequence.
+        shards: of an earlier call with these lengths and settings on every rank, such as that of a model's first layer.
+            Nothing is compared then, so the host need not wait for the device; a difference would end in a timeout.
+        return_lse, return_routing, return_shards: also return this rank's log-sum-exp [B, T, H], the `Routing`, whose
+            blocks are those of the whole sequence, and the `Shards`.
 
     Returns:
-        out [B, T, H, D]; or a tuple of out, lse and routing, of what was asked for. Differentiable as `moba_attention`;
-        gradients of keys that travelled come back to their rank.
+        out [B, T, H, D]; or a tuple of out, lse, routing and shards, of what was asked for. Differentiable as
+        `moba_attention`; gradients of keys that travelled come back to their rank.
 
     Raises:
         ValueError: on every rank, naming what the ranks disagree on, or what is not valid.
@@ -88,8 +92,7 @@ def context_parallel_attention(
         rounded to its dtype before they travel and added in fp32 in the ranks' order, so results repeat.
     """
     group = process_group(group)
-    tensors = (q, k, v)
-    if all(isinstance(x, Tensor) for x in tensors):
+    if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = to_autocast_dtype(q, k, v)
 
     def settings() -> dict[str, int | Tensor]:
@@ -109,13 +112,17 @@ def context_parallel_attention(
             "cu_seqlens": 0 if cu_seqlens is None else fingerprint(cu_seqlens),
         }  # fmt: skip
 
-    shards = agree(q, group, settings)
+    if shards is None:
+        shards = agree(q, group, settings)
+    elif settings() and shards.lengths[shards.rank] != q.shape[1]:
+        raise ValueError(f"shards gives this rank {shards.lengths[shards.rank]} tokens, got {q.shape[1]}")
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, shards.num_tokens)
     call = _Call(shards, cu_seqlens, scale, block_size, topk, keep_first, keep_recent, router, backend)
     by = {"gather": _by_gathering, "selective": _by_selecting, "heads": _by_heads}[transport]
     out, lse, indices = by(q, k, v, call)
-    results = (out, *([lse] if return_lse else []), *([Routing(indices, block_size)] if return_routing else []))
+    asked = ((return_lse, lse), (return_routing, Routing(indices, block_size)), (return_shards, shards))
+    results = (out, *(value for is_asked, value in asked if is_asked))
     return results if len(results) > 1 else out
 
 

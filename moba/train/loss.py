@@ -119,7 +119,7 @@ def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
     """Let `model(input_ids, labels=…)` compute its loss without its logits, which the output then lacks.
 
     Without labels the model does what it did. The loss is transformers' own: the mean over the labels that are not
-    -100, shifted by one, or their sum over `num_items_in_batch`.
+    -100, shifted by one (shift_labels are shifted already), or their sum over `num_items_in_batch`.
 
     Args:
         model: a causal language model; changed in place.
@@ -152,14 +152,16 @@ def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
         self: PreTrainedModel,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
             return of_logits(input_ids=input_ids, **kwargs)
         # Else transformers fills a cache of keys and values that nobody reads.
         hidden = self.base_model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state
-        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shift_labels is None else shift_labels
+        targets = shifted.flatten()
         total = summed(hidden.flatten(0, 1), self.get_output_embeddings().weight, targets)
         count = (targets != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)

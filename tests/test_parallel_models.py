@@ -1,0 +1,152 @@
+"""transformers' models over sequences split between gloo processes, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_close
+from ranks import Ranks
+from tiny_models import positions_of, random_tokens, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from moba import MoBAConfig, register_moba
+from moba.hf import set_moba_config
+from moba.parallel.models import cut_batch, parallelize, shard_batch
+from moba.train.loss import use_fused_loss
+from moba.train.model import checkpoint_activations
+
+CONFIG = MoBAConfig(8, 2, full_layers=1)
+DOCUMENTS = [7, 30, 1, 26]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Two of them."""
+    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
+
+
+def batch_of(kind):
+    """A batch as a data collator makes it; "packed" has documents, "uneven" a length that two ranks cannot halve."""
+    tokens = random_tokens(1 if kind == "packed" else 2, 63 if kind == "uneven" else 64)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    if kind != "packed":
+        return batch
+    ends = torch.tensor([0, *DOCUMENTS]).cumsum(0)
+    batch["labels"][0, ends[:-1]] = -100
+    batch["labels"][0, 40:44] = -100
+    bounds = ends.to(torch.int32)
+    return {**batch, "position_ids": positions_of(DOCUMENTS), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+
+
+def model_of(settings):
+    register_moba(None)
+    model = tiny_model(settings.get("family", "Llama"))
+    set_moba_config(model, CONFIG)
+    model.set_attn_implementation("moba")
+    if settings.get("fused"):
+        use_fused_loss(model)
+    if settings.get("recomputed"):
+        checkpoint_activations(model)
+    return model.train()
+
+
+def step(rank, kind, settings):
+    """This rank's share of the loss, and the gradients that all ranks average."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    model = model_of(settings)
+    parallelize(model, mesh["cp"], transport=settings.get("transport", "gather"))
+    if settings.get("sharded"):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh._flatten())
+        fully_shard(model, mesh=mesh._flatten())
+    loss = model(**shard_batch(batch_of(kind), mesh["cp"]), use_cache=False).loss
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if settings.get("sharded"):
+            gradient = gradient.full_tensor()
+        else:
+            dist.all_reduce(gradient)
+            gradient /= 2
+        gradients[name] = gradient.numpy()
+    return loss.item(), gradients
+
+
+SETTINGS = {
+    "plain": {},
+    "heads": {"transport": "heads"},
+    "fused loss, recomputed": {"fused": True, "recomputed": True},
+    "FSDP2": {"sharded": True, "fused": True, "recomputed": True},
+    "Qwen3": {"family": "Qwen3"},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"), [(name, kind) for name in SETTINGS for kind in ("plain", "packed")] + [("plain", "uneven")]
+)
+def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
+    outcomes = ranks.run(step, kind, SETTINGS[settings])
+    model = model_of({**SETTINGS[settings], "sharded": False})
+    expected = model(**batch_of(kind), use_cache=False).loss
+    expected.backward()
+    assert sum(loss for loss, _ in outcomes) / 2 == pytest.approx(expected.item(), rel=1e-5)
+    for _, gradients in outcomes:
+        for name, parameter in model.named_parameters():
+            assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
+
+
+def refused(rank, what):
+    model = model_of({})
+    batch = shard_batch(batch_of("packed" if what == "no bounds" else "plain"))
+    if what == "no config":
+        set_moba_config(model, None)
+    if what == "convolution":
+        from moba.hf import add_key_convolution
+
+        add_key_convolution(model)
+    parallelize(model, transport="selective" if what == "selective" else "gather")
+    if what == "no bounds":
+        del batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]
+    if what == "positions":
+        batch["position_ids"] -= batch["position_ids"][:, :1]
+    options = {"use_cache": False}
+    if what == "padding":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, :3] = 0
+    if what == "mask":
+        batch = shard_batch({**batch_of("plain"), "attention_mask": torch.ones(2, 64)})
+    model(**batch, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no config", "call set_moba_config"),
+        ("convolution", "key convolutions read the keys before"),
+        ("selective", 'give a model "gather" or "heads"'),
+        ("no bounds", "need cu_seq_lens_q and cu_seq_lens_k of the whole sequence"),
+        ("positions", "position_ids must count in the whole sequence"),
+        ("padding", "cannot have padding"),
+        ("mask", "attention_mask cannot be cut into shards"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(ranks, what, message):
+    outcomes = ranks.outcomes(refused, what)
+    assert [is_right for is_right, _ in outcomes][-1] is False
+    assert message in outcomes[-1][1]
+
+
+def test_cut_batches_predict_across_their_borders():
+    batch = batch_of("packed")
+    parts = [cut_batch(batch, rank, 3) for rank in range(3)]
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    assert torch.equal(torch.cat([part["shift_labels"] for part in parts], dim=1), shifted)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([part[name] for part in parts], dim=1), batch[name])
+    assert all(torch.equal(part["cu_seq_lens_q"], batch["cu_seq_lens_q"]) for part in parts)
+    assert sum(part["num_items_in_batch"] for part in parts) == (shifted != -100).sum()
