@@ -144,10 +144,12 @@ def measure_run(
     final = {}
     for name, config in reads.items():
         set_moba_config(model, config)
-        final[name] = {"positions": {}, "copy": reader.copies(model, copy_rows)}
         losses = reader.losses(model, rows)
-        for source in texts:
-            final[name]["positions"][source] = _of_positions(losses[source], recipe.data.context)
+        positions = {source: _of_rows(losses[source]) for source in texts}
+        if name == attention_name_of(own, num_layers):
+            for source in texts:
+                positions[source] |= {"bins": _of_positions(losses[source], recipe.data.context)}
+        final[name] = {"positions": positions, "copy": reader.copies(model, copy_rows)}
     return {
         "name": run_name(recipe),
         "header": describe(device),
@@ -273,12 +275,11 @@ def _of_rows(losses: Tensor) -> dict[str, list[float]]:
     return {"loss": _rounded(losses.double().mean(dim=1)), "last": _rounded(losses[:, -last:].double().mean(dim=1))}
 
 
-def _of_positions(losses: Tensor, context: int) -> dict[str, Any]:
-    """Of rows, and for each range of positions each row's mean loss over the tokens that stand there."""
-    bins = position_bins(context)
+def _of_positions(losses: Tensor, context: int) -> list[list[float]]:
+    """For each range of positions, each row's mean loss over the tokens that stand there."""
     # The loss at index i is that of the token at position i + 1.
-    parts = [losses[:, max(0, start - 1) : stop - 1] for start, stop in pairwise(bins)]
-    return {**_of_rows(losses), "bins": [_rounded(part.double().mean(dim=1)) for part in parts]}
+    parts = [losses[:, max(0, start - 1) : stop - 1] for start, stop in pairwise(position_bins(context))]
+    return [_rounded(part.double().mean(dim=1)) for part in parts]
 
 
 def read_log(path: Path) -> dict[str, Any]:
