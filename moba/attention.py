@@ -18,6 +18,7 @@ from moba.checks import (
     check_key_range,
     check_means,
     check_page_numbers,
+    check_scale,
     check_tensors,
     describe,
     is_readable,
@@ -396,7 +397,7 @@ def _attention(
 ) -> Any:
     validate_selection(block_size, topk, keep_first, keep_recent, router)
     require_one_of("backend", backend, BACKENDS)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, q.shape[-1])
 
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, keep_first, keep_recent, router)

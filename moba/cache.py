@@ -259,9 +259,25 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
             super().lazy_initialization(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, G, T, D]; the whole room [B, G, max_cache_len, D]."""
+        """Append keys and values [B, G, T, D]; the whole room [B, G, max_cache_len, D].
+
+        Raises:
+            ValueError: if there is too little room. A single token on a GPU, which is not waited for, fails there.
+        """
+        self._check_room(key_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return self.with_means(keys, key_states.shape[2], self.max_cache_len), values
+
+    def _check_room(self, key_states: Tensor) -> None:
+        num_new, is_on_gpu = key_states.shape[2], key_states.device.type == "cuda"
+        if torch.compiler.is_compiling() or (is_on_gpu and (num_new == 1 or torch.cuda.is_current_stream_capturing())):
+            return
+        num_before = int(self.cumulative_length)
+        if num_before + num_new > self.max_cache_len:
+            raise ValueError(
+                f"the cache has room for max_cache_len={self.max_cache_len} tokens, so {num_new} cannot follow the "
+                f"{num_before} it holds: make it with a larger max_cache_len, or without one to let it grow"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last -tokens_to_remove tokens.
@@ -300,12 +316,17 @@ class MoBACache(Cache):
         offloading: keep the keys and values of all but the running layer on the CPU, as transformers' caches do.
 
     Raises:
-        ValueError: if max_cache_len is not a number of tokens.
+        ValueError: if max_cache_len is not a number of tokens, or there is no GPU to offload from.
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int | None = None, offloading: bool = False) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config must be a transformers model's config, got {type(config).__name__}")
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                f"offloading={offloading!r} moves keys and values out of a GPU's memory, and there is no GPU here: "
+                "leave it out"
+            )
         self.phase = Phase()
         if max_cache_len is None:
             layers = [

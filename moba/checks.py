@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,19 @@ def check_tensors(ndim: int, **tensors: Tensor) -> None:
     if any(x.shape[-1] != head_dim for x in tensors.values()):
         got = _listed([str(x.shape[-1]) for x in tensors.values()])
         raise ValueError(f"{names} must have one head dim, got {got}")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of the scores: D^−0.5 where none is given."""
+    if scale is None:
+        return head_dim**-0.5
+    try:
+        value = math.nan if isinstance(scale, str) else float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    return value
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:

@@ -24,6 +24,13 @@ def require_int(name: str, value: Any, minimum: int) -> int:
     return value
 
 
+def require_seed(name: str, value: Any) -> int:
+    """Return `value` if every generator of random numbers takes it; raise a ValueError that names it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be an integer from 0 to 2**32 - 1, got {value!r}")
+    return value
+
+
 def require_one_of(name: str, value: Any, valid: Sequence[str]) -> None:
     """Raise a ValueError that names the argument and the valid values unless `value` is one of them."""
     if value not in valid:

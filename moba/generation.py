@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moba.config import MoBAConfig, require_int
+from moba.config import MoBAConfig, require_int, require_seed
 
 if TYPE_CHECKING:
     from moba.cache import MoBACache
@@ -69,8 +69,9 @@ def generate_tokens(
         model, prompt, cache, chunk_tokens, on_progress: as for `prefill`.
         max_new_tokens: at most this many tokens; the token that ends the text is yielded too.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn at this temperature.
-        seed: of the draws.
+        seed: of the draws, 0 to 2**32 - 1.
     """
+    require_seed("seed", seed)
     logits, cache = prefill(model, prompt, cache=cache, chunk_tokens=chunk_tokens, on_progress=on_progress)
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     ends = end_tokens(model)

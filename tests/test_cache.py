@@ -424,6 +424,19 @@ def test_refusals(llama, tmp_path):
         MoBACache(llama)
     with pytest.raises(ValueError, match="max_cache_len must be an integer >= 1, got 0"):
         MoBACache(llama.config, max_cache_len=0)
+    full = MoBACache(llama.config, max_cache_len=16)
+    read(llama, random_tokens(1, 12), full)
+    with pytest.raises(
+        ValueError, match="max_cache_len=16 tokens, so 5 cannot follow the 12 it holds: make it with a l"
+    ):
+        read(llama, random_tokens(1, 5), full)
+    assert full.get_seq_length() == 12
+    read(llama, random_tokens(1, 4), full)
+    with pytest.raises(ValueError, match="so 1 cannot follow the 16 it holds"):
+        read(llama, random_tokens(1, 1), full)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match=r"offloading=True .* there is no GPU here"):
+            MoBACache(llama.config, offloading=True)
     with pytest.raises(ValueError, match="tokens_to_remove must be negative or 0, got 3"):
         MoBACache(llama.config, max_cache_len=8).crop(3)
     (tmp_path / "text").write_text("no cache")

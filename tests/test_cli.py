@@ -126,6 +126,7 @@ BINARY, EMPTY, MISSING = "binary.txt", "empty.txt", "missing.txt"
         (["-p", "w1", "--router", "best"], "best"),
         (["-p", "w1", "--max-new-tokens", "0"], "max_new_tokens"),
         (["-p", "w1", "--temperature", "-1"], "temperature"),
+        (["-p", "w1", "--seed", str(2**70)], f"seed must be an integer from 0 to 2**32 - 1, got {2**70}"),
         (["-p", "w1", "--device", "abacus"], "abacus"),
         (["-p", "w1", "--no-such-option"], "--no-such-option"),
         (["-p", "w1", "--attn", "sdpa", "--compare"], "--compare"),

@@ -483,6 +483,8 @@ def test_batching_configs_that_cannot_be_honoured(model, options, changes, messa
 def test_models_that_cannot_be_served(model, monkeypatch):
     with pytest.raises(ValueError, match="no MoBA config"):
         enable_paged(model)
+    with pytest.raises(ValueError, match="model must be a transformers model, got int"):
+        enable_paged(3)
     with pytest.raises(ValueError, match="config must be a MoBAConfig or None, got 'moba'"):
         enable_paged(model, "moba")
     with pytest.raises(ValueError, match=r"full_layers must fit the model's 3 layers, got \(3,\)"):

@@ -102,7 +102,7 @@ def _answer(session: Session, prompt: BatchPrompt, ids: Tensor, drawing: Drawing
     from moba.generation import end_tokens, generate_tokens
 
     # Draws depend on the line and not on where a stopped run went on.
-    drawing = replace(drawing, seed=drawing.seed + prompt.line)
+    drawing = replace(drawing, seed=(drawing.seed + prompt.line) % 2**32)
     if prompt.max_new_tokens is not None:
         drawing = replace(drawing, max_new_tokens=prompt.max_new_tokens)
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moba.config import MoBAConfig
+from moba.config import MoBAConfig, require_seed
 
 # The sparsest setting whose perplexity at 8K tokens stays within 5 % of full attention's: docs/quality.md.
 DEFAULT_BLOCK_SIZE = 128
@@ -151,6 +151,9 @@ class Drawing:
     temperature: float
     seed: int
     chunk_tokens: int
+
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)

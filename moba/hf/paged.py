@@ -52,6 +52,8 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
             raise it for a ContinuousBatchingConfig that cannot be honoured. A request too long for the cache fails
             alone, with the reason in its `error`.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
     if config is not None and not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
     text_config = model.config.get_text_config(decoder=True)
