@@ -1,4 +1,4 @@
-"""Two processes on a CPU: `accelerate launch`, and the pieces of a step under torch's fully_shard (FSDP2)."""
+"""Two processes on a CPU: torchrun, and the pieces of a step under torch's fully_shard (FSDP2)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,52 @@ from moba import MoBAConfig, register_moba
 from moba.train import apply_schedule, hybrid
 from moba.train.loss import use_fused_loss
 from moba.train.model import checkpoint_activations
+from moba.train.packing import SharedRows
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Each with rows of its own, and each with half of every row."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("DATA", str(save_shards(tmp_path / "data"))))
-    command = ["-m", "moba", "train", str(recipe), "-s", "training.tokens=1536"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-              "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    losses = []
-    for name, start in (("one", [sys.executable]), ("two", launch)):
+    command = ["-m", "moba", "train", str(recipe), "-s", "training.tokens=1536", "-s", "training.evaluate_every=6"]
+    # accelerate's own launcher starts one process on a CPU, whatever it is told.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    across = ["--context-parallel", "2"]
+    logs = []
+    for name, start, options in (("one", [sys.executable], []), ("two", launch, []), ("across", launch, across)):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(
-            [*start, *command, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=200,
+            [*start, *command, *options, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=200,
             env=environment,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("trained:") == 1, "only the first process speaks"
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
+        logs.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
         assert (tmp_path / name / "model" / "model.safetensors").is_file()
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in logs]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    norms = [[line["grad_norm"] for line in lines if "loss" in line] for lines in (logs[0], logs[2])]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    held_out = [[line for line in lines if any(name.endswith("_loss") for name in line)] for lines in logs]
+    assert len(held_out[0]) == len(held_out[2]) > 0
+    for one, two in zip(held_out[0], held_out[2], strict=True):
+        for name in one:
+            if name.endswith("_loss"):
+                assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_rows_shared_by_processes_come_in_the_same_order():
+    rows = list(range(8))
+    for num_ranks, batch_size, num_processes in ((2, 1, 4), (2, 2, 4), (4, 2, 4)):
+        shared = SharedRows(rows, num_ranks, batch_size)
+        everything = [shared[i] for i in range(len(shared))]
+        dealt = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
+        by_process = [[row for batch in dealt[i::num_processes] for row in batch] for i in range(num_processes)]
+        groups = [by_process[i : i + num_ranks] for i in range(0, num_processes, num_ranks)]
+        assert all(process == group[0] for group in groups for process in group)
+        assert sorted(row for group in groups for row in group[0]) == rows
 
 
 def losses_of_steps(model, tokens, average):

@@ -23,6 +23,10 @@ DataOption = Annotated[
 OutOption = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="Checkpoints, logs and the model; the recipe's out.")
 ]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--context-parallel", metavar="N", help="Processes that share each row: training.context_parallel."),
+]
 DryOption = Annotated[
     bool, typer.Option("--dry-run", help="Print tokens, memory and time that it will take, and stop.")
 ]
@@ -33,6 +37,7 @@ def train(
     change: SetOption = [],  # noqa: B006
     data: DataOption = None,
     out: OutOption = None,
+    context_parallel: ContextOption = None,
     dry_run: DryOption = False,
 ) -> None:
     """Train a model with MoBA, or go on with a training that was interrupted.
@@ -42,12 +47,14 @@ def train(
         moba train recipes/activation.toml --data data/mine --out runs/first --dry-run
         moba train recipes/activation.toml --data data/mine --out runs/first
         accelerate launch --config_file recipes/fsdp2.yaml -m moba train recipes/activation.toml …
+        accelerate launch --num_processes 8 -m moba train recipes/activation.toml --context-parallel 8 …
 
     The same command goes on from the newest checkpoint in its folder, with the losses an uninterrupted run would have.
     """
     from moba.train.recipe import read_recipe
 
     changes = [*change, *([f'data.folder="{data}"'] if data else []), *([f'out="{out}"'] if out else [])]
+    changes += [f"training.context_parallel={context_parallel}"] if context_parallel is not None else []
     settings = read_recipe(recipe, changes)
     quieten()
     if dry_run:

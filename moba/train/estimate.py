@@ -118,7 +118,7 @@ def _flops_per_token(recipe: Recipe, config: Any, total: int, trained: int) -> f
 
 
 def _activation_bytes(recipe: Recipe, config: Any) -> int:
-    tokens = recipe.training.rows_at_once * recipe.data.context
+    tokens = recipe.training.rows_at_once * recipe.data.context // recipe.training.context_parallel
     is_half = recipe.training.precision == "bf16"
     narrow = 2 if is_half else 4
     # What a layer keeps for its backward pass: fp32 inputs of norms, q, k, v, out, and the gated MLP's parts.

@@ -157,6 +157,29 @@ class PackedRows(Dataset):
         return self._order[1][place]
 
 
+class SharedRows(Dataset):
+    """Rows that processes read in groups of `num_ranks`, each group the same ones: for context parallelism.
+
+    accelerate deals batches out to processes in turn, so every batch stands here `num_ranks` times, one after another.
+
+    Args:
+        rows: as many as make whole batches.
+        num_ranks: divides the number of processes.
+        batch_size: rows that a process reads at a time.
+    """
+
+    def __init__(self, rows: PackedRows, num_ranks: int, batch_size: int) -> None:
+        self.rows, self.num_ranks, self.batch_size = rows, num_ranks, batch_size
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.num_ranks
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row, as `PackedRows` makes it."""
+        batch, place = divmod(index, self.batch_size)
+        return self.rows[batch // self.num_ranks * self.batch_size + place]
+
+
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What a causal language model reads: rows side by side if each is one sequence, else all packed into one.
 

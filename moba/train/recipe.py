@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moba.config import MoBAConfig, require_int, require_one_of
+from moba.config import MoBAConfig, require_int, require_one_of, require_seed
 from moba.train.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
 
 SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")
@@ -146,6 +146,8 @@ class TrainingPart:
         precision: bf16 (autocast over fp32 weights) or fp32.
         checkpoint_activations: compute activations again for the backward pass instead of keeping them.
         compile: torch.compile the layers: a training that takes minutes gains a third of them.
+        context_parallel: processes that share each row, each with a part of its tokens (see docs/parallel.md).
+        transport: how their keys meet, "gather" or "heads"; see `moba.parallel`.
         loss: see `moba.train.loss`.
         log_every, evaluate_every, save_every: steps; 0 never evaluates. save_every is a multiple of log_every, so that
             a resumed run logs what an uninterrupted one does. The last step is always saved.
@@ -165,6 +167,8 @@ class TrainingPart:
     precision: str = "bf16"
     checkpoint_activations: bool = True
     compile: bool = False
+    context_parallel: int = 1
+    transport: str = "gather"
     loss: str = "auto"
     log_every: int = 10
     evaluate_every: int = 0
@@ -172,11 +176,16 @@ class TrainingPart:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "rows_per_step", "rows_at_once", "log_every", "save_every", "keep"):
+        for name in (
+            "tokens", "rows_per_step", "rows_at_once", "context_parallel", "log_every", "save_every", "keep"
+        ):  # fmt: skip
             require_int(f"training.{name}", getattr(self, name), 1)
         require_int("training.evaluate_every", self.evaluate_every, 0)
-        require_int("training.seed", self.seed, 0)
+        require_seed("training.seed", self.seed)
         require_one_of("training.precision", self.precision, PRECISIONS)
+        require_one_of("training.transport", self.transport, ("gather", "heads"))
+        if self.compile and self.context_parallel > 1:
+            raise ValueError(f"training.compile cannot be combined with context_parallel = {self.context_parallel}")
         require_one_of("training.learning_schedule", self.learning_schedule, LEARNING_SCHEDULES)
         _require_number("training.learning_rate", self.learning_rate, 0.0, 1.0)
         _require_number("training.warmup", self.warmup, 0.0, 1.0)
@@ -228,6 +237,11 @@ class Recipe:
             raise ValueError("lora adapts a model that exists: give model.base")
         if self.lora is not None and self.model.key_convolution is not None:
             raise ValueError("model.key_convolution adds weights that adapters do not train: use it without [lora]")
+        if self.data.context % self.training.context_parallel:
+            raise ValueError(
+                f"training.context_parallel must divide data.context = {self.data.context}, "
+                f"got {self.training.context_parallel}"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -301,7 +315,10 @@ def same_run(recipe: Recipe, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    free = {"rows_at_once", "checkpoint_activations", "compile", "log_every", "evaluate_every", "save_every", "keep"}
+    free = {
+        "rows_at_once", "checkpoint_activations", "compile", "context_parallel", "transport", "log_every",
+        "evaluate_every", "save_every", "keep",
+    }  # fmt: skip
     now, then = recipe.to_dict(), Recipe.from_dict(saved).to_dict()
     differences = []
     for part in ("data", "model", "attention", "training", "lora"):

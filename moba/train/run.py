@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -39,6 +40,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from moba.adapters import write_adapter
 from moba.data import Shards, open_shards, tokenizer_hash
 from moba.hf import get_moba_config
+from moba.parallel.models import cut_batch, parallelize
 from moba.train.checkpoints import (
     UNFINISHED,
     check_architecture,
@@ -49,7 +51,7 @@ from moba.train.checkpoints import (
 from moba.train.estimate import Estimate, estimate
 from moba.train.loss import use_fused_loss
 from moba.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
-from moba.train.packing import PackedRows, by_source, collate
+from moba.train.packing import PackedRows, SharedRows, by_source, collate
 from moba.train.recipe import Recipe, same_run
 from moba.train.schedule import MoBASchedule
 
@@ -76,11 +78,17 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     state = PartialState(cpu=not torch.cuda.is_available())
     tell: Say = say if state.is_main_process else lambda text: None
     out = Path(recipe.out).expanduser()
-    rows_at_a_time = recipe.training.rows_at_once * state.num_processes
+    across = recipe.training.context_parallel
+    if state.num_processes % across:
+        raise ValueError(
+            f"training.context_parallel = {across} needs a multiple of {across} processes, got {state.num_processes}: "
+            f"start them with accelerate launch --num_processes {across} -m moba train …"
+        )
+    rows_at_a_time = recipe.training.rows_at_once * state.num_processes // across
     if recipe.training.rows_per_step % rows_at_a_time:
         raise ValueError(
-            f"training.rows_per_step must be a multiple of rows_at_once times {state.num_processes} processes = "
-            f"{rows_at_a_time}, got {recipe.training.rows_per_step}"
+            f"training.rows_per_step must be a multiple of rows_at_once times {state.num_processes // across} "
+            f"processes with rows of their own = {rows_at_a_time}, got {recipe.training.rows_per_step}"
         )
     shards = open_shards(recipe.data.folder)
     rows = training_rows(recipe, shards)
@@ -106,12 +114,11 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     if tokenizer is None:
         tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
     held_out = _held_out(recipe)
+    arguments = _arguments(recipe, out, rows_at_a_time, held_out)
     trainer = _Trainer(
         model=trained,
-        args=_arguments(recipe, out, rows_at_a_time, held_out),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=collate,
+        args=arguments,
+        **_data(recipe, arguments, rows, held_out, model, state),
         callbacks=[
             MoBASchedule(recipe.schedule),
             _Log(out, recipe.training.rows_per_step * recipe.data.context),
@@ -266,6 +273,29 @@ def _arguments(
     # On several GPUs without `accelerate launch`, Trainer would take DataParallel, which splits packed rows.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _data(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    rows: PackedRows,
+    held_out: dict[str, PackedRows] | None,
+    model: PreTrainedModel,
+    state: PartialState,
+) -> dict[str, Any]:
+    """What Trainer reads; where several processes share a row, the model is told to attend across them."""
+    across = recipe.training.context_parallel
+    if across == 1:
+        return {"train_dataset": rows, "eval_dataset": held_out, "data_collator": collate}
+    shape = (state.num_processes // across, across)
+    group = init_device_mesh(state.device.type, shape, mesh_dim_names=("data", "context"))["context"]
+    parallelize(model, group, transport=recipe.training.transport)
+    eval_batch = arguments.per_device_eval_batch_size
+    return {
+        "train_dataset": SharedRows(rows, across, arguments.per_device_train_batch_size),
+        "eval_dataset": held_out and {name: SharedRows(some, across, eval_batch) for name, some in held_out.items()},
+        "data_collator": lambda rows: cut_batch(collate(rows), group.get_local_rank(), across),
+    }
 
 
 class _Trainer(Trainer):

@@ -115,7 +115,8 @@ def apply_schedule(model: PreTrainedModel, schedule: Schedule, progress: float) 
     """Give `model` the attention of `schedule` at `progress`; call it before each step of a training loop.
 
     Args:
-        model: with the attention "moba" or "moba_naive"; it carries the config of the stage, and is saved with it.
+        model: with the attention "moba" or "moba_naive", or across ranks (`moba.parallel.models`); it carries the
+            config of the stage, and is saved with it.
         schedule: the stages.
         progress: share of the training that is done, 0 … 1: of steps or of tokens.
 
@@ -126,7 +127,7 @@ def apply_schedule(model: PreTrainedModel, schedule: Schedule, progress: float) 
         ValueError: if the model has another attention, a stage does not fit its layers, or progress is outside [0, 1].
     """
     name = model.config._attn_implementation
-    if name not in ("moba", "moba_naive"):
+    if name not in ("moba", "moba_naive", "moba_parallel"):
         raise ValueError(
             f"the model's attention must be 'moba' or 'moba_naive' for a schedule, got {name!r}: "
             "model.set_attn_implementation('moba')"
