@@ -102,8 +102,8 @@ def test_the_command_builds_rows_whose_answers_alone_are_learned(tmp_path, texts
     assert (code, printed) == (0, f"{out}\n")
     shards = open_shards(out, tokenizer=smollm2)
     shards.verify()
-    assert len(open_shards(out, "held_out")) >= 1
-    assert {d.length for d in shards.documents} == {512, 1024}
+    lengths = {split: [d.length for d in open_shards(out, split).documents] for split in ("train", "held_out")}
+    assert lengths == {"train": [512] * 4 + [1024] * 2, "held_out": [512] * 2 + [1024]}
     assert shards.manifest["sources"][0]["licence"] == "texts: CC0"
     rows = PackedRows(shards, 1024, seed=None)
     for i, pieces in enumerate(rows.rows):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,6 @@ import numpy as np
 
 from moba.config import require_int
 from moba.data.build import Tokens, Unit
-from moba.data.folder import is_held_out
 from moba.data.shards import Shards, open_shards
 
 # Tokens of the text that are learned as text, so that the language is kept.
@@ -101,7 +101,7 @@ class Plan:
         lengths: of documents, in tokens with the end of text; each gets the same share of the tokens, and one that is
             named twice gets two.
         tokens: of all documents together; each length has at least one.
-        held_out: share of the documents to hold out.
+        held_out: share of each length's documents to hold out, at least one if there are several.
         seed: of everything that is drawn.
 
     Raises:
@@ -154,10 +154,13 @@ def documents(shards: Shards, tokenizer: Any, plan: Plan) -> Iterator[Tokens]:
     maker = Maker(shards, tokenizer)
     counts = {length: plan.lengths.count(length) for length in sorted(set(plan.lengths))}
     for length, share in counts.items():
-        for number in range(max(1, round(plan.tokens * share / len(plan.lengths) / length))):
+        count = max(1, round(plan.tokens * share / len(plan.lengths) / length))
+        # The first ones, so that of few long documents one is held out, too; but not the only one.
+        num_held_out = min(math.ceil(plan.held_out * count), count - 1)
+        for number in range(count):
             name = f"{length}/{number}"
             made = maker.document(length, random.Random(f"{plan.seed} {name}"))
-            yield Tokens(name, *made, held_out=is_held_out(f"{plan.seed} {name}", plan.held_out))
+            yield Tokens(name, *made, held_out=number < num_held_out)
 
 
 class Maker:
