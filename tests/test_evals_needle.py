@@ -10,7 +10,7 @@ from tiny_models import random_tokens
 
 from moba import MoBAConfig, register_moba
 from moba.evals.needle import TASKS, Haystack, Prompt, Task, find, grid
-from moba.evals.reader import Reader
+from moba.evals.reader import Reader, reading_order
 from moba.evals.records import open_records, record_of
 from moba.hf import set_moba_config
 from moba.models import load_model, load_tokenizer
@@ -132,6 +132,22 @@ def test_the_answer_is_scored_as_one_forward_pass_scores_it(loaded, chunk_tokens
         with torch.no_grad():
             right.append(model(torch.cat([prompt.tokens, torch.stack(right)])[None]).logits[0, -1].argmax())
     assert find(Reader(model), Prompt(prompt.tokens, torch.stack(right), (0, 1), 1))["found"]
+
+
+def test_a_grid_read_with_one_cache_is_the_grid_read_anew(loaded, haystack):
+    model = loaded[0]
+    model.set_attn_implementation("moba")
+    prompts = [
+        haystack.prompt(TASK, length=length, depth=depth / 4, seed=1) for length in (60, 120) for depth in range(5)
+    ]
+    reader, alone = Reader(model), 0
+    for i in reading_order([prompt.tokens for prompt in prompts]):
+        fresh = Reader(model)
+        together, anew = find(reader, prompts[i]), find(fresh, prompts[i])
+        alone += fresh.num_read
+        assert together["said"] == anew["said"]
+        assert together["loss"] == pytest.approx(anew["loss"], abs=1e-3)
+    assert reader.num_read < alone / 1.7
 
 
 def test_moba_decides_what_is_found(loaded):

@@ -24,9 +24,38 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Evaluate a model with MoBA, and with --compare with full attention too.", no_args_is_help=True)
 
+
+def parse_lengths(text: str) -> list[int]:
+    """[1024, 8192, 100] from "1K,8K,100".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        lengths = [
+            int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.replace(" ", "").split(",")
+        ]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"a list of lengths such as 1K,8K,100000 is needed, got {text!r}")
+    return lengths
+
+
+def parse_length(text: str | int) -> int:
+    """One of them."""
+    (length,) = parse_lengths(str(text))
+    return length
+
+
 TEXT = "Text"
 _OUTPUT = "Output"
-LengthOption = Annotated[int, typer.Option(metavar="N", help="Tokens of each document.", rich_help_panel=TEXT)]
+LengthOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N", parser=parse_length, help="Tokens of each document or prompt; K means 1024.", rich_help_panel=TEXT
+    ),
+]
 DocumentsOption = Annotated[int, typer.Option(metavar="N", help="How many documents.", rich_help_panel=TEXT)]
 DataOption = Annotated[
     Path | None,
@@ -333,23 +362,6 @@ def _print(title: str, table: Table) -> None:
     for name, cells in table.items():
         shown.add_row(name, *cells.values())
     console.Console(file=sys.stdout, highlight=False).print(shown)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """[1024, 8192, 100] from "1K,8K,100".
-
-    Raises:
-        ValueError: for anything else.
-    """
-    try:
-        lengths = [
-            int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.replace(" ", "").split(",")
-        ]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"a list of lengths such as 1K,8K,100000 is needed, got {text!r}")
-    return lengths
 
 
 def require_context(session: Session, length: int) -> None:
