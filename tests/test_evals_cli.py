@@ -35,7 +35,8 @@ def evaluate(capsys, tmp_path, model):
     text.write_text(words(400))
 
     def run(name, *args, texts=("--text", text)):
-        given = ["-m", model, "--block-size", 8, "--topk", 3, "--out", tmp_path / "out", *texts, *args]
+        blocks = () if "--settings" in args else ("--block-size", 8, "--topk", 3)
+        given = ["-m", model, *blocks, "--out", tmp_path / "out", *texts, *args]
         with pytest.raises(SystemExit) as stop:
             main(["eval", name, *map(str, given)])
         return (stop.value.code, *capsys.readouterr())
@@ -111,6 +112,12 @@ def test_sparsity_measures_full_attention_and_every_setting(evaluate, tmp_path):
     assert "at most 5% above full attention's" in (tmp_path / "out" / "sparsity.md").read_text()
 
 
+def test_sparsity_of_one_setting(evaluate, tmp_path):
+    code, _, err = evaluate("sparsity", "--length", 96)
+    assert code == 0, err
+    assert [row["attention"] for row in records(tmp_path, "sparsity")[1]] == ["full", MOBA]
+
+
 def test_copy_recall_by_distance(evaluate, tmp_path):
     code, _, err = evaluate("copy", "--length", 160, "--distances", "40,100", "--copied", 20, "--compare")
     assert code == 0, err
@@ -173,21 +180,25 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
     ("args", "message"),
     [
         (("needle", "--lengths", "8K"), "context is 256"),
-        (("needle", "--lengths", "no"), "1K,8K,100000"),
+        (("needle", "--lengths", "no"), "a number of tokens such as 8K or 100000, got 'no'"),
         (("loss", "--length", 250), "short.txt has 100 tokens, 250 are needed"),
         (
             ("loss", "--length", 90, "--text", "1848-Pork-1"),
             "a file or the name of an address such as 1848-Polk-1, got '1848-Pork-1'",
         ),
         (("loss", "--length", 90, "--data", "x"), "give either data or text, not both"),
-        (("loss", "--length", "1K,2K"), "length"),
-        (("loss", "--length", "0"), "a list of lengths"),
+        (("loss", "--length", "1K,2K"), "a number of tokens such as 8K or 100000, got '1K,2K'"),
+        (("loss", "--length", "0"), "got '0'"),
         (("copy", "--length", "1K"), "context is 256"),
         (("sparsity", "--settings", "8-3"), "a list such as '128x4, 512x3"),
         (("needle", "--settings", "8x3 last=3"), "got '8x3 last=3'; valid words: first, recent, full, router, decode"),
         (("needle", "--settings", "8x3 first=x"), "got '8x3 first=x'"),
         (("needle", "--settings", "8x3 router=no"), "router must be"),
         (("needle", "--settings", "8x3,"), "got ''"),
+        (
+            ("loss", "--settings", "8x3", "--topk", 4),
+            "settings='8x3' says the blocks: leave out --block-size and --topk",
+        ),
         (("routing", "--compare"), "full attention chooses no blocks"),
         (("routing", "--length", 24, "--topk", 16), "length must exceed|no query a choice"),
     ],
@@ -234,6 +245,7 @@ def test_addresses_are_the_haystack():
          "64x8 first=1 full=10 router=top_p=0.5"),
         ("64x8  full=0+3 first=0 recent=2 decode=moba",
          MoBAConfig(64, 8, keep_recent=2, full_layers=(0, 3), decode="moba"), "64x8 recent=2 full=0+3 decode=moba"),
+        ("8x4 router=sink", MoBAConfig(8, 4, router="sink"), "8x4 router=sink"),
         ("full", None, "full"),
     ],
 )  # fmt: skip

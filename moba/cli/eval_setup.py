@@ -31,20 +31,22 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         ValueError: for anything else.
     """
-    try:
-        lengths = [
-            int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.replace(" ", "").split(",")
-        ]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"a list of lengths such as 1K,8K,100000 is needed, got {text!r}")
-    return lengths
+    return [parse_length(part) for part in text.split(",")]
 
 
 def parse_length(text: str | int) -> int:
-    """One of them."""
-    (length,) = parse_lengths(str(text))
+    """8192 from "8K" or "8192".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    digits, unit = (str(text).strip()[:-1], 1024) if str(text).strip()[-1:] in ("k", "K") else (str(text), 1)
+    try:
+        length = int(digits) * unit
+    except ValueError:
+        length = 0
+    if length < 1:
+        raise ValueError(f"a length must be a number of tokens such as 8K or 100000, got {text!r}")
     return length
 
 
@@ -95,6 +97,7 @@ class Setup:
     out: Path | None
     compare: bool
     listed: str | None
+    has_blocks: bool
     chunk_tokens: int | None
 
     def open(self) -> Session:
@@ -104,13 +107,15 @@ class Setup:
         return open_session(self.model, self.choice, Attention.moba, self.dtype, self.device)
 
     def attentions(self, default: str | None = None) -> dict[str, MoBAConfig | None]:
-        """What is measured, by name: --settings, else `default`, else the one setting of the other options. None stands
-        for full attention.
+        """What is measured, by name: --settings; else the setting of the other options, or where these do not say its
+        blocks, `default`. None stands for full attention.
 
         Raises:
-            ValueError: if the settings cannot be.
+            ValueError: if the settings cannot be, or their blocks are given twice.
         """
-        listed = self.listed or default
+        if self.listed and self.has_blocks:
+            raise ValueError(f"settings={self.listed!r} says the blocks: leave out --block-size and --topk")
+        listed = self.listed or (None if self.has_blocks else default)
         configs = parse_settings(listed, self.choice) if listed else [self.choice.config]
         return {setting_name(config): config for config in ([None] if self.compare else []) + configs}
 
@@ -175,7 +180,8 @@ def _setup(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,
     )  # fmt: skip
-    return Setup(model, choice, dtype, device, out, compare, settings, prefill_chunk)
+    has_blocks = block_size is not None or topk is not None
+    return Setup(model, choice, dtype, device, out, compare, settings, has_blocks, prefill_chunk)
 
 
 def evaluation(function: Callable[..., None]) -> Callable[..., None]:
@@ -239,6 +245,8 @@ def _parse_setting(text: str, choice: Choice) -> MoBAConfig | None:
     if "full_layers" in values:
         layers = values["full_layers"]
         values["full_layers"] = options.parse_layers(layers.replace("+", ",") if "+" in layers else layers)
+    if choice.kept_by_default and values.get("router") in ("recent", "sink"):
+        values.setdefault("keep_first", 0)
     return replace(choice.with_blocks(size, topk), **values)
 
 
