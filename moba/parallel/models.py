@@ -25,7 +25,7 @@ from moba.hf.attention import check_full_layers, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
-from moba.parallel.shards import Shards, process_group
+from moba.parallel.shards import Shards, agree, process_group
 
 NAME = "moba_parallel"
 IGNORED = -100
@@ -111,52 +111,67 @@ def parallel_attention_forward(
     Raises:
         ValueError: naming what cannot be honoured.
     """
-    refuse_unknown(module, dropout, is_causal, kwargs)
     across: _Across | None = getattr(module, "moba_across", None)
     if across is None:
-        raise ValueError(f"attn_implementation={NAME!r} without ranks: call moba.parallel.parallelize(model, group)")
-    if query.shape[2] != key.shape[2]:
-        raise ValueError("models across ranks have no key/value cache: call them with use_cache=False")
-    layout = decode_layout(attention_mask)
-    if isinstance(layout, PaddedRows):
-        raise ValueError("attention_mask: sequences across ranks cannot have padding; pack documents instead")
-    if layout is not None and cu_seq_lens_q is None:
-        raise ValueError("packed documents across ranks need cu_seq_lens_q and cu_seq_lens_k of the whole sequence")
+        raise ValueError(f"attn_implementation={NAME!r} without ranks: call moba.parallel.models.parallelize(model)")
     config = layer_config(module, None)
-    if config.router == "unrotated":
-        raise ValueError('router="unrotated" cannot be parallelized')
     layer: int | None = getattr(module, "layer_idx", None)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def check() -> dict[str, int]:
+        refuse_unknown(module, dropout, is_causal, kwargs)
+        _check_call(q, k, attention_mask, cu_seq_lens_q, config.router)
+        return {}
+
+    if layer in (0, None):
+        # What one rank was given and cannot honour must end all of them, here and not in the middle of a step.
+        shards = agree(q, across.group, check)
+        agree(q, across.group, lambda: _check_positions(position_ids, shards, cu_seq_lens_q))
+        across.shards = None
+    else:
+        check()
     model_config: Any = module.config
-    is_full = bool(config.full_layers) and config.is_full_layer(layer or 0, model_config.num_hidden_layers)
-    is_first = layer in (0, None)
     options: dict[str, Any] = {
         "block_size": config.block_size, "topk": config.topk, "keep_first": config.keep_first,
         "keep_recent": config.keep_recent, "router": config.router,
     }  # fmt: skip
-    if is_full:
+    if config.full_layers and config.is_full_layer(layer or 0, model_config.num_hidden_layers):
         options = {"block_size": WHOLE, "topk": 1}
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out, across.shards = context_parallel_attention(
         q, k, v, group=across.group, transport=across.transport, cu_seqlens=cu_seq_lens_q, scale=scaling,
-        backend=config.backend, shards=None if is_first else across.shards, return_shards=True, **options,
+        backend=config.backend, shards=across.shards, return_shards=True, **options,
     )  # fmt: skip
-    if is_first and position_ids is not None:
-        _check_positions(position_ids, across.shards, cu_seq_lens_q)
     return out, None
 
 
-def _check_positions(position_ids: Tensor, shards: Shards | None, cu_seqlens: Tensor | None) -> None:
-    """Check that positions are those of the whole sequence; on a GPU nothing is read."""
-    if position_ids.device.type != "cpu" or shards is None:
-        return
-    token = torch.arange(shards.start, shards.stop)
-    expected = token
+def _check_call(q: Tensor, k: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, router: object) -> None:
+    if q.shape[1] != k.shape[1]:
+        raise ValueError("models across ranks have no key/value cache: call them with use_cache=False")
+    layout = decode_layout(attention_mask)
+    if isinstance(layout, PaddedRows):
+        raise ValueError("attention_mask: sequences across ranks cannot have padding; pack documents instead")
+    if layout is not None and cu_seqlens is None:
+        raise ValueError(
+            "position_ids do not ascend by one: packed documents across ranks need cu_seq_lens_q and cu_seq_lens_k of "
+            "the whole sequence, and shards are contiguous"
+        )
+    if router == "unrotated":
+        raise ValueError('router="unrotated" cannot be parallelized')
+
+
+def _check_positions(position_ids: Tensor | None, shards: Shards, cu_seqlens: Tensor | None) -> dict[str, int]:
+    """Check that positions are those of the whole sequence."""
+    if position_ids is None:
+        return {}
+    expected = token = torch.arange(shards.start, shards.stop, device=position_ids.device)
     if cu_seqlens is not None:
-        expected = token - cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), token, right=True) - 1]
+        bounds = cu_seqlens.long()
+        expected = token - bounds[torch.searchsorted(bounds, token, right=True) - 1]
     if bool((position_ids != expected).any()):
         raise ValueError(
             f"position_ids must count in the whole sequence, from {shards.start} on this rank: shard_batch makes them"
         )
+    return {}
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | DeviceMesh | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,7 @@ def fingerprint(x: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 29)).sum()
 
 
-def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], dict[str, int | Tensor]]) -> Shards:
+def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
     """Tell all ranks what this one has, and check that it fits what they have.
 
     Args:
