@@ -12,7 +12,7 @@ from tiny_folder import save_tiny_model, words
 
 from moba import MoBAConfig, register_moba
 from moba.cli import main
-from moba.cli.eval_setup import parse_settings, setting_name
+from moba.cli.eval_setup import parse_lengths, parse_settings, setting_name
 from moba.cli.options import Choice
 from moba.data.build import Text, Unit, build
 from moba.evals.reader import Reader
@@ -233,6 +233,10 @@ def test_addresses_are_the_haystack():
     assert len(documents) == 2
     assert documents[0][1].numel() == 512
     assert documents[0][0] != documents[1][0]
+
+
+def test_lengths():
+    assert parse_lengths("512, 8K,2m ,1k") == [512, 8192, 2**21, 1024]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,16 +36,13 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def parse_length(text: str | int) -> int:
-    """8192 from "8K" or "8192".
+    """8192 from "8K" or "8192"; 1M is 1024K.
 
     Raises:
         ValueError: for anything else.
     """
-    digits, unit = (str(text).strip()[:-1], 1024) if str(text).strip()[-1:] in ("k", "K") else (str(text), 1)
-    try:
-        length = int(digits) * unit
-    except ValueError:
-        length = 0
+    match = re.fullmatch(r"(\d+)([kKmM]?)", str(text).strip())
+    length = int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else 0
     if length < 1:
         raise ValueError(f"a length must be a number of tokens such as 8K or 100000, got {text!r}")
     return length
