@@ -16,6 +16,7 @@ from helpers import assert_close, make_qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
+from torch.distributed.device_mesh import init_device_mesh
 
 from moba import moba_attention, moba_attention_varlen
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
@@ -36,6 +37,11 @@ def two_or_four(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    yield from running_ranks(4, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Three of them."""
     yield from running_ranks(3, tmp_path_factory)
@@ -50,7 +56,10 @@ def inputs(shape, dtype=torch.float32):
 
 
 def on_rank(rank, shape, lengths, options):
-    """This rank's out, lse, indices and gradients."""
+    """This rank's out, lse, indices and gradients. "nodes" among the options: a mesh of so many."""
+    options = dict(options)
+    if nodes := options.pop("nodes", None):
+        options["group"] = init_device_mesh("cpu", (nodes, len(lengths) // nodes))
     start = sum(lengths[:rank])
     mine = slice(start, start + lengths[rank])
     q, k, v, d_out = (x[:, mine].clone() for x in inputs(shape))
@@ -63,7 +72,7 @@ def on_rank(rank, shape, lengths, options):
 def on_one_device(shape, options):
     *leaves, d_out = inputs(shape)
     leaves = [x.requires_grad_() for x in leaves]
-    options = {name: value for name, value in options.items() if name != "transport"}
+    options = {name: value for name, value in options.items() if name not in ("transport", "nodes")}
     if "cu_seqlens" in options:
         out, lse, routing = moba_attention_varlen(*(x[0] for x in leaves), **options, **BOTH)
         out, lse, indices = out[None], lse[None], routing.indices[None]
@@ -128,6 +137,33 @@ def test_packed_documents(ranks, transport):
 def test_shards_of_any_length_are_gathered(ranks):
     options = {"block_size": 8, "topk": 3, "transport": "gather"}
     assert_same_as_one_device(ranks, (1, 70, 2, 1, 16), [13, 1, 29], options)
+
+
+NODES = {
+    **{name: CASES[name][1:] for name in ("even", "uneven", "kept blocks")},
+    "packed": ([30, 11, 20], {"block_size": 8, "topk": 2, "cu_seqlens": torch.tensor([0, 13, 13, 40, 77, 96]).int()}),
+}
+
+
+@pytest.mark.parametrize(
+    ("transport", "case"), [("gather", name) for name in NODES] + [("selective", "even"), ("selective", "uneven")]
+)
+def test_heads_inside_two_nodes(four, transport, case):
+    lengths, options = NODES[case]
+    assert_same_as_one_device(four, (1, 96, 12, 6, 16), lengths, {**options, "transport": transport, "nodes": 2})
+
+
+def disagree_in_nodes(rank):
+    q = torch.zeros(1, 16, 4, 8)
+    k = torch.zeros(1, 16, 3 if rank == 1 else 4, 8)
+    mesh = init_device_mesh("cpu", (2, 2))
+    context_parallel_attention(q, k, k, group=mesh, block_size=8, topk=2)
+
+
+def test_all_nodes_learn_of_what_is_not_valid(four):
+    outcomes = four.outcomes(disagree_in_nodes)
+    assert [is_right for is_right, _ in outcomes] == [False] * 4
+    assert all(said.startswith("ValueError") for _, said in outcomes)
 
 
 @given(data=st.data())

@@ -30,7 +30,7 @@ from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
 from moba.bench.report import Records, table, write
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
 from moba.parallel.routing import SharedRouting
-from moba.parallel.shards import process_group
+from moba.parallel.shards import ranks_of
 from moba.routing import Routing
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
@@ -200,7 +200,7 @@ def _routing_times(
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
     q, k, *_ = make_inputs(replace(case, backward=False), device, length, first=rank * length)
-    shards = Shards((length,) * num_ranks, rank, process_group(None))
+    shards = Shards((length,) * num_ranks, rank, ranks_of(None).inside)
     selection = {**options, "keep_first": 0, "keep_recent": 0, "router": "mean"}
     times = {}
     for name, lends in (("own", False), ("lending", True)):

@@ -18,7 +18,7 @@ N blocks before this rank's, M blocks that travelled for one key/value head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -33,7 +33,7 @@ from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
 from moba.parallel.exchange import Rows, Travel, send_and_receive
 from moba.parallel.routing import SharedRouting
-from moba.parallel.shards import DTYPES, Shards, agree, fingerprint, float_bits, process_group
+from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
 from moba.routing import Routing
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
@@ -70,12 +70,15 @@ def context_parallel_attention(
         q: [B, T, H, D], this rank's tokens: contiguous shards of the sequence, in the ranks' order. Their lengths may
             differ, and be 0.
         k, v: [B, T, G, D].
-        group: the ranks that share the sequence: a process group, a mesh of one dimension, or None for all.
+        group: the ranks that share the sequence: a process group, a mesh of one dimension, or None for all. With a mesh
+            of two dimensions, nodes and the ranks of each, the ranks of a node exchange heads, and `transport` says how
+            keys travel between nodes: each rank then sends and gets those of its own heads only.
         block_size, topk, scale, keep_first, keep_recent, router, backend: as in `moba_attention`; the same everywhere.
         cu_seqlens: int32 [documents + 1], bounds of packed documents in the whole sequence, the same on every rank;
             batch size 1, and not with "selective".
         transport: "gather", "selective" or "heads". "selective" needs shards of whole blocks (but for the last), and
-            waits for the device to learn what travels; "heads" needs as many key/value heads as ranks, or a multiple.
+            waits for the device to learn what travels; "heads" needs as many key/value heads as ranks, or a multiple,
+            as a mesh of two dimensions needs them inside a node.
         shards: of an earlier call with these lengths and settings on every rank, such as that of a model's first layer.
             Nothing is compared then, so the host need not wait for the device; a difference would end in a timeout.
         return_lse, return_routing, return_shards: also return this rank's log-sum-exp [B, T, H], the `Routing`, whose
@@ -91,7 +94,7 @@ def context_parallel_attention(
     Numerics: block means and routing are those of one device, bit for bit. Gradients of a key from several ranks are
         rounded to its dtype before they travel and added in fp32 in the ranks' order, so results repeat.
     """
-    group = process_group(group)
+    ranks = ranks_of(group)
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = to_autocast_dtype(q, k, v)
 
@@ -100,7 +103,7 @@ def context_parallel_attention(
         require_one_of("transport", transport, TRANSPORTS)
         require_one_of("backend", backend, BACKENDS)
         require_tensors(q=q, k=k, v=v)
-        _check_shapes(q, k, v, cu_seqlens, transport, group.size())
+        _check_shapes(q, k, v, cu_seqlens, transport, ranks)
         differentiable = [torch.is_grad_enabled() and x.requires_grad for x in (q, k, v)]
         return {
             "batch size": q.shape[0], "query heads": q.shape[2], "key/value heads": k.shape[2],
@@ -113,20 +116,20 @@ def context_parallel_attention(
         }  # fmt: skip
 
     if shards is None:
-        shards = agree(q, group, settings)
+        shards = agree(q, ranks, settings)
     elif settings() and shards.lengths[shards.rank] != q.shape[1]:
         raise ValueError(f"shards gives this rank {shards.lengths[shards.rank]} tokens, got {q.shape[1]}")
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, shards.num_tokens)
-    call = _Call(shards, cu_seqlens, scale, block_size, topk, keep_first, keep_recent, router, backend)
-    by = {"gather": _by_gathering, "selective": _by_selecting, "heads": _by_heads}[transport]
+    call = _Call(shards, transport, cu_seqlens, scale, block_size, topk, keep_first, keep_recent, router, backend)
+    by = BY_TRANSPORT[transport] if shards.between is None else _by_heads
     out, lse, indices = by(q, k, v, call)
     asked = ((return_lse, lse), (return_routing, Routing(indices, block_size)), (return_shards, shards))
     results = (out, *(value for is_asked, value in asked if is_asked))
     return results if len(results) > 1 else out
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, transport: str, num_ranks: int) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, transport: str, ranks: Ranks) -> None:
     check_attention(4, q=q, k=k, v=v)
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(
@@ -140,10 +143,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, tr
             )
         # How many tokens there are in all is known later.
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, None)
-    if transport == "heads" and k.shape[2] % num_ranks:
+    if transport == "heads" and ranks.between is not None:
         raise ValueError(
-            f'transport="heads" needs key/value heads in a multiple of the {num_ranks} ranks, got {k.shape[2]}; '
-            'take "gather" or "selective"'
+            'transport="heads" holds inside the nodes of a mesh of two dimensions; take "gather" or "selective" between'
+        )
+    if (transport == "heads" or ranks.between is not None) and k.shape[2] % ranks.inside.size():
+        raise ValueError(
+            f'transport="heads" needs key/value heads in a multiple of the {ranks.inside.size()} ranks, got '
+            f'{k.shape[2]}; take "gather" or "selective", and a mesh of one dimension'
         )
 
 
@@ -152,6 +159,7 @@ class _Call:
     """What the transports are told beside tensors."""
 
     shards: Shards
+    transport: str
     cu_seqlens: Tensor | None
     scale: float | None
     block_size: int
@@ -375,20 +383,27 @@ def _fetch(k: Tensor, v: Tensor, wish: _Wishes, group: ProcessGroup, block_size:
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
-    shards, cu = call.shards, call.cu_seqlens
+    shards = call.shards
     num_ranks, group = len(shards.lengths), q.shape[2] // k.shape[2]
     sizes = [size * num_ranks for size in call.group_sizes(k.shape[2] // num_ranks)]
     parts = zip(
         q.split([size * group for size in sizes], dim=2), k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True
     )
+    across = call if shards.between is None else replace(call, shards=shards.between)
+    attend = _attend_here if shards.between is None else BY_TRANSPORT[call.transport]
     returning: list[list[Travel]] = []
     for size, rows in zip(sizes, _one_ahead([partial(_to_heads, part, shards) for part in parts]), strict=True):
         counts = [size * group // num_ranks, size // num_ranks, size // num_ranks]
         of_q, of_k, of_v = rows.transpose(0, 1).split(counts, dim=2)
-        returning.append([_to_tokens(x, shards) for x in call.attend(of_q, of_k, of_v, cu, cu)])
+        returning.append([_to_tokens(x, shards) for x in attend(of_q, of_k, of_v, across)])
     arrived = (tuple(_arrived_tokens(travel, shards) for travel in travels) for travels in returning)
     out, lse, indices = _joined(arrived, q.shape[2])
     return out, lse, indices
+
+
+def _attend_here(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
+    """Attention where all tokens are."""
+    return call.attend(q, k, v, call.cu_seqlens, call.cu_seqlens)
 
 
 def _to_heads(tensors: tuple[Tensor, ...], shards: Shards) -> Travel:
@@ -412,3 +427,8 @@ def _arrived_tokens(travel: Travel, shards: Shards) -> Tensor:
     rows = travel.wait()
     per_rank = rows.unflatten(0, (len(shards.lengths), shards.lengths[shards.rank]))
     return per_rank.movedim(0, 2).transpose(0, 1).flatten(2, 3)
+
+
+BY_TRANSPORT: dict[str, Callable[[Tensor, Tensor, Tensor, _Call], _Results]] = {
+    "gather": _by_gathering, "selective": _by_selecting, "heads": _by_heads
+}  # fmt: skip

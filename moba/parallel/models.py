@@ -25,7 +25,7 @@ from moba.hf.attention import check_full_layers, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
-from moba.parallel.shards import Shards, agree, process_group
+from moba.parallel.shards import Shards, agree, ranks_of
 
 NAME = "moba_parallel"
 IGNORED = -100
@@ -36,8 +36,8 @@ WHOLE = 1 << 30
 class _Across:
     """The ranks that a model's sequences lie across, held by its attention modules."""
 
-    def __init__(self, group: ProcessGroup, transport: str) -> None:
-        self.group, self.transport = group, transport
+    def __init__(self, group: ProcessGroup | DeviceMesh | None, transport: str) -> None:
+        self.group, self.ranks, self.transport = group, ranks_of(group), transport
         self.shards: Shards | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Across:
@@ -55,7 +55,8 @@ def parallelize(
 
     Args:
         model: with a MoBA config of its own (`set_moba_config`), on every rank; changed in place.
-        group: the ranks that share a sequence: a process group, a mesh of one dimension, or None for all.
+        group: the ranks that share a sequence: a process group, a mesh of one dimension, or of two (nodes and the ranks
+            of each), or None for all.
         transport: "gather" or "heads"; see `context_parallel_attention`.
 
     Raises:
@@ -69,7 +70,7 @@ def parallelize(
         raise ValueError("the model has no MoBA config of its own: call set_moba_config(model, config) first")
     text_config: Any = model.config.get_text_config(decoder=True)
     check_full_layers(config, text_config.num_hidden_layers)
-    across = _Across(process_group(group), transport)
+    across = _Across(group, transport)
     for module in attentions(model):
         if hasattr(module, "key_convolution"):
             raise ValueError("key convolutions read the keys before a shard's first: they cannot be parallelized")
@@ -125,8 +126,8 @@ def parallel_attention_forward(
 
     if layer in (0, None):
         # What one rank was given and cannot honour must end all of them, here and not in the middle of a step.
-        shards = agree(q, across.group, check)
-        agree(q, across.group, lambda: _check_positions(position_ids, shards, cu_seq_lens_q))
+        shards = agree(q, across.ranks, check)
+        agree(q, across.ranks, lambda: _check_positions(position_ids, shards, cu_seq_lens_q))
         across.shards = None
     else:
         check()
@@ -192,8 +193,8 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | DeviceMesh | Non
     Raises:
         ValueError: for what cannot be cut.
     """
-    group = process_group(group)
-    return cut_batch(batch, group.rank(), group.size())
+    ranks = ranks_of(group)
+    return cut_batch(batch, ranks.rank, ranks.size)
 
 
 def cut_batch(batch: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Any]:

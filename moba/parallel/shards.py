@@ -18,23 +18,49 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a sequence.
+
+    Attributes:
+        inside: all of them; or, where there is a `between`, those of this rank's node.
+        between: the ranks of all nodes that stand where this one does in its own.
+    """
+
+    inside: ProcessGroup
+    between: ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.inside.size() * (1 if self.between is None else self.between.size())
+
+    @property
+    def rank(self) -> int:
+        """This process's place among them, node by node."""
+        nodes = 0 if self.between is None else self.between.rank()
+        return nodes * self.inside.size() + self.inside.rank()
+
+
+@dataclass(frozen=True)
 class Shards:
     """Contiguous shards of a sequence, in the order of the ranks.
 
     Args:
-        lengths: tokens on each rank; any of them may be 0.
+        lengths: tokens on each rank of the group; any of them may be 0.
         rank: this process's rank in the group.
         group: the process group.
+        between: the nodes' shards, where the group is that of one node.
     """
 
     lengths: tuple[int, ...]
     rank: int
     group: ProcessGroup
+    between: Shards | None = None
 
     @property
     def start(self) -> int:
         """Position of this rank's first token."""
-        return sum(self.lengths[: self.rank])
+        return sum(self.lengths[: self.rank]) + (0 if self.between is None else self.between.start)
 
     @property
     def stop(self) -> int:
@@ -44,7 +70,7 @@ class Shards:
     @property
     def num_tokens(self) -> int:
         """Length of the whole sequence."""
-        return sum(self.lengths)
+        return sum(self.lengths) if self.between is None else self.between.num_tokens
 
     def inside_a_block(self, block_size: int) -> int | None:
         """The first rank whose tokens begin inside a block, None if there is none."""
@@ -63,22 +89,25 @@ class Shards:
             )
 
 
-def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
-    """The process group that is meant.
+def ranks_of(group: ProcessGroup | DeviceMesh | None) -> Ranks:
+    """The ranks that are meant.
 
     Raises:
-        ValueError: if there is none, or a mesh has several dimensions.
+        ValueError: if there are none, or a mesh has more than two dimensions.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("context parallelism needs torch.distributed: call init_process_group first")
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"group must be a mesh of one dimension, such as mesh['cp'], got {group.ndim} dimensions")
-        return group.get_group()
+        if group.ndim > 2:
+            raise ValueError(
+                "group must be a mesh of one dimension, such as mesh['cp'], or of two, nodes and the ranks of each, "
+                f"got {group.ndim} dimensions"
+            )
+        return Ranks(group.get_group()) if group.ndim == 1 else Ranks(group.get_group(1), group.get_group(0))
     default = dist.group.WORLD if group is None else group
     if not isinstance(default, ProcessGroup):
         raise ValueError("this process is not in the group")
-    return default
+    return Ranks(default)
 
 
 def float_bits(value: float | None) -> int:
@@ -92,11 +121,12 @@ def fingerprint(x: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 29)).sum()
 
 
-def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
+def agree(q: Tensor, ranks: Ranks, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
     """Tell all ranks what this one has, and check that it fits what they have.
 
     Args:
         q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
+        ranks: that share the sequence.
         settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
             learns of its ValueError, so that none waits for a rank that gave up.
 
@@ -106,10 +136,33 @@ def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, in
     Raises:
         ValueError: on all ranks, naming what differs and where.
     """
+    if ranks.between is None:
+        return _agree(q, ranks.inside, settings, lambda: q.shape[1])
+    node: Shards | None = None
+    problem: ValueError | None = None
+    try:
+        node = _agree(q, ranks.inside, settings, lambda: q.shape[1])
+    except ValueError as error:
+        problem = error
+
+    def settings_of_node() -> Mapping[str, int | Tensor]:
+        if problem is not None:
+            raise problem
+        return settings()
+
+    nodes = _agree(q, ranks.between, settings_of_node, lambda: 0 if node is None else node.num_tokens)
+    assert node is not None
+    return Shards(node.lengths, node.rank, node.group, nodes)
+
+
+def _agree(
+    q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]], num_tokens: Callable[[], int]
+) -> Shards:
+    """`agree` among the ranks of one group, each of which has so many tokens."""
     problem: ValueError | None = None
     try:
         same = settings()
-        mine = [1, q.shape[1], *same.values()]
+        mine = [1, num_tokens(), *same.values()]
     except ValueError as error:
         problem, same, mine = error, {}, [0]
     row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
