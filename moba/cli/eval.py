@@ -367,7 +367,7 @@ def routing(
             reader.model, made.tokens, needle=made.needle, num_question=made.num_question, num_queries=queries,
             chunk_tokens=reader.chunk_tokens,
         )  # fmt: skip
-        return {**averages(heads), "heads": heads}
+        return {**averages(heads), "heads": [{key: round(value, 5) for key, value in head.items()} for head in heads]}
 
     settings = setup.settings(
         session, evaluation="routing", length=length, prompts=prompts, queries=queries, chat=chat, text=text
