@@ -21,7 +21,7 @@ on_gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 if on_gpu:
     torch.cuda.set_device(device)
-dist.init_process_group("nccl" if on_gpu else "gloo")
+dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
 rank, num_ranks = dist.get_rank(), dist.get_world_size()
 
 # Each rank holds its own tokens' queries, keys and values; only the ranks together know the whole sequence.

@@ -401,7 +401,9 @@ def _attention(
 
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, keep_first, keep_recent, router)
+    # A routing that is replayed may have fewer blocks than there are.
     is_whole = sequences.is_plain and block_size * topk >= sequences.num_keys and selection.top_p is None
+    is_whole = is_whole and routing is None
     if backend == "auto" and is_whole and not (return_lse or return_routing) and _dense_fits(q, k, v):
         return _dense(q, k, v, scale)
 

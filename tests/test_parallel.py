@@ -172,10 +172,11 @@ def test_any_shape(ranks, data):
     block_size = data.draw(st.integers(1, 9))
     lengths = [block_size * data.draw(st.integers(0, 4)) for _ in range(ranks.num_ranks - 1)]
     length = sum(lengths) + data.draw(st.integers(0, 30))
-    kv_heads = data.draw(st.sampled_from([1, 2]))
+    transport = data.draw(st.sampled_from(TRANSPORTS))
+    kv_heads = data.draw(st.sampled_from([3, 6] if transport == "heads" else [1, 2]))
     shape = (data.draw(st.integers(1, 2)), length, kv_heads * data.draw(st.integers(1, 3)), kv_heads, 8)
     options = {"block_size": block_size, "topk": data.draw(st.integers(1, 5))}
-    options["transport"] = data.draw(st.sampled_from(["gather", "selective"]))
+    options["transport"] = transport
     assert_same_as_one_device(ranks, shape, lengths, options)
 
 

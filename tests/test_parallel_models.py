@@ -87,11 +87,13 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind"), [(name, kind) for name in SETTINGS for kind in ("plain", "packed")] + [("plain", "uneven")]
+    ("settings", "kind"),
+    [(name, kind) for name in SETTINGS for kind in ("plain", "packed")] + [("plain", "uneven"), ("selective", "plain")],
 )
 def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
-    outcomes = ranks.run(step, kind, SETTINGS[settings])
-    model = model_of({**SETTINGS[settings], "sharded": False})
+    options = SETTINGS.get(settings, {"transport": settings})
+    outcomes = ranks.run(step, kind, options)
+    model = model_of({**options, "sharded": False})
     expected = model(**batch_of(kind), use_cache=False).loss
     expected.backward()
     assert sum(loss for loss, _ in outcomes) / 2 == pytest.approx(expected.item(), rel=1e-5)
@@ -109,7 +111,7 @@ def refused(rank, what):
         from moba.hf import add_key_convolution
 
         add_key_convolution(model)
-    parallelize(model, transport="selective" if what == "selective" else "gather")
+    parallelize(model)
     if what == "no bounds":
         del batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]
     if what == "positions" and rank:
@@ -128,7 +130,6 @@ def refused(rank, what):
     [
         ("no config", "call set_moba_config"),
         ("convolution", "key convolutions read the keys before"),
-        ("selective", 'give a model "gather" or "heads"'),
         ("no bounds", "packed documents across ranks need cu_seq_lens_q"),
         ("positions", "position_ids must count in the whole sequence"),
         ("padding", "cannot have padding"),

@@ -111,6 +111,7 @@ def test_a_budget_holds_where_topk_would_be_dense():
     sparse, routing = moba_attention(q, k, v, block_size=6, topk=4, router="top_p=0.2", return_routing=True)
     assert (routing.num_selected() < 4)[0, 18:].any()
     assert_close(moba_attention(q, k, v, block_size=6, topk=4, router="top_p=0.2"), sparse, 1e-6)
+    assert_close(moba_attention(q, k, v, block_size=6, topk=4, routing=routing), sparse, 1e-6)
 
 
 def test_gradients_of_fewer_blocks_than_places():

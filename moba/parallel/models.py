@@ -57,14 +57,13 @@ def parallelize(
         model: with a MoBA config of its own (`set_moba_config`), on every rank; changed in place.
         group: the ranks that share a sequence: a process group, a mesh of one dimension, or of two (nodes and the ranks
             of each), or None for all.
-        transport: "gather" or "heads"; see `context_parallel_attention`.
+        transport: as in `context_parallel_attention`. "selective" serves no packed documents, and layers on full
+            attention then gather.
 
     Raises:
         ValueError: if the model has no such config, or routes or convolves by what its layers alone know.
     """
     require_one_of("transport", transport, TRANSPORTS)
-    if transport == "selective":
-        raise ValueError('transport="selective" serves no packed documents; give a model "gather" or "heads"')
     config = get_moba_config(model)
     if config is None:
         raise ValueError("the model has no MoBA config of its own: call set_moba_config(model, config) first")
@@ -136,10 +135,12 @@ def parallel_attention_forward(
         "block_size": config.block_size, "topk": config.topk, "keep_first": config.keep_first,
         "keep_recent": config.keep_recent, "router": config.router,
     }  # fmt: skip
+    transport = across.transport
     if config.full_layers and config.is_full_layer(layer or 0, model_config.num_hidden_layers):
         options = {"block_size": WHOLE, "topk": 1}
+        transport = "gather" if transport == "selective" else transport
     out, across.shards = context_parallel_attention(
-        q, k, v, group=across.group, transport=across.transport, cu_seqlens=cu_seq_lens_q, scale=scaling,
+        q, k, v, group=across.group, transport=transport, cu_seqlens=cu_seq_lens_q, scale=scaling,
         backend=config.backend, shards=across.shards, return_shards=True, **options,
     )  # fmt: skip
     return out, None

@@ -147,7 +147,7 @@ class TrainingPart:
         checkpoint_activations: compute activations again for the backward pass instead of keeping them.
         compile: torch.compile the layers: a training that takes minutes gains a third of them.
         context_parallel: processes that share each row, each with a part of its tokens (see docs/parallel.md).
-        transport: how their keys meet, "gather" or "heads"; see `moba.parallel`.
+        transport: how their keys meet: "gather", "heads", or with data.whole_rows "selective"; see `moba.parallel`.
         loss: see `moba.train.loss`.
         log_every, evaluate_every, save_every: steps; 0 never evaluates. save_every is a multiple of log_every, so that
             a resumed run logs what an uninterrupted one does. The last step is always saved.
@@ -183,7 +183,7 @@ class TrainingPart:
         require_int("training.evaluate_every", self.evaluate_every, 0)
         require_seed("training.seed", self.seed)
         require_one_of("training.precision", self.precision, PRECISIONS)
-        require_one_of("training.transport", self.transport, ("gather", "heads"))
+        require_one_of("training.transport", self.transport, ("gather", "heads", "selective"))
         if self.compile and self.context_parallel > 1:
             raise ValueError(f"training.compile cannot be combined with context_parallel = {self.context_parallel}")
         require_one_of("training.learning_schedule", self.learning_schedule, LEARNING_SCHEDULES)
@@ -242,6 +242,8 @@ class Recipe:
                 f"training.context_parallel must divide data.context = {self.data.context}, "
                 f"got {self.training.context_parallel}"
             )
+        if self.training.transport == "selective" and not self.data.whole_rows:
+            raise ValueError('training.transport="selective" serves no packed documents: set data.whole_rows')
 
     @property
     def schedule(self) -> Schedule:
