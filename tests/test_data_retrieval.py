@@ -51,8 +51,11 @@ def test_a_document_is_a_conversation_of_its_length(maker, smollm2, length):
     assert text.startswith("<|im_start|>system")
     assert text.endswith("<|im_end|>\n")
     answers = [smollm2.decode(tokens[slice(*span)]) for span in learned[1:]]
-    turns = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
-    assert answers == turns, "each answer and what ends it is learned"
+    turns = [turn.split("<|im_end|>\n<|im_start|>assistant\n") for turn in text.split("<|im_start|>user\n")[1:]]
+    for (question, reply), answer in zip(turns, answers, strict=True):
+        # A fact's answer is learned with its end; a passage stops anywhere.
+        is_whole = "go on after this passage?" not in question
+        assert answer == (reply.removesuffix("\n") if is_whole else reply.removesuffix("<|im_end|>\n"))
     hay = text.split("<|im_end|>")[1]
     for answer in answers:
         assert answer.removesuffix("<|im_end|>").strip() in " ".join([hay, hay.replace("\n", " ")])

@@ -85,12 +85,21 @@ class Fact(NamedTuple):
     answer: str
 
 
+class Asked(NamedTuple):
+    """A question and its answer; `is_whole`: it ends where it should, so that its end is learned, too."""
+
+    question: str
+    answer: str
+    is_whole: bool
+
+
 class Conversation(NamedTuple):
-    """Tokens around the text: what precedes it; what follows it and each answer; the answers."""
+    """Tokens around the text: what precedes it; what follows it and each answer; the answers, and which are whole."""
 
     opening: np.ndarray
     between: list[np.ndarray]
     answers: list[np.ndarray]
+    is_whole: list[bool]
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class Maker:
         most = max(1, min(MOST_FACTS, length // TOKENS_PER_FACT))
         facts = draw_facts(round(most ** generator.random()), generator)
         sentences = [self._encode(f" {fact.sentence}") for fact in facts]
-        asked = [(generator.choice(_BEFORE) + fact.question, fact.answer) for fact in facts]
+        asked = [Asked(generator.choice(_BEFORE) + fact.question, fact.answer, True) for fact in facts]
         num_quotes = min(2, length // 2048)
         room = length - 1 - _size(self._conversation(asked)) - num_quotes * 3 * (QUOTED + CONTINUED)
         room -= sum(map(len, sentences))
@@ -241,27 +250,28 @@ class Maker:
         ends = np.flatnonzero(self._is_end[near[:-1]] & self._is_space[near[1:]])
         return first + int(ends[-1]) + 1 if len(ends) else place
 
-    def _passage(self, text: np.ndarray, generator: random.Random) -> tuple[str, str]:
+    def _passage(self, text: np.ndarray, generator: random.Random) -> Asked:
         """A question that quotes a passage of the text, and what follows there."""
         start = generator.randrange(max(1, len(text) - QUOTED - CONTINUED))
         quoted, answer = (
             self._tokenizer.decode(text[first : first + count].tolist()).replace(_MARK, "")
             for first, count in ((start, QUOTED), (start + QUOTED, CONTINUED))
         )
-        return f"How does the text above go on after this passage?\n\n{quoted}", answer
+        return Asked(f"How does the text above go on after this passage?\n\n{quoted}", answer, False)
 
-    def _conversation(self, asked: Sequence[tuple[str, str]]) -> Conversation:
+    def _conversation(self, asked: Sequence[Asked]) -> Conversation:
         """The questions and answers, around a text that is to come."""
         if self._tokenizer.chat_template:
             turns = []
-            for i, (question, _) in enumerate(asked):
+            for i, (question, *_) in enumerate(asked):
                 turns.append({"role": "user", "content": question if i else f"{_MARK}\n\n{question}"})
                 turns.append({"role": "assistant", "content": _MARK})
             frame = self._tokenizer.apply_chat_template(turns, tokenize=False)
         else:
-            frame = _MARK + "".join(f"\n\n{question}\n{_MARK}" for question, _ in asked) + "\n\n"
+            frame = _MARK + "".join(f"\n\n{question}\n{_MARK}" for question, *_ in asked) + "\n\n"
         opening, *between = (self._encode(part, special=True) for part in frame.split(_MARK))
-        return Conversation(opening, between, [self._encode(answer) for _, answer in asked])
+        answers = [self._encode(answer) for _, answer, _ in asked]
+        return Conversation(opening, between, answers, [is_whole for *_, is_whole in asked])
 
     def _encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """Token ids [n]; `special`: special tokens written out are these tokens."""
@@ -306,15 +316,16 @@ def _size(conversation: Conversation) -> int:
 def _assemble(
     text: np.ndarray, conversation: Conversation, generator: random.Random
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The whole document and what of it is learned: a stretch of the text, and each answer with the token behind it,
-    which ends it.
+    """The whole document and what of it is learned: a stretch of the text, and each answer, with the token that ends it
+    if it is whole.
     """
     parts = [conversation.opening, text, conversation.between[0]]
     first = len(conversation.opening) + generator.randrange(max(1, len(text) - LEARNED_TEXT + 1))
     spans = [(first, first + min(LEARNED_TEXT, len(text)))]
     position = sum(map(len, parts))
-    for answer, behind in zip(conversation.answers, conversation.between[1:], strict=True):
-        spans.append((position, position + len(answer) + 1))
+    turns = zip(conversation.answers, conversation.between[1:], conversation.is_whole, strict=True)
+    for answer, behind, is_whole in turns:
+        spans.append((position, position + len(answer) + is_whole))
         parts += [answer, behind]
         position += len(answer) + len(behind)
     return np.concatenate(parts), spans
