@@ -20,6 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moba import moba_attention, moba_attention_varlen
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
+from moba.parallel import attention as parallel_attention
+from moba.parallel.exchange import Travel
 from moba.parallel.routing import SharedRouting, lent_rows
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -235,6 +237,51 @@ def test_without_gradients_and_with_settings(ranks, transport):
     expected = on_one_device(shape, options)
     for i in range(2):
         assert_close(torch.cat([torch.from_numpy(part[i]) for part in results], dim=1), expected[i], 2e-5)
+
+
+def order_of_events(rank, transport):
+    """What happens when: travels by the order of their start, and attention by the order of its groups of heads."""
+    events, travels, marks = [], [], {"start": "go", "finish": "come", "start_back": "back", "finish_back": "came back"}
+    originals = {name: getattr(Travel, name) for name in marks}
+
+    def noting(name):
+        def method(travel, *arguments):
+            if travel not in travels:
+                travels.append(travel)
+            if name != "finish" or "back" not in events[-1]:  # finish_back calls finish
+                events.append(f"{marks[name]} {travels.index(travel)}")
+            return originals[name](travel, *arguments)
+
+        return method
+
+    attend, numbers = parallel_attention.moba_attention, iter(range(100))
+
+    def attending(*arguments, **options):
+        number = next(numbers)
+        events.append(f"attend {number}")
+        out, *rest = attend(*arguments, **options)
+        out.register_hook(lambda gradient: events.append(f"differentiate {number}"))
+        return out, *rest
+
+    q, k, v, d_out = inputs((1, 48, 8, 4, 16))
+    mine = slice(16 * rank, 16 * rank + 16)
+    leaves = [x[:, mine].clone().requires_grad_() for x in (q, k, v)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in marks:
+            patch.setattr(Travel, name, noting(name))
+        patch.setattr(parallel_attention, "moba_attention", attending)
+        context_parallel_attention(*leaves, block_size=8, topk=2, transport=transport).backward(d_out[:, mine])
+    return events
+
+
+@pytest.mark.parametrize("transport", ["gather", "selective"])
+def test_rows_travel_while_other_heads_are_computed(ranks, transport):
+    for events in ranks.run(order_of_events, transport):
+        at = {event: place for place, event in enumerate(events)}
+        for group in range(3):
+            assert at[f"go {group + 1}"] < at[f"attend {group}"] < at[f"come {group + 1}"]
+            assert at[f"back {group + 1}"] < at[f"differentiate {group}"] < at[f"came back {group + 1}"]
+        assert at["go 0"] < at["come 0"] < at["attend 0"]
 
 
 def bytes_sent(rank, shape, lengths, options):

@@ -321,7 +321,7 @@ def _free(device: torch.device) -> None:
 
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells: a line for each way of each case."""
-    titles = ["case", "way", "fwd ms", "× one", "fwd+bwd ms", "× one", "fastest rank's fwd ms", "memory MiB",
+    titles = ["case", "way", "fwd ms", "× one", "fwd+bwd ms", "× one", "a share's time of this", "memory MiB",
               "of one's", "GB sent, fwd", "of the chosen blocks"]  # fmt: skip
     cells = []
     for record in records:
@@ -329,7 +329,8 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
             cells.append([record["case"], f"failed: {record['failed']}", *[""] * (len(titles) - 2)])
         if "ways" not in record:
             continue
-        one, num_ranks = record["ways"]["one"], record["ranks"]
+        one, share, num_ranks = record["ways"]["one"], record["ways"]["share"], record["ranks"]
+        longest = "train_ms" if "train_ms" in share else "forward_ms"
         names = {"one": "one", "share": f"one, 1/{num_ranks} of the tokens", **{name: name for name in TRANSPORTS}}
         for way, name in names.items():
             found = record["ways"].get(way)
@@ -343,7 +344,7 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
                 _ratio(one.get("forward_ms"), found["forward_ms"]) if is_parallel else "",
                 f"{found['train_ms']:.4g}" if "train_ms" in found else "",
                 _ratio(one.get("train_ms"), found.get("train_ms")) if is_parallel else "",
-                f"{found['least_forward_ms']:.4g}" if is_parallel else "",
+                _ratio(share.get(longest), found.get(longest)) if is_parallel else "",
                 f"{found['forward_bytes'] / 2**20:.0f}" if found.get("forward_bytes") else "",
                 _ratio(found.get("forward_bytes"), one.get("forward_bytes")) if is_parallel else "",
                 "" if sent is None else f"{sent / 1e9:.3g}", "" if not needed else f"{sent / needed:.3g}",

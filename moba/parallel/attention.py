@@ -367,7 +367,7 @@ def _all_wishes(chosen: Tensor, shards: Shards, sizes: list[int], block_size: in
             _Wishes(
                 row, slots[block, row, head], head, slots,
                 num_slots=int(slots[-1].max()) + 1 if slots.numel() else 0,
-                counts=[int(part.sum()) for part in of_heads.split(ranks_before)],
+                counts=torch.stack([part.sum() for part in of_heads.split(ranks_before)]).tolist(),
                 places=[part.flatten().nonzero()[:, 0] for part in wanted_of_heads.split(mine)],
             )
         )  # fmt: skip
