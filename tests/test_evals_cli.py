@@ -240,6 +240,19 @@ def test_lengths():
 
 
 @pytest.mark.parametrize(
+    ("name", "option"),
+    [("needle", "--depths"), ("needle", "--needles"), ("needle", "--trials"), ("loss", "--last"), ("loss", "--documents"),
+     ("copy", "--copied"), ("routing", "--prompts"), ("routing", "--queries"), ("ruler", "--examples"),
+     ("loss", "--prefill-chunk")],
+)  # fmt: skip
+def test_nothing_is_done_no_times(evaluate, name, option):
+    code, _, err = evaluate(name, option, 0)
+    assert code == 2
+    assert option in err
+    assert "greater than or equal to 1" in err
+
+
+@pytest.mark.parametrize(
     ("text", "config", "name"),
     [
         ("128x6", MoBAConfig(128, 6, keep_first=1), "128x6 first=1"),

@@ -51,12 +51,12 @@ def needle(
         str, typer.Option(metavar="LIST", help="Tokens of the prompts; K means 1024.", rich_help_panel=TEXT)
     ] = "1K,2K,4K,8K",
     depths: Annotated[
-        int, typer.Option(metavar="N", help="Depths from 0 to 100 %, evenly spread.", rich_help_panel=TEXT)
+        int, typer.Option(metavar="N", min=1, help="Depths from 0 to 100 %, evenly spread.", rich_help_panel=TEXT)
     ] = 5,
     needles: Annotated[
-        int, typer.Option(metavar="N", help="Hidden at once; one is asked for.", rich_help_panel=TEXT)
+        int, typer.Option(metavar="N", min=1, help="Hidden at once; one is asked for.", rich_help_panel=TEXT)
     ] = 1,
-    trials: Annotated[int, typer.Option(metavar="N", help="Prompts of each cell.", rich_help_panel=TEXT)] = 1,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of each cell.", rich_help_panel=TEXT)] = 1,
     chat: options.ChatOption = True,
     text: TextOption = None,
 ) -> None:
@@ -122,7 +122,7 @@ def ruler(
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens of prompt and reply; K means 1024.", rich_help_panel=TEXT)
     ] = "4K,8K",
-    examples: Annotated[int, typer.Option(metavar="N", help="Prompts of each cell.", rich_help_panel=TEXT)] = 5,
+    examples: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of each cell.", rich_help_panel=TEXT)] = 5,
     chat: options.ChatOption = True,
     text: TextOption = None,
     squad: Annotated[
@@ -185,7 +185,8 @@ def loss(
     length: LengthOption = 8192,
     documents: DocumentsOption = 4,
     last: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of the end, and of each range of positions.", rich_help_panel=TEXT)
+        int,
+        typer.Option(metavar="N", min=1, help="Tokens of the end, and of each range.", rich_help_panel=TEXT),
     ] = 1024,
     data: DataOption = None,
     text: TextOption = None,
@@ -290,7 +291,7 @@ def copy(
     distances: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens from a passage to its copy.", rich_help_panel=TEXT)
     ] = "1K,2K,4K",
-    copied: Annotated[int, typer.Option(metavar="N", help="Tokens of the passage.", rich_help_panel=TEXT)] = 256,
+    copied: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the passage.", rich_help_panel=TEXT)] = 256,
     documents: DocumentsOption = 2,
     data: DataOption = None,
     text: TextOption = None,
@@ -338,9 +339,9 @@ def copy(
 def routing(
     setup: Setup,
     length: LengthOption = 4096,
-    prompts: Annotated[int, typer.Option(metavar="N", help="Prompts with a needle.", rich_help_panel=TEXT)] = 3,
+    prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts with a needle.", rich_help_panel=TEXT)] = 3,
     queries: Annotated[
-        int, typer.Option(metavar="N", help="Queries of each prompt to look at.", rich_help_panel=TEXT)
+        int, typer.Option(metavar="N", min=1, help="Queries of each prompt to look at.", rich_help_panel=TEXT)
     ] = 64,
     chat: options.ChatOption = True,
     text: TextOption = None,

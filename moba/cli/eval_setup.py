@@ -56,7 +56,7 @@ LengthOption = Annotated[
         metavar="N", parser=parse_length, help="Tokens of each document or prompt; K means 1024.", rich_help_panel=TEXT
     ),
 ]
-DocumentsOption = Annotated[int, typer.Option(metavar="N", help="How many documents.", rich_help_panel=TEXT)]
+DocumentsOption = Annotated[int, typer.Option(metavar="N", min=1, help="How many documents.", rich_help_panel=TEXT)]
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -153,7 +153,9 @@ def _setup(
     backend: options.BackendOption = options.Backend.auto,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens read at once.", show_default="1024, GPU: 8192", rich_help_panel="Model"),
+        typer.Option(
+            metavar="N", min=1, help="Tokens read at once.", show_default="1024, GPU: 8192", rich_help_panel="Model"
+        ),
     ] = None,
     block_size: options.BlockSizeOption = None,
     topk: options.TopkOption = None,
