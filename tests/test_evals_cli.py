@@ -241,10 +241,19 @@ def test_lengths():
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("needle", "--depths"), ("needle", "--needles"), ("needle", "--trials"), ("loss", "--last"), ("loss", "--documents"),
-     ("copy", "--copied"), ("routing", "--prompts"), ("routing", "--queries"), ("ruler", "--examples"),
-     ("loss", "--prefill-chunk")],
-)  # fmt: skip
+    [
+        ("needle", "--depths"),
+        ("needle", "--needles"),
+        ("needle", "--trials"),
+        ("loss", "--last"),
+        ("loss", "--documents"),
+        ("loss", "--prefill-chunk"),
+        ("copy", "--copied"),
+        ("routing", "--prompts"),
+        ("routing", "--queries"),
+        ("ruler", "--examples"),
+    ],
+)
 def test_nothing_is_done_no_times(evaluate, name, option):
     code, _, err = evaluate(name, option, 0)
     assert code == 2
