@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -92,8 +94,12 @@ def _process_group() -> Iterator[torch.device]:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except Exception:
+        # An orderly end would wait for the other ranks, which wait for this one.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 def _run(
@@ -185,8 +191,8 @@ def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], r
         try:
             tensors = make_inputs(case, device, case.tokens)
             return _measure(case, tensors, device, repeats, lambda *x: moba_attention(*x, **options))
-        except torch.OutOfMemoryError:
-            return {"failed": "out of memory"}
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
 
     result: dict[str, Any] = _on_first(run)
     _free(device)

@@ -31,10 +31,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dtype
 from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
-from moba.parallel.exchange import Rows, Travel, send_and_receive
+from moba.parallel.exchange import Cut, Travel, add_up, send_and_receive
 from moba.parallel.routing import SharedRouting
 from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
-from moba.routing import Routing
+from moba.routing import Routing, accumulation_dtype
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
 _Results = tuple[Tensor, Tensor, Tensor]
@@ -199,11 +199,11 @@ class _Call:
         return out, lse
 
 
-def _one_ahead(starts: Sequence[Callable[[], Travel]]) -> Iterator[Tensor]:
+def _one_ahead(starts: Sequence[Callable[[], Travel]]) -> Iterator[tuple[Tensor, ...]]:
     """What each of these travels brings, the next one under way. The first begins now."""
     first = starts[0]()
 
-    def arrivals() -> Iterator[Tensor]:
+    def arrivals() -> Iterator[tuple[Tensor, ...]]:
         travel = first
         for start in starts[1:]:
             following = start()
@@ -229,12 +229,18 @@ def _joined(parts: Iterator[tuple[Tensor, ...]], num_heads: int) -> tuple[Tensor
 
 
 def _gather(k: Tensor, v: Tensor, shards: Shards) -> Travel:
-    """Keys and values [B, T, heads, D] on their way to this rank and those behind: rows [T, B, heads, 2 D]."""
-    rows = torch.cat([k, v], dim=-1).transpose(0, 1)
-    everything, nothing = slice(None), slice(0)
-    places: list[Rows] = [everything if rank >= shards.rank else nothing for rank in range(len(shards.lengths))]
-    counts = [length if rank <= shards.rank else 0 for rank, length in enumerate(shards.lengths)]
-    return Travel(rows, places, counts, shards.group)
+    """Keys and values [B, T, heads, D] on their way to this rank and those behind: rows [.., B, heads, D] will come."""
+    num_ranks, me = len(shards.lengths), shards.rank
+
+    def cut(x: Tensor) -> list[Tensor]:
+        rows = x.transpose(0, 1)
+        return [rows if rank >= me else rows[:0] for rank in range(num_ranks)]
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return add_up(parts[me:]).transpose(0, 1)
+
+    counts = [length if rank <= me else 0 for rank, length in enumerate(shards.lengths)]
+    return Travel((k, v), Cut(cut, merge), counts, shards.group)
 
 
 def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
@@ -265,9 +271,9 @@ def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     return out, lse, indices
 
 
-def _keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[S, B, heads, 2 D] -> two [B, S, heads, D]."""
-    k, v = rows.transpose(0, 1).chunk(2, dim=-1)
+def _keys_and_values(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What `_gather` brought, [S, B, heads, D] each, as [B, S, heads, D]."""
+    k, v = (x.transpose(0, 1) for x in rows)
     return k, v
 
 
@@ -280,7 +286,7 @@ class _Wishes:
         slots: int64 [N, B, g], where a chosen block stands among those that travel for its key/value head.
         num_slots: M, the most of any key/value head.
         counts: for each rank how many come from there.
-        places: for each rank, which of this rank's blocks go there: numbers of (block, row, head).
+        places: for each rank, which of this rank's blocks go there: block, row and head, int64 each.
     """
 
     row: Tensor
@@ -289,16 +295,7 @@ class _Wishes:
     slots: Tensor
     num_slots: int
     counts: list[int]
-    places: list[Tensor]
-
-    def beside_own(self, blocks: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keys and values [B, M · block_size + T, g, 2 D]: the blocks [.., block_size, 2 D] that came, and this rank's.
-
-        Heads for which fewer than M blocks travelled have zeros, which no query chose.
-        """
-        came = blocks.new_zeros(k.shape[0], self.num_slots, k.shape[2], *blocks.shape[1:])
-        came = came.index_put((self.row, self.slot, self.head), blocks)
-        return torch.cat([came.transpose(2, 3).flatten(1, 2), torch.cat([k, v], dim=-1)], dim=1)
+    places: list[tuple[Tensor, ...]]
 
     def renumbered(self, indices: Tensor) -> Tensor:
         """The routing [B, T, H, K] of these heads' queries, among the keys of `beside_own`."""
@@ -329,8 +326,8 @@ def _by_selecting(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     queries = zip(q.split(query_sizes, dim=2), indices.split(query_sizes, dim=2), strict=True)
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
-        for (of_q, of_all), (of_k, of_v), wish, blocks in zip(queries, pairs, wishes, arrivals, strict=True):
-            keys, values = wish.beside_own(blocks, of_k, of_v).chunk(2, dim=-1)
+        for (of_q, of_all), pair, wish, came in zip(queries, pairs, wishes, arrivals, strict=True):
+            keys, values = (_Beside.apply(blocks, own, wish) for blocks, own in zip(came, pair, strict=True))
             yield call.replay(of_q, keys, values, wish.renumbered(of_all))
 
     out, lse = _joined(parts(), q.shape[2])
@@ -368,18 +365,54 @@ def _all_wishes(chosen: Tensor, shards: Shards, sizes: list[int], block_size: in
                 row, slots[block, row, head], head, slots,
                 num_slots=int(slots[-1].max()) + 1 if slots.numel() else 0,
                 counts=torch.stack([part.sum() for part in of_heads.split(ranks_before)]).tolist(),
-                places=[part.flatten().nonzero()[:, 0] for part in wanted_of_heads.split(mine)],
+                places=[part.nonzero(as_tuple=True) for part in wanted_of_heads.split(mine)],
             )
         )  # fmt: skip
     return wishes
 
 
 def _fetch(k: Tensor, v: Tensor, wish: _Wishes, group: ProcessGroup, block_size: int) -> Travel:
-    """Chosen blocks of keys and values [B, T, heads, D] on their way: rows of [block_size, 2 D]."""
+    """Chosen blocks of keys and values [B, T, heads, D] on their way: [blocks, block_size, D] will come."""
     num_blocks = k.shape[1] // block_size
-    blocks = torch.cat([k, v], dim=-1)[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
-    rows = blocks.permute(1, 0, 3, 2, 4).flatten(0, 2)  # (block, row, head)
-    return Travel(rows, wish.places, wish.counts, group)
+
+    def blocks_of(x: Tensor) -> Tensor:
+        return x[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
+
+    def cut(x: Tensor) -> list[Tensor]:
+        return [blocks_of(x)[row, block, :, head] for block, row, head in wish.places]
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        # In fp32 where more than one rank may have chosen a block.
+        is_shared = sum(len(part) > 0 for part in parts) > 1
+        dtype = accumulation_dtype(k.dtype) if is_shared else k.dtype
+        total = torch.zeros(k.shape, dtype=dtype, device=k.device)
+        for part, (block, row, head) in zip(parts, wish.places, strict=True):
+            blocks_of(total)[row, block, :, head] += part
+        return total.to(k.dtype)
+
+    return Travel((k, v), Cut(cut, merge), wish.counts, group)
+
+
+class _Beside(torch.autograd.Function):
+    """Blocks [.., block_size, D] that came, and this rank's own keys [B, T, g, D] -> [B, M · block_size + T, g, D].
+
+    Heads for which fewer than M blocks travelled have zeros, which no query chose.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, own: Tensor, wish: _Wishes) -> Tensor:
+        ctx.wish, ctx.shape = wish, (wish.num_slots, blocks.shape[1])
+        num_before = wish.num_slots * blocks.shape[1]
+        result = own.new_zeros(own.shape[0], num_before + own.shape[1], *own.shape[2:])
+        result[:, num_before:] = own
+        result[:, :num_before].unflatten(1, ctx.shape)[wish.row, wish.slot, :, wish.head] = blocks
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        num_before = ctx.shape[0] * ctx.shape[1]
+        blocks = gradient[:, :num_before].unflatten(1, ctx.shape)[ctx.wish.row, ctx.wish.slot, :, ctx.wish.head]
+        return blocks, gradient[:, num_before:], None
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
@@ -392,9 +425,8 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     across = call if shards.between is None else replace(call, shards=shards.between)
     attend = _attend_here if shards.between is None else BY_TRANSPORT[call.transport]
     returning: list[list[Travel]] = []
-    for size, rows in zip(sizes, _one_ahead([partial(_to_heads, part, shards) for part in parts]), strict=True):
-        counts = [size * group // num_ranks, size // num_ranks, size // num_ranks]
-        of_q, of_k, of_v = rows.transpose(0, 1).split(counts, dim=2)
+    for rows in _one_ahead([partial(_to_heads, part, shards) for part in parts]):
+        of_q, of_k, of_v = (x.transpose(0, 1) for x in rows)
         returning.append([_to_tokens(x, shards) for x in attend(of_q, of_k, of_v, across)])
     arrived = (tuple(_arrived_tokens(travel, shards) for travel in travels) for travels in returning)
     out, lse, indices = _joined(arrived, q.shape[2])
@@ -407,24 +439,34 @@ def _attend_here(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
 
 
 def _to_heads(tensors: tuple[Tensor, ...], shards: Shards) -> Travel:
-    """Tensors [B, T, heads, D] of this rank's tokens on their way: rows [S, B, heads of all / ranks, D] will come."""
-    num_ranks, num_tokens = len(shards.lengths), shards.lengths[shards.rank]
-    rows = torch.cat([x.unflatten(2, (num_ranks, -1)) for x in tensors], dim=3).permute(2, 1, 0, 3, 4).flatten(0, 1)
-    places: list[Rows] = [slice(rank * num_tokens, (rank + 1) * num_tokens) for rank in range(num_ranks)]
-    return Travel(rows, places, shards.lengths, shards.group, is_partition=True)
+    """Tensors [B, T, heads, D] of this rank's tokens on their way: rows [S, B, heads / ranks, D] of each will come."""
+    num_ranks = len(shards.lengths)
+
+    def cut(x: Tensor) -> Sequence[Tensor]:
+        return x.transpose(0, 1).chunk(num_ranks, dim=2)
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=2).transpose(0, 1)
+
+    return Travel(tensors, Cut(cut, merge), shards.lengths, shards.group)
 
 
 def _to_tokens(x: Tensor, shards: Shards) -> Travel:
     """[B, S, heads / ranks, ...] of this rank's heads on their way: [ranks · T, B, heads / ranks, ...] will come."""
-    starts = [sum(shards.lengths[:rank]) for rank in range(len(shards.lengths))]
-    places: list[Rows] = [slice(i, i + length) for i, length in zip(starts, shards.lengths, strict=True)]
+
+    def cut(x: Tensor) -> Sequence[Tensor]:
+        return x.transpose(0, 1).split(shards.lengths)
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).transpose(0, 1)
+
     counts = [shards.lengths[shards.rank]] * len(shards.lengths)
-    return Travel(x.transpose(0, 1), places, counts, shards.group, is_partition=True)
+    return Travel((x,), Cut(cut, merge), counts, shards.group)
 
 
 def _arrived_tokens(travel: Travel, shards: Shards) -> Tensor:
     """[B, T, heads, ...] of this rank's tokens from what `_to_tokens` brought."""
-    rows = travel.wait()
+    (rows,) = travel.wait()
     per_rank = rows.unflatten(0, (len(shards.lengths), shards.lengths[shards.rank]))
     return per_rank.movedim(0, 2).transpose(0, 1).flatten(2, 3)
 

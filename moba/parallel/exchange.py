@@ -6,7 +6,8 @@ behind the transfer, and the host never waits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,144 +17,140 @@ from torch.distributed import ProcessGroup
 
 from moba.routing import accumulation_dtype
 
-# Rows of a tensor: their numbers (int64), or a contiguous range.
-Rows = Tensor | slice
-
 
 class Transfer:
-    """One exchange with every rank of a group, under way until `finish` returns what came: for each rank its rows.
+    """Exchanges with every rank of a group, under way until `finish` returns what came.
 
     Args:
-        sends: for each rank the rows [*, ...] that go there; this rank's own are copied.
+        sends: of each tensor that travels, for each rank the rows [*, ...] that go there. This rank's own are copied;
+            where others get the same object, that copy is sent.
         counts: for each rank how many rows come from there.
     """
 
-    def __init__(self, sends: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> None:
+    def __init__(self, sends: Sequence[Sequence[Tensor]], counts: Sequence[int], group: ProcessGroup) -> None:
         me = group.rank()
-        self.received = sends[me].new_empty(sum(counts), *sends[me].shape[1:])
-        parts = self.received.split(list(counts))
-        parts[me].copy_(sends[me])
+        self._received: list[Tensor] = []
         # Held until the transfer is over: the allocator must not give their memory away before.
-        self._sends = [rows.contiguous() if peer != me else rows[:0] for peer, rows in enumerate(sends)]
+        self._sends: list[Tensor] = []
         operations = []
-        for peer in range(group.size()):
-            if peer == me:
-                continue
-            place = dist.get_global_rank(group, peer)
-            if self._sends[peer].numel():
-                operations.append(dist.P2POp(dist.isend, self._sends[peer], place, group))
-            if parts[peer].numel():
-                operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
+        for rows in sends:
+            received = rows[me].new_empty(sum(counts), *rows[me].shape[1:])
+            parts = received.split(list(counts))
+            parts[me].copy_(rows[me])
+            self._received.append(received)
+            for peer in range(group.size()):
+                place = dist.get_global_rank(group, peer)
+                if peer != me and rows[peer].numel():
+                    self._sends.append(parts[me] if rows[peer] is rows[me] else rows[peer].contiguous())
+                    operations.append(dist.P2POp(dist.isend, self._sends[-1], place, group))
+                if peer != me and parts[peer].numel():
+                    operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
-    def finish(self) -> Tensor:
-        """What came, [sum of counts, ...], in the ranks' order."""
+    def finish(self) -> list[Tensor]:
+        """What came of each tensor, [sum of counts, ...], in the ranks' order."""
         for work in self._works:
             work.wait()
         self._works, self._sends = [], []
-        return self.received
+        return self._received
 
 
 def send_and_receive(sends: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Exchange rows with every rank of a group, without gradients.
+    """Exchange rows of one tensor with every rank of a group, without gradients: [sum of counts, ...]."""
+    (received,) = Transfer([sends], counts, group).finish()
+    return received
 
-    Args:
-        sends: for each rank the rows [*, ...] that go there; this rank's own are copied.
-        counts: for each rank how many rows come from there.
 
-    Returns:
-        What came, [sum of counts, ...], in the ranks' order.
+@dataclass(frozen=True)
+class Cut:
+    """How a tensor is cut into the rows for each rank, and its gradient put together.
+
+    Attributes:
+        cut: the tensor -> for each rank rows [*, ...]; all ranks' may be views of it.
+        merge: for each rank the gradient of the rows that went there -> the tensor's.
     """
-    return Transfer(sends, counts, group).finish()
+
+    cut: Callable[[Tensor], Sequence[Tensor]]
+    merge: Callable[[list[Tensor]], Tensor]
 
 
 class Travel:
-    """Rows of this rank on their way to others, and theirs to here, from now on.
+    """Rows of this rank's tensors on their way to others, and theirs to here, from now on.
 
     Args:
-        rows: [n, ...]; differentiable.
-        places: for each rank the rows that go there, none twice; also for this rank, whose rows are copied.
+        tensors: cut alike; differentiable.
+        cut: what goes where.
         counts: for each rank how many rows come from there.
         group: the process group, all of whose ranks do the same.
-        is_partition: whether every row goes to exactly one rank, so that no gradients need to be added.
-
-    Numerics: the gradients of a row that went to several ranks are added in fp32 (fp64 for fp64), in the ranks' order,
-        and rounded once: they repeat bit for bit.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        places: Sequence[Rows],
-        counts: Sequence[int],
-        group: ProcessGroup,
-        *,
-        is_partition: bool = False,
-    ) -> None:
-        self._places, self._counts, self._group, self._is_partition = places, list(counts), group, is_partition
-        self._lengths = [_num_rows(place, rows.shape[0]) for place in places]
-        self._num_rows = rows.shape[0]
+    def __init__(self, tensors: Sequence[Tensor], cut: Cut, counts: Sequence[int], group: ProcessGroup) -> None:
+        self._cut, self._counts, self._group = cut, list(counts), group
+        self._lengths: list[int] = []
         self._transfer: Transfer | None = None
-        self._ticket: Tensor | None = _Send.apply(rows, self)
+        self._ticket: Tensor | None = _Send.apply(self, *tensors)
 
-    def wait(self) -> Tensor:
-        """What came, [sum of counts, ...], in the ranks' order; to be called once."""
+    def wait(self) -> tuple[Tensor, ...]:
+        """What came of each tensor, [sum of counts, ...], in the ranks' order; to be called once."""
         ticket, self._ticket = self._ticket, None
-        arrived: Tensor = _Receive.apply(ticket, self)
+        arrived: tuple[Tensor, ...] = _Receive.apply(ticket, self)
         return arrived
 
-    def start(self, rows: Tensor) -> None:
-        """Send rows [n, ...]."""
-        rows = rows.contiguous()
-        self._transfer = Transfer([rows[place] for place in self._places], self._counts, self._group)
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Send the tensors' rows."""
+        sends = [self._cut.cut(x) for x in tensors]
+        self._lengths = [rows.shape[0] for rows in sends[0]]
+        self._transfer = Transfer(sends, self._counts, self._group)
 
-    def start_back(self, gradient: Tensor) -> None:
-        """Send the gradient of what came back to where it came from."""
-        self._transfer = Transfer(gradient.split(self._counts), self._lengths, self._group)
+    def start_back(self, gradients: Sequence[Tensor]) -> None:
+        """Send the gradients of what came back to where it came from."""
+        self._transfer = Transfer([x.split(self._counts) for x in gradients], self._lengths, self._group)
 
-    def finish(self) -> Tensor:
+    def finish(self) -> list[Tensor]:
         """What came."""
         assert self._transfer is not None
         transfer, self._transfer = self._transfer, None
         return transfer.finish()
 
-    def finish_back(self) -> Tensor:
-        """The gradient of the rows, from those of all ranks that they went to."""
-        parts = self.finish().split(self._lengths)
-        dtype = parts[0].dtype if self._is_partition else accumulation_dtype(parts[0].dtype)
-        total = parts[0].new_zeros(self._num_rows, *parts[0].shape[1:], dtype=dtype)
-        for place, part in zip(self._places, parts, strict=True):
-            total[place] += part
-        return total.to(parts[0].dtype)
+    def finish_back(self) -> list[Tensor]:
+        """The gradients of the tensors, from those of all ranks that their rows went to."""
+        return [self._cut.merge(list(x.split(self._lengths))) for x in self.finish()]
 
 
-def _num_rows(place: Rows, num_rows: int) -> int:
-    return len(range(num_rows)[place]) if isinstance(place, slice) else place.numel()
+def add_up(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors, rounded once: in fp32 (fp64 for fp64), in their order, so that it repeats bit for bit."""
+    if len(parts) <= 2:
+        # Any dtype's addition of two rounds once.
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    total = parts[0].to(accumulation_dtype(parts[0].dtype), copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(parts[0].dtype)
 
 
 class _Send(torch.autograd.Function):
-    """Rows -> a ticket for what will come. Backward waits for the gradients that `_Receive` sent."""
+    """Tensors -> a ticket for what will come. Backward waits for the gradients that `_Receive` sent."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, travel: Travel) -> Tensor:
+    def forward(ctx: Any, travel: Travel, *tensors: Tensor) -> Tensor:
         ctx.travel = travel
-        travel.start(rows)
-        return rows.new_empty(0)
+        travel.start(tensors)
+        return tensors[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None]:
-        return ctx.travel.finish_back(), None
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.travel.finish_back()
 
 
 class _Receive(torch.autograd.Function):
     """A ticket -> what came. Backward sends the gradients on their way and does not wait."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, travel: Travel) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, travel: Travel) -> tuple[Tensor, ...]:
         ctx.travel = travel
-        return travel.finish()
+        return tuple(travel.finish())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.travel.start_back(gradient.contiguous())
-        return gradient.new_empty(0), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.start_back([x.contiguous() for x in gradients])
+        return gradients[0].new_empty(0), None

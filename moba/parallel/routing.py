@@ -48,16 +48,16 @@ class SharedRouting:
 
     def finish(self) -> Routing:
         """The routing, its blocks those of the whole sequence."""
-        means = self._means.finish().transpose(0, 1)
+        means = self._means.finish()[0].transpose(0, 1)
         stop, num_lent = self._shards.stop, self._to_partner
         own = moba_route(self._q[:, num_lent:], means, num_keys=stop, **self._selection).indices
-        rows = self._rows.finish().transpose(0, 1)
+        rows = self._rows.finish()[0].transpose(0, 1)
         answers = own[:, :0]
         if self._from_partner:
             partner = len(self._shards.lengths) - 1 - self._shards.rank
             last = sum(self._shards.lengths[:partner]) + self._from_partner
             answers = moba_route(rows, means, num_keys=last, **self._selection).indices
-        returned = self._between_partners(answers.transpose(0, 1), num_lent).finish()
+        (returned,) = self._between_partners(answers.transpose(0, 1), num_lent).finish()
         if num_lent:
             own = torch.cat([returned.transpose(0, 1), own], dim=1)
         return Routing(own, self._selection["block_size"])
@@ -68,7 +68,7 @@ class SharedRouting:
         partner = num_ranks - 1 - me
         sends = [rows if rank == partner != me else rows[:0] for rank in range(num_ranks)]
         counts = [count if rank == partner != me else 0 for rank in range(num_ranks)]
-        return Transfer(sends, counts, self._shards.group)
+        return Transfer([sends], counts, self._shards.group)
 
 
 def lent_rows(lengths: tuple[int, ...]) -> list[int]:
@@ -95,7 +95,7 @@ def _send_means(k: Tensor, shards: Shards, selection: dict[str, Any], to_all: bo
     append_block_means(
         means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=selection["backend"]
     )  # fmt: skip
-    rows = means.transpose(0, 1).contiguous()
+    rows = means.transpose(0, 1)
     sends = [rows if to_all or rank >= shards.rank else rows[:0] for rank in range(len(shards.lengths))]
     counts = [n // block_size if to_all or rank <= shards.rank else 0 for rank, n in enumerate(shards.lengths)]
-    return Transfer(sends, counts, shards.group)
+    return Transfer([sends], counts, shards.group)
