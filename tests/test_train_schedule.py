@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from moba import MoBAConfig, register_moba
-from moba.hf import set_moba_config
+from moba.hf import add_key_convolution, set_moba_config
 from moba.train import (
     Schedule,
     activation,
@@ -147,6 +147,22 @@ def test_layers_that_attend_alike_share_a_graph(full_layers, graphs):
     compile_layers(model, backend=counter)
     torch.testing.assert_close(model(tokens, use_cache=False).logits, expected)
     assert counter.frame_count == graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traceable")
+@pytest.mark.parametrize("what", ["key convolution", "unrotated"])
+def test_layers_with_hooks_share_a_graph(what):
+    torch.compiler.reset()
+    model, tokens = tiny_model(num_hidden_layers=4), random_tokens(1, 48)
+    model.set_attn_implementation("moba")
+    set_moba_config(model, MoBAConfig(8, 3, router="unrotated" if what == "unrotated" else "mean"))
+    if what == "key convolution":
+        add_key_convolution(model)
+    counter = CompileCounter()
+    compile_layers(model, backend=counter)
+    model(tokens, use_cache=False)
+    assert counter.frame_count == 1
     torch.compiler.reset()
 
 

@@ -59,7 +59,7 @@ def add_key_convolution(model: PreTrainedModel, width: int = 3) -> None:
             projection.out_features, width, dtype=model.dtype, device=projection.weight.device
         )
         attention.register_forward_pre_hook(_begin, with_kwargs=True)
-        attention.register_forward_hook(_end, always_call=True)
+        attention.register_forward_hook(_end)
         # Before other hooks on the projection, which see the keys as the rotary embedding does.
         projection.register_forward_hook(partial(_convolve, attention.key_convolution), prepend=True)
     model.config.get_text_config(decoder=True).moba_key_convolution = width
@@ -107,7 +107,9 @@ def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> No
 
 
 def _end(attention: Any, args: tuple[Any, ...], output: Any) -> None:
-    """After it: let go of the cache and the masks."""
+    """After it: let go of the cache and the masks. (After an error the next call does: a hook that is always called
+    makes torch.compile compile every layer apart.)
+    """
     attention.key_convolution.call = None
 
 

@@ -52,7 +52,7 @@ def watch_projections(model: PreTrainedModel) -> None:
             continue
         attention.moba_projections = Projections()
         attention.register_forward_pre_hook(_begin, with_kwargs=True)
-        attention.register_forward_hook(_end, always_call=True)
+        attention.register_forward_hook(_end)
         for name, (_, module) in _sources(attention).items():
             module.register_forward_hook(partial(_take, attention.moba_projections, name))
 
@@ -89,10 +89,12 @@ def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> No
     projections = attention.moba_projections
     for source, module in _sources(attention).values():
         require_hook(module, projections, source, "watch_projections")
+    projections.clear()
     projections.cache_layer = cache_layer(attention, options)
     projections.is_open = True
 
 
+# Not `always_call`, which makes torch.compile compile every layer apart: after an error, the next call clears.
 def _end(attention: Any, args: tuple[Any, ...], output: Any) -> None:
     attention.moba_projections.is_open = False
     attention.moba_projections.clear()
