@@ -22,26 +22,32 @@ class Transfer:
     """Exchanges with every rank of a group, under way until `finish` returns what came.
 
     Args:
-        sends: of each tensor that travels, for each rank the rows [*, ...] that go there. This rank's own are copied;
-            where others get the same object, that copy is sent.
+        sends: of each tensor that travels, for each rank the rows [*, ...] that go there.
         counts: for each rank how many rows come from there.
+        copies_own: whether this rank's own rows are copied to stand among those that come; where others get the same
+            object, that copy is sent.
     """
 
-    def __init__(self, sends: Sequence[Sequence[Tensor]], counts: Sequence[int], group: ProcessGroup) -> None:
+    def __init__(
+        self, sends: Sequence[Sequence[Tensor]], counts: Sequence[int], group: ProcessGroup, copies_own: bool = True
+    ) -> None:
         me = group.rank()
         self._received: list[Tensor] = []
         # Held until the transfer is over: the allocator must not give their memory away before.
         self._sends: list[Tensor] = []
         operations = []
         for rows in sends:
-            received = rows[me].new_empty(sum(counts), *rows[me].shape[1:])
-            parts = received.split(list(counts))
-            parts[me].copy_(rows[me])
+            come = [count if copies_own or peer != me else 0 for peer, count in enumerate(counts)]
+            received = rows[me].new_empty(sum(come), *rows[me].shape[1:])
+            parts = received.split(come)
+            if copies_own:
+                parts[me].copy_(rows[me])
             self._received.append(received)
             for peer in range(group.size()):
                 place = dist.get_global_rank(group, peer)
                 if peer != me and rows[peer].numel():
-                    self._sends.append(parts[me] if rows[peer] is rows[me] else rows[peer].contiguous())
+                    is_copied = copies_own and rows[peer] is rows[me]
+                    self._sends.append(parts[me] if is_copied else rows[peer].contiguous())
                     operations.append(dist.P2POp(dist.isend, self._sends[-1], place, group))
                 if peer != me and parts[peer].numel():
                     operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
@@ -87,6 +93,7 @@ class Travel:
     def __init__(self, tensors: Sequence[Tensor], cut: Cut, counts: Sequence[int], group: ProcessGroup) -> None:
         self._cut, self._counts, self._group = cut, list(counts), group
         self._lengths: list[int] = []
+        self._own: list[Tensor] = []
         self._transfer: Transfer | None = None
         self._ticket: Tensor | None = _Send.apply(self, *tensors)
 
@@ -104,7 +111,9 @@ class Travel:
 
     def start_back(self, gradients: Sequence[Tensor]) -> None:
         """Send the gradients of what came back to where it came from."""
-        self._transfer = Transfer([x.split(self._counts) for x in gradients], self._lengths, self._group)
+        sends = [x.split(self._counts) for x in gradients]
+        self._own = [rows[self._group.rank()] for rows in sends]
+        self._transfer = Transfer(sends, self._lengths, self._group, copies_own=False)
 
     def finish(self) -> list[Tensor]:
         """What came."""
@@ -114,7 +123,10 @@ class Travel:
 
     def finish_back(self) -> list[Tensor]:
         """The gradients of the tensors, from those of all ranks that their rows went to."""
-        return [self._cut.merge(list(x.split(self._lengths))) for x in self.finish()]
+        me, own, self._own = self._group.rank(), self._own, []
+        lengths = [0 if rank == me else length for rank, length in enumerate(self._lengths)]
+        parts = [list(x.split(lengths)) for x in self.finish()]
+        return [self._cut.merge([*rows[:me], mine, *rows[me + 1 :]]) for rows, mine in zip(parts, own, strict=True)]
 
 
 def add_up(parts: Sequence[Tensor]) -> Tensor:
