@@ -31,10 +31,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dtype
 from moba.checks import check_attention, check_cu_seqlens, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
-from moba.parallel.exchange import Cut, Travel, add_up, send_and_receive
+from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
+from moba.parallel.selective import all_wishes, beside_own, chosen_before, fetch
 from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
-from moba.routing import Routing, accumulation_dtype
+from moba.routing import Routing
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
 _Results = tuple[Tensor, Tensor, Tensor]
@@ -253,10 +254,9 @@ def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     if cu is not None or shards.inside_a_block(call.block_size) is not None:
         cu_q = None if cu is None else cu.clamp(shards.start, shards.stop) - shards.start
         cu_k = None if cu is None else cu.clamp(max=shards.stop)
-        attended = (
-            call.attend(of_q, *_keys_and_values(rows), cu_q, cu_k)
-            for of_q, rows in zip(queries, _one_ahead(starts), strict=True)
-        )
+        arrivals = _one_ahead(starts)
+        # What came has no name here, so that it is let go of before the next but one sets out.
+        attended = (call.attend(of_q, *_keys_and_values(next(arrivals)), cu_q, cu_k) for of_q in queries)
         out, lse, indices = _joined(attended, q.shape[2])
         return out, lse, indices
     routing = SharedRouting(q, k, shards, call.selection)
@@ -264,8 +264,8 @@ def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     indices = routing.finish().indices
     chosen = indices.split(query_sizes, dim=2)
     replayed = (
-        call.replay(of_q, *_keys_and_values(rows), blocks)
-        for of_q, rows, blocks in zip(queries, arrivals, chosen, strict=True)
+        call.replay(of_q, *_keys_and_values(next(arrivals)), blocks)
+        for of_q, blocks in zip(queries, chosen, strict=True)
     )
     out, lse = _joined(replayed, q.shape[2])
     return out, lse, indices
@@ -277,142 +277,27 @@ def _keys_and_values(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-@dataclass(frozen=True)
-class _Wishes:
-    """The blocks of a group of g key/value heads that this rank's queries chose among those of the ranks before it.
-
-    Attributes:
-        row, slot, head: int64 [blocks], where each block that comes shall stand, in the order in which they come.
-        slots: int64 [N, B, g], where a chosen block stands among those that travel for its key/value head.
-        num_slots: M, the most of any key/value head.
-        counts: for each rank how many come from there.
-        places: for each rank, which of this rank's blocks go there: block, row and head, int64 each.
-    """
-
-    row: Tensor
-    slot: Tensor
-    head: Tensor
-    slots: Tensor
-    num_slots: int
-    counts: list[int]
-    places: list[tuple[Tensor, ...]]
-
-    def renumbered(self, indices: Tensor) -> Tensor:
-        """The routing [B, T, H, K] of these heads' queries, among the keys of `beside_own`."""
-        num_before = self.slots.shape[0]
-        own = indices - num_before + self.num_slots
-        if num_before:
-            queries_per_head = indices.shape[2] // self.slots.shape[2]
-            table = self.slots.permute(1, 2, 0).repeat_interleave(queries_per_head, dim=1)  # [B, H, N]
-            place = indices.clamp(0, num_before - 1).long().transpose(1, 2).flatten(2)  # [B, H, T K]
-            travelled = table.gather(2, place).unflatten(2, (indices.shape[1], indices.shape[3])).transpose(1, 2)
-            own = torch.where(indices < num_before, travelled, own)
-        return torch.where(indices < 0, -1, own).to(torch.int32)
-
-
 def _by_selecting(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     shards, block_size = call.shards, call.block_size
     shards.require_whole_blocks(block_size)
     sizes = call.group_sizes(k.shape[2])
     query_sizes = [size * (q.shape[2] // k.shape[2]) for size in sizes]
     indices = SharedRouting(q, k, shards, call.selection).finish().indices
-    chosen = _chosen_before(indices, shards, block_size, k.shape[2])
+    chosen = chosen_before(indices, shards, block_size, k.shape[2])
     # The host learns of every group what travels before the first one does, so that it need not wait in between.
-    wishes = _all_wishes(chosen, shards, sizes, block_size)
+    wishes = all_wishes(chosen, shards, sizes, block_size)
     pairs = list(zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True))
     arrivals = _one_ahead(
-        [partial(_fetch, *pair, wish, shards.group, block_size) for pair, wish in zip(pairs, wishes, strict=True)]
+        [partial(fetch, *pair, wish, shards.group, block_size) for pair, wish in zip(pairs, wishes, strict=True)]
     )
     queries = zip(q.split(query_sizes, dim=2), indices.split(query_sizes, dim=2), strict=True)
 
-    def parts() -> Iterator[tuple[Tensor, ...]]:
-        for (of_q, of_all), pair, wish, came in zip(queries, pairs, wishes, arrivals, strict=True):
-            keys, values = (_Beside.apply(blocks, own, wish) for blocks, own in zip(came, pair, strict=True))
-            yield call.replay(of_q, keys, values, wish.renumbered(of_all))
-
-    out, lse = _joined(parts(), q.shape[2])
+    parts = (
+        call.replay(of_q, *beside_own(next(arrivals), pair, wish), wish.renumbered(of_all))
+        for (of_q, of_all), pair, wish in zip(queries, pairs, wishes, strict=True)
+    )
+    out, lse = _joined(parts, q.shape[2])
     return out, lse, indices
-
-
-def _chosen_before(indices: Tensor, shards: Shards, block_size: int, num_kv_heads: int) -> Tensor:
-    """Whether a block before this rank's was chosen by one of its queries, for each row and kv head: bool [N, B, G].
-
-    Args:
-        indices: int32 [B, T, H, K].
-    """
-    num_before = shards.start // block_size
-    chosen = torch.zeros(
-        num_kv_heads, indices.shape[0], num_before + 1, dtype=torch.bool, device=indices.device
-    )  # fmt: skip
-    for of_head, of_queries in zip(chosen, indices.chunk(num_kv_heads, dim=2), strict=True):
-        is_before = (of_queries >= 0) & (of_queries < num_before)
-        of_head.scatter_(1, torch.where(is_before, of_queries, num_before).flatten(1).long(), True)
-    return chosen[..., :num_before].permute(2, 1, 0)
-
-
-def _all_wishes(chosen: Tensor, shards: Shards, sizes: list[int], block_size: int) -> list[_Wishes]:
-    """What travels, for each group of key/value heads, of the blocks [N, B, G] that this rank and all others chose."""
-    blocks = [length // block_size for length in shards.lengths]
-    ranks_before = [count if rank < shards.rank else 0 for rank, count in enumerate(blocks)]
-    mine = [blocks[shards.rank] if rank > shards.rank else 0 for rank in range(len(blocks))]
-    wanted = send_and_receive(chosen.to(torch.uint8).split(ranks_before), mine, shards.group).bool()
-    wishes = []
-    for of_heads, wanted_of_heads in zip(chosen.split(sizes, dim=2), wanted.split(sizes, dim=2), strict=True):
-        slots = of_heads.long().cumsum(0) - 1
-        block, row, head = of_heads.nonzero(as_tuple=True)
-        wishes.append(
-            _Wishes(
-                row, slots[block, row, head], head, slots,
-                num_slots=int(slots[-1].max()) + 1 if slots.numel() else 0,
-                counts=torch.stack([part.sum() for part in of_heads.split(ranks_before)]).tolist(),
-                places=[part.nonzero(as_tuple=True) for part in wanted_of_heads.split(mine)],
-            )
-        )  # fmt: skip
-    return wishes
-
-
-def _fetch(k: Tensor, v: Tensor, wish: _Wishes, group: ProcessGroup, block_size: int) -> Travel:
-    """Chosen blocks of keys and values [B, T, heads, D] on their way: [blocks, block_size, D] will come."""
-    num_blocks = k.shape[1] // block_size
-
-    def blocks_of(x: Tensor) -> Tensor:
-        return x[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
-
-    def cut(x: Tensor) -> list[Tensor]:
-        return [blocks_of(x)[row, block, :, head] for block, row, head in wish.places]
-
-    def merge(parts: list[Tensor]) -> Tensor:
-        # In fp32 where more than one rank may have chosen a block.
-        is_shared = sum(len(part) > 0 for part in parts) > 1
-        dtype = accumulation_dtype(k.dtype) if is_shared else k.dtype
-        total = torch.zeros(k.shape, dtype=dtype, device=k.device)
-        for part, (block, row, head) in zip(parts, wish.places, strict=True):
-            blocks_of(total)[row, block, :, head] += part
-        return total.to(k.dtype)
-
-    return Travel((k, v), Cut(cut, merge), wish.counts, group)
-
-
-class _Beside(torch.autograd.Function):
-    """Blocks [.., block_size, D] that came, and this rank's own keys [B, T, g, D] -> [B, M · block_size + T, g, D].
-
-    Heads for which fewer than M blocks travelled have zeros, which no query chose.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, own: Tensor, wish: _Wishes) -> Tensor:
-        ctx.wish, ctx.shape = wish, (wish.num_slots, blocks.shape[1])
-        num_before = wish.num_slots * blocks.shape[1]
-        result = own.new_zeros(own.shape[0], num_before + own.shape[1], *own.shape[2:])
-        result[:, num_before:] = own
-        result[:, :num_before].unflatten(1, ctx.shape)[wish.row, wish.slot, :, wish.head] = blocks
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        num_before = ctx.shape[0] * ctx.shape[1]
-        blocks = gradient[:, :num_before].unflatten(1, ctx.shape)[ctx.wish.row, ctx.wish.slot, :, ctx.wish.head]
-        return blocks, gradient[:, num_before:], None
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
@@ -425,12 +310,18 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
     across = call if shards.between is None else replace(call, shards=shards.between)
     attend = _attend_here if shards.between is None else BY_TRANSPORT[call.transport]
     returning: list[list[Travel]] = []
-    for rows in _one_ahead([partial(_to_heads, part, shards) for part in parts]):
-        of_q, of_k, of_v = (x.transpose(0, 1) for x in rows)
-        returning.append([_to_tokens(x, shards) for x in attend(of_q, of_k, of_v, across)])
+    arrivals = _one_ahead([partial(_to_heads, part, shards) for part in parts])
+    for _ in sizes:
+        returning.append([_to_tokens(x, shards) for x in attend(*_by_batch(next(arrivals)), across)])
     arrived = (tuple(_arrived_tokens(travel, shards) for travel in travels) for travels in returning)
     out, lse, indices = _joined(arrived, q.shape[2])
     return out, lse, indices
+
+
+def _by_batch(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values that `_to_heads` brought, [S, B, heads, D] each, as [B, S, heads, D]."""
+    q, k, v = (x.transpose(0, 1) for x in rows)
+    return q, k, v
 
 
 def _attend_here(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
