@@ -39,7 +39,7 @@ from moba.routing import Routing
 BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.4e-2}
 UNFINISHED = "the run ended in this case"
 # What a rank waits for another, which may be measuring alone.
-TIMEOUT = timedelta(seconds=100)
+TIMEOUT = timedelta(seconds=60)
 
 
 def parallel(
