@@ -265,8 +265,8 @@ def _measure(
         return torch.autograd.grad(attend(*leaves), leaves, tensors[3])
 
     repeats = repeats if case.backward else 1  # the longest cases
-    # One warm-up in `measure`, so that every rank runs the same number of times, and one before it, in which kernels are
-    # compiled and the allocator finds its blocks.
+    # One warm-up in `measure`, so that every rank runs the same number of times, and one before it, in which kernels
+    # are compiled and the allocator finds its blocks.
     forward()
     first = measure(forward, device, warmups=1, repeats=repeats)
     result: dict[str, Any] = {"forward_ms": first.ms, "forward_peak_bytes": first.peak_bytes}
