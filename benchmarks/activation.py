@@ -339,11 +339,12 @@ def panels(records: list[Record], logs: dict[str, list[Record]]) -> list[Panel]:
             curves[model] = ([LAST * (i + 0.5) for i in range(len(means))], means)
         result.append(Panel(curves, "position", "loss (nats)", f"held-out texts, {attention}"))
     if logs:
-        training = {
-            name: ([s["tokens"] for s in steps if "loss" in s], [s["loss"] for s in steps if "loss" in s])
-            for name, steps in logs.items()
-        }
-        result.append(Panel(training, "tokens trained", "loss (nats)", "training"))
+        # Colours go by place: the model before training has no curve here, and keeps its colour.
+        training: dict[str, tuple[list[float], list[float]]] = {"before": ([], [])}
+        for name, steps in logs.items():
+            logged = [step for step in steps if "loss" in step]
+            training[name] = ([step["tokens"] / 1e6 for step in logged], [step["loss"] for step in logged])
+        result.append(Panel(training, "million tokens trained", "loss (nats)", "training"))
     return result
 
 
