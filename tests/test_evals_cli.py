@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,30 @@ def test_copy_recall_by_distance(evaluate, tmp_path):
     assert [(row["attention"], row["distance"]) for row in rows] == [
         ("full", 40), ("full", 100), (MOBA, 40), (MOBA, 100),
     ]  # fmt: skip
+
+
+def test_layers_are_chosen_one_after_another(evaluate, tmp_path):
+    code, out, err = evaluate("layers", "--length", 96, "--copied", 16, "--choose", 2, "--documents", 1)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "layers.jsonl").read_text().splitlines()[1:]]
+    copy = {row["attention"]: row["perplexity_second"] for row in rows}
+    assert {*copy} >= {"8x3 first=1", *(f"8x3 first=1 full={layers}" for layers in ("1", "2", "3", "0+", "1+", "2+"))}
+    first = min(range(3), key=lambda layer: copy[f"8x3 first=1 full={layer}+"])
+    pairs = [name for name in copy if re.search(r"full=\d\+\d", name)]
+    assert len(pairs) == 2
+    assert all(str(first) in name.split("full=")[1] for name in pairs)
+    best = min(pairs, key=copy.__getitem__).split("full=")[1].replace("+", ",")
+    assert out.splitlines()[-1] == f"--full-layers {best}"
+    assert (tmp_path / "out" / "layers.png").is_file()
+    code, again, err = evaluate("layers", "--length", 96, "--copied", 16, "--choose", 2, "--documents", 1)
+    assert (code, again) == (0, out)
+    assert "measured before" in err
+
+
+def test_layers_refuses_more_than_there_are(evaluate):
+    code, _, err = evaluate("layers", "--length", 96, "--copied", 16, "--choose", 3)
+    assert code == 2
+    assert "choose must be below the model's 3 layers" in err
 
 
 def test_routing_measures_layers_and_heads(evaluate, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import exp, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from moba.cli.eval_setup import (
     DataOption,
     DocumentsOption,
     LengthOption,
+    Results,
     Setup,
     TextOption,
     app,
@@ -23,6 +24,7 @@ from moba.cli.eval_setup import (
     parse_lengths,
     require_context,
     run_cells,
+    setting_name,
     write_results,
 )
 
@@ -33,6 +35,8 @@ __all__ = ["app"]
 
 # How far above full attention's perplexity a setting may lie to be recommended.
 TOLERANCE = 0.05
+# Layers that are tried beside chosen ones: those which alone help most.
+_CANDIDATES = 8
 Record = dict[str, Any]
 
 
@@ -333,6 +337,89 @@ def copy(
         for name, part in parts.items()
     }
     write_results(setup, "copy", title, figure, tables, results)
+
+
+@evaluation
+def layers(
+    setup: Setup,
+    length: LengthOption = 4096,
+    copied: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of the passage.", rich_help_panel=TEXT)] = 256,
+    choose: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Layers to keep full.", rich_help_panel="Which blocks a query attends to"
+        ),
+    ] = 3,
+    documents: DocumentsOption = 2,
+    data: DataOption = None,
+    text: TextOption = None,
+) -> None:
+    """Which layers to keep full: those without which a passage that is read a second time is not found.
+
+    One layer after another is chosen, each time the one that lowers the passage's perplexity most; after the first,
+    only layers that alone were among the best are tried.
+
+        moba eval layers -m path/to/model --block-size 128 --topk 4
+    """
+    from moba.evals.language import copy_recall
+    from moba.evals.pictures import plot_curves
+    from moba.evals.texts import long_documents
+
+    given = [config for config in setup.attentions().values() if config is not None]
+    if len(given) != 1:
+        raise ValueError(f"settings: layers are chosen for one setting of MoBA, got {setup.listed!r}")
+    session = setup.open()
+    require_context(session, length)
+    if choose >= session.num_layers:
+        raise ValueError(f"choose must be below the model's {session.num_layers} layers, got {choose}")
+    tokens = dict(long_documents(session.tokenizer, length - copied, documents, data=data, texts=text))
+    settings = setup.settings(session, evaluation="layers", length=length, copied=copied, data=data)
+
+    def measure(reader: Reader, document: str) -> Record:
+        return copy_recall(reader, tokens[document], num_copied=copied, distance=3 * length // 4)
+
+    def copies(chosen: Iterable[tuple[int, ...] | int]) -> tuple[list[float], Results]:
+        """The perplexity of the copy with each choice of full layers."""
+        configs = [replace(given[0], full_layers=layers) for layers in chosen]
+        attentions = {setting_name(config): config for config in configs}
+        results = run_cells(
+            setup, session, "layers", settings, attentions, [{"document": name} for name in tokens], measure,
+            lambda r: f"copy {r['perplexity_second']:.2f}",
+        )  # fmt: skip
+        parts = results.by_attention()
+        return [_geometric(r["perplexity_second"] for r in parts[name]) for name in attentions], results
+
+    best: tuple[int, ...] = ()
+    candidates = list(range(session.num_layers))
+    last = list(range(choose + 1))
+    (full, *lasts), results = copies([session.num_layers, *last])
+    chosen: list[float] = lasts[:1]
+    alone: dict[int, float] = {}
+    for _ in range(choose):
+        tried = [tuple(sorted((*best, layer))) for layer in candidates if layer not in best]
+        values, _ = copies(tried)
+        if not alone:
+            alone = dict(zip(candidates, values, strict=True))
+            candidates = sorted(alone, key=lambda layer: alone[layer])[: max(_CANDIDATES, choose)]
+        chosen.append(min(values))
+        best = tried[values.index(min(values))]
+    title = f"Layers to keep full · {setup.model_name}"
+    figure = plot_curves(
+        {"chosen layers": (last, chosen), "the last layers": (last, lasts)}, title, x_label="full layers",
+        y_label="perplexity of the second copy", is_log=True, marks={"all layers full": full},
+    )  # fmt: skip
+    counts = {f"{n} full": {"chosen": f"{chosen[n]:.2f}", "the last": f"{lasts[n]:.2f}"} for n in last}
+    counts["all full"] = {"chosen": f"{full:.2f}", "the last": f"{full:.2f}"}
+    single = {f"{layer}": {"perplexity": f"{alone[layer]:.2f}"} for layer in sorted(alone, key=lambda i: alone[i])}
+    listed = ",".join(map(str, best)) + ("," if len(best) == 1 else "")
+    notes = [
+        f"Perplexity of the second copy of {copied} tokens, {3 * length // 4:,} tokens after the first, at the end of "
+        f"{', '.join(tokens)}, with {setting_name(replace(given[0], full_layers=0))} in all other layers.",
+        f"Best {choose}: `--full-layers {listed}`",
+    ]
+    tables = {"second copy": counts, "layer that alone is full": single}
+    write_results(setup, "layers", title, figure, tables, results, notes)
+    print(f"--full-layers {listed}")
 
 
 @evaluation

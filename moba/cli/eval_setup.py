@@ -211,7 +211,9 @@ def setting_name(config: MoBAConfig | None) -> str:
     for word, field in _WORDS.items():
         value = getattr(config, field)
         if value != getattr(usual, field):
-            words.append(f"{word}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            # "7+" is layer 7, "7" the last seven.
+            listed = "+".join(map(str, value)) + "+" * (len(value) == 1) if isinstance(value, tuple) else value
+            words.append(f"{word}={listed}")
     return " ".join(words)
 
 
