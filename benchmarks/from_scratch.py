@@ -7,7 +7,8 @@
     python benchmarks/from_scratch.py report dense.json moba-128x8.json --out benchmarks/results/from-scratch-h200
 
 `measure` reads the same held-out rows with every checkpoint of a run and keeps the loss of each row, so that `report`
-can compare two runs row by row. `report` writes PREFIX.md, PREFIX.json (all runs) and its pictures.
+can compare two runs row by row. `report` writes PREFIX.md, its pictures and PREFIX.json: all runs, as much of them as
+tables and pictures need. PREFIX.json can be given to `report` again.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ FULL = "full"
 COPY_DISTANCES = (1 / 8, 3 / 8, 3 / 4)
 # Logits of so many tokens exist at once.
 _LOGITS = 2048
+# What of the attention mass is looked at, in the words of tables and pictures.
+ROUTING_PARTS = {
+    "covered": "in the chosen blocks",
+    "best": "in the best possible choice",
+    "recent": "in the first and the nearest",
+}
 # Queries of a row whose routing is looked at: so many that they stand everywhere in their blocks.
 _QUERIES = 100
 
@@ -352,11 +359,12 @@ def _rounded(values: Any) -> list[float]:
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Files of `measure`; of the runs that are to be compared.")],
+    results: Annotated[list[Path], typer.Argument(help="Files of `measure`, or a PREFIX.json of `report`.")],
     out: Annotated[Path, typer.Option(help="PREFIX.md, PREFIX.json and PREFIX-….png are written.")],
 ) -> None:
     """Compare runs with the dense one of the same recipe and seed: tables and pictures."""
-    write_report([json.loads(path.read_text()) for path in results], out)
+    read = [json.loads(path.read_text()) for path in results]
+    write_report([result for part in read for result in (part if isinstance(part, list) else [part])], out)
 
 
 def write_report(results: Sequence[Result], out: Path) -> None:
@@ -365,15 +373,61 @@ def write_report(results: Sequence[Result], out: Path) -> None:
     Raises:
         ValueError: if runs that are of one recipe and seed have the same name, or there is no dense one among them.
     """
-    families = list(_families(results).values())
+    kept = [
+        compact(result, is_large=not i)
+        for i, family in enumerate(_families(results))
+        for runs in family.runs.values()
+        for result in runs.values()
+    ]
+    families = _families(kept)
+    first = families[0].of_first_seed()
+    lines = ["# MoBA beside full attention, from scratch", "", *_heading(families[0]), *_tables(first)]
+    for family in families[1:]:
+        lines += [*_heading(family), *_losses(family)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# MoBA beside full attention, from scratch", ""]
-    for family in families:
-        lines += _section(family)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    out.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n")
-    for name, figure in pictures(families[0].of_first_seed()).items():
+    out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    out.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(result) for result in kept) + "\n]\n")
+    for name, figure in pictures(first).items():
         figure.savefig(f"{out}-{name}.png")
+
+
+def compact(result: Result, is_large: bool) -> Result:
+    """What tables and pictures need of a result; only the losses where the run is small.
+
+    Of attentions that are not the run's own, the mean loss of each source is kept as that of one row.
+    """
+    final = {
+        name: read
+        if name == result["own"]
+        else {
+            "positions": {
+                source: {"loss": _rounded([statistics.mean(rows["loss"])])}
+                for source, rows in read["positions"].items()
+            }
+        }
+        for name, read in result["final"].items()
+    }
+    if not is_large:
+        own = final[result["own"]]["positions"]
+        final[result["own"]] = {
+            "positions": {s: {key: rows[key] for key in ("loss", "last")} for s, rows in own.items()}
+        }
+    history = [
+        {
+            **point,
+            "sources": {source: {"loss": rows["loss"]} for source, rows in point["sources"].items()},
+            "routing": {name: _rounded_routing(values) for name, values in point["routing"].items()},
+        }
+        for point in result["checkpoints"]
+    ]
+    return {**result, "final": final, "checkpoints": history if is_large else history[-1:]}
+
+
+def _rounded_routing(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: {layer: _rounded_routing(v) for layer, v in value.items()} if key == "layers" else round(value, 5)
+        for key, value in values.items()
+    }
 
 
 class Family:
@@ -399,17 +453,22 @@ class Family:
         runs = self.runs[min(self.runs)]
         return {"dense": runs["dense"], **runs}
 
+    def size(self) -> int:
+        """Parameters times tokens of the dense run."""
+        dense = self.of_first_seed()["dense"]
+        return int(dense["parameters"] * dense["checkpoints"][-1]["tokens"])
 
-def _families(results: Sequence[Result]) -> dict[str, Family]:
-    """Runs by what they have in common, the largest trainings first."""
+
+def _families(results: Sequence[Result]) -> list[Family]:
+    """Runs that have all but attention and seed in common, the largest trainings first."""
     parts: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda r: -r["parameters"] * r["recipe"]["training"]["tokens"]):
+    for result in results:
         recipe = result["recipe"]
         shape = {key: value for key, value in recipe["model"].items() if key != "key_convolution"}
         decides = ("tokens", "rows_per_step", "learning_rate", "learning_schedule", "warmup", "weight_decay", "beta2")
         training = {key: recipe["training"][key] for key in decides}
         parts.setdefault(json.dumps([shape, training, recipe["data"]["context"], result["data"]]), []).append(result)
-    return {key: Family(part) for key, part in parts.items()}
+    return sorted((Family(part) for part in parts.values()), key=lambda family: -family.size())
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -428,12 +487,14 @@ def own_positions(result: Result) -> dict[str, Any]:
     return positions
 
 
-def _section(family: Family) -> list[str]:
+def _heading(family: Family) -> list[str]:
     first = family.of_first_seed()
     dense = first["dense"]
-    recipe, header = dense["recipe"], dense["header"]
-    context = recipe["data"]["context"]
-    lines = [
+    header, context = dense["header"], dense["recipe"]["data"]["context"]
+    sources = "; ".join(
+        f"{source} {about['rows']} out of {about['documents']} documents" for source, about in dense["sources"].items()
+    )
+    return [
         f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.3g}M tokens, "
         f"{context:,} a row",
         "",
@@ -441,38 +502,72 @@ def _section(family: Family) -> list[str]:
         *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
         *(f"- {name}: `{run['header']['command']}`" for name, run in first.items()),
         f"- evaluated in {dense['precision']}, seeds {', '.join(map(str, family.runs))}",
-        *(f"- {source}: {about['rows']} held-out rows out of {about['documents']} documents"
-          for source, about in dense["sources"].items()),
+        f"- held-out rows: {sources}",
         "- ±: standard error over rows; differences are taken row by row",
         "",
-    ]  # fmt: skip
-    tables: dict[str, tuple[list[str], list[list[str]]]] = {
-        "Held-out loss at the end (nats)": _losses(family),
-        "Each model read with each attention: held-out loss": _cross_reading(first),
-        "Loss by position: dense, and each run's difference": _by_position(first),
-        "A passage read twice: loss of its second copy (of its first)": _copying(first),
-        "Attention mass in the chosen blocks (best possible; first and nearest blocks)": _routing_table(first),
-        "Training": _training(first),
-    }
-    for title, table in tables.items():
-        lines += [f"### {title}", to_markdown({}, [], lambda _, table=table: table)]
-    return lines
+    ]
 
 
-def _losses(family: Family) -> tuple[list[str], list[list[str]]]:
-    sources = list(family.of_first_seed()["dense"]["sources"])
+def _tables(runs: Mapping[str, Result]) -> list[str]:
+    return [
+        *_summary(runs),
+        *_losses(Family(list(runs.values()))),
+        *_split(runs),
+        *_by_position(runs),
+        *_copying(runs),
+        *_routing_tables(runs),
+        *_training(runs),
+    ]
+
+
+def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], level: int = 3) -> list[str]:
+    return [f"{'#' * level} {title}", to_markdown({}, [], lambda _: (list(columns), [list(line) for line in lines]))]
+
+
+def _summary(runs: Mapping[str, Result]) -> list[str]:
+    sources = list(runs["dense"]["sources"])
     lines = []
-    for part in [[source] for source in sources] + ([sources] if len(sources) > 1 else []):
+    for name, run in runs.items():
+        line = [name]
+        for what in ("loss", "last"):
+            values = [mean_and_error(own_positions(run)[source][what]) for source in sources]
+            line.append(
+                f"{_mean_of_sources(values)[0]:.4f}"
+                if name == "dense"
+                else _with_error(*_gap_of_sources(run, runs["dense"], sources, what), sign="+")
+            )
+        ours, theirs = _last_tenth(run), _last_tenth(runs["dense"])
+        line.append(
+            f"{statistics.mean(ours):.4f}" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
+        )
+        lines.append([*line, f"{run['log']['tokens_per_s']:,.0f}"])
+    columns = ["run", "held-out loss", "its last eighth of a row", "training loss, last tenth of the steps", "tokens/s"]
+    return _table("Dense, and the others' difference (nats; held-out: the mean of the sources)", columns, lines)
+
+
+def _gap_of_sources(run: Result, dense: Result, sources: Sequence[str], what: str) -> tuple[float, float]:
+    ours, theirs = own_positions(run), own_positions(dense)
+    return _mean_of_sources([difference(ours[source][what], theirs[source][what]) for source in sources])
+
+
+def _losses(family: Family) -> list[str]:
+    sources = list(family.of_first_seed()["dense"]["sources"])
+    has_seeds = len(family.runs) > 1
+    result = ["### Held-out loss at the end (nats)", ""]
+    for part in ([sources] if len(sources) > 1 else []) + [[source] for source in sources]:
+        lines = []
         for seed, runs in sorted(family.runs.items()):
             for name, run in {"dense": runs["dense"], **runs}.items():
-                line = [part[0] if len(part) == 1 else "mean of them", name, str(seed)]
+                line = [name, *([str(seed)] if has_seeds else [])]
                 for what in ("loss", "last"):
-                    ours, theirs = ([own_positions(r)[source][what] for source in part] for r in (run, runs["dense"]))
-                    gaps = [difference(a, b) for a, b in zip(ours, theirs, strict=True)]
-                    line.append(_with_error(*_mean_of_sources([mean_and_error(values) for values in ours])))
-                    line.append("" if name == "dense" else _with_error(*_mean_of_sources(gaps), sign="+"))
+                    values = [mean_and_error(own_positions(run)[source][what]) for source in part]
+                    gap = _gap_of_sources(run, runs["dense"], part, what)
+                    line.append(_with_error(*_mean_of_sources(values)))
+                    line.append("" if name == "dense" else _with_error(*gap, sign="+"))
                 lines.append(line)
-    return ["source", "run", "seed", "loss", "− dense", "last eighth", "− dense"], lines
+        columns = ["run", *(["seed"] if has_seeds else []), "loss", "− dense", "last eighth", "− dense"]
+        result += _table(part[0] if len(part) == 1 else "Mean of the sources", columns, lines, level=4)
+    return result
 
 
 def _mean_of_sources(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -480,71 +575,109 @@ def _mean_of_sources(parts: Sequence[tuple[float, float]]) -> tuple[float, float
     return statistics.mean(mean for mean, _ in parts), math.hypot(*(error for _, error in parts)) / len(parts)
 
 
-def _cross_reading(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(name for run in runs.values() for name in run["final"]))
+def read_losses(run: Result, source: str) -> dict[str, float]:
+    """Attention that the last model is read with -> mean held-out loss of a source."""
+    return {name: statistics.mean(read["positions"][source]["loss"]) for name, read in run["final"].items()}
+
+
+def _split(runs: Mapping[str, Result]) -> list[str]:
+    """What each model loses by its weights and by its reading, and its losses with every attention."""
     sources = list(runs["dense"]["sources"])
-    lines = []
-    for title, run in runs.items():
-        losses = {name: read["positions"] for name, read in run["final"].items()}
-        lines.append(
-            [title]
-            + [
-                f"{statistics.mean(losses[name][source]['loss']):.4f}" if name in losses else ""
-                for source in sources
-                for name in names
-            ]
-        )
-    return ["trained as", *(f"{source}, read {name}" for source in sources for name in names)], lines
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["final"]))
+    parts, losses = [], []
+    for source in sources:
+        dense = read_losses(runs["dense"], source)[FULL]
+        for title, run in runs.items():
+            read = read_losses(run, source)
+            own = read[run["own"]]
+            losses.append([source, title, *(f"{read[name]:.4f}" if name in read else "" for name in names)])
+            if title != "dense":
+                parts.append([source, title, own - dense, read[FULL] - dense, own - read[FULL]])
+    if len(sources) > 1:
+        for title, run in reversed(runs.items()):
+            read = [read_losses(run, source) for source in sources]
+            cells = [f"{statistics.mean(r[name] for r in read):.4f}" if name in read[0] else "" for name in names]
+            losses.insert(0, ["mean", title, *cells])
+    means = [
+        ["mean", title, *(statistics.mean(part[i] for part in parts if part[1] == title) for i in (2, 3, 4))]
+        for title in runs
+        if title != "dense"
+    ]
+    cells = [[*part[:2], *(f"{value:+.4f}" for value in part[2:])] for part in [*means, *parts]]
+    columns = ["source", "run", "− dense", "of that with full attention", "of that by reading with its own"]
+    return [
+        *_table("The difference, split: what a reading with full attention leaves, and the rest", columns, cells),
+        *_table("Each last model read with each attention: held-out loss", ["source", "run", *names], losses),
+    ]  # fmt: skip
 
 
-def _by_position(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+def _by_position(runs: Mapping[str, Result]) -> list[str]:
     bins = runs["dense"]["bins"]
     others = [name for name in runs if name != "dense"]
-    sources = list(runs["dense"]["sources"])
-    lines = []
-    for i, (start, stop) in enumerate(pairwise(bins)):
-        line = [f"{start:,} … {stop - 1:,}"]
-        for source in sources:
-            theirs = own_positions(runs["dense"])[source]["bins"][i]
-            line.append(f"{statistics.mean(theirs):.4f}")
-            for name in others:
-                ours = own_positions(runs[name])[source]["bins"][i]
-                line.append(_with_error(*difference(ours, theirs), sign="+"))
-        lines.append(line)
-    return ["position", *(title for source in sources for title in (source, *others))], lines
-
-
-def _copying(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
-    copies = {name: run["final"][run["own"]]["copy"] for name, run in runs.items()}
-    keys = [(distance, source) for distance in copies["dense"] for source in copies["dense"][distance]]
-    lines = []
-    for name, copy in copies.items():
-        values = [copy[distance][source] for distance, source in keys]
-        lines.append(
-            [name, *(f"{statistics.mean(v['second']):.3f} ({statistics.mean(v['first']):.3f})" for v in values)]
-        )
-    return ["run", *(f"{source}, {int(distance):,} back" for distance, source in keys)], lines
-
-
-def _routing_table(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
-    columns = routing_curves(runs)
-    tokens = sorted({point["tokens"] for run in runs.values() for point in run["checkpoints"]})
-    lines = [
-        [f"{count / 1e6:.1f}M"]
-        + [
-            f"{points[count]['covered']:.1%} ({points[count]['best']:.1%}; {points[count]['recent']:.1%})"
-            if count in points
-            else ""
-            for points in columns.values()
+    result = ["### Loss by position: dense, and each run's difference", ""]
+    for source in runs["dense"]["sources"]:
+        theirs = own_positions(runs["dense"])[source]["bins"]
+        lines = [
+            [f"{start:,} … {stop - 1:,}", f"{statistics.mean(theirs[i]):.4f}"]
+            + [_with_error(*difference(own_positions(runs[n])[source]["bins"][i], theirs[i]), sign="+") for n in others]
+            for i, (start, stop) in enumerate(pairwise(bins))
         ]
-        for count in tokens
+        result += _table(source, ["position", "dense", *others], lines, level=4)
+    return result
+
+
+def _copying(runs: Mapping[str, Result]) -> list[str]:
+    copies = {name: run["final"][run["own"]]["copy"] for name, run in runs.items()}
+    distances = list(copies["dense"])
+    lines = []
+    for source in runs["dense"]["sources"]:
+        for name, copy in copies.items():
+            values = [copy[distance][source] for distance in distances]
+            lines.append(
+                [
+                    source,
+                    name,
+                    *(f"{statistics.mean(v['second']):.3f} ({statistics.mean(v['first']):.3f})" for v in values),
+                ]
+            )
+    return [
+        *_table(
+            "A passage that comes twice: its loss the second time (the first time)",
+            ["source", "run", *(f"{int(distance):,} tokens later" for distance in distances)],
+            lines,
+        ),
+        "A model that copies would lose almost nothing the second time. These hardly do: what the second time costs is",
+        "decided by where the passage stands, at the end of the row and out of the text that led to it.",
+        "",
     ]
-    return ["tokens read", *columns], lines
 
 
-def routing_curves(runs: Mapping[str, Result]) -> dict[str, dict[int, dict[str, float]]]:
-    """Run and setting -> tokens -> covered, best, recent."""
-    curves: dict[str, dict[int, dict[str, float]]] = {}
+def _routing_tables(runs: Mapping[str, Result]) -> list[str]:
+    curves = routing_curves(runs)
+    tokens = sorted({count for points in curves.values() for count in points})
+    result = ["### Attention mass over the training", ""]
+    for what, title in ROUTING_PARTS.items():
+        lines = [
+            [name, *(f"{points[count][what]:.1%}" if count in points else "" for count in tokens)]
+            for name, points in curves.items()
+        ]
+        result += _table(
+            title.capitalize(), ["million tokens read", *(f"{count / 1e6:.1f}" for count in tokens)], lines, 4
+        )
+    layers = [
+        [name, f"{count / 1e6:.1f}", *(f"{values['covered']:.0%}" for values in points[count]["layers"].values())]
+        for name, points in curves.items()
+        for count in (min(points), max(points))
+    ]
+    width = max(map(len, layers))
+    layers = [line + [""] * (width - len(line)) for line in layers]
+    columns = ["run", "million tokens read", *map(str, range(width - 2))]
+    return result + _table("In the chosen blocks, by layer that routes", columns, layers, 4)
+
+
+def routing_curves(runs: Mapping[str, Result]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Run and setting -> tokens -> covered, best, recent, and these of each layer."""
+    curves: dict[str, dict[int, dict[str, Any]]] = {}
     for name, run in runs.items():
         for point in run["checkpoints"]:
             for setting, values in point["routing"].items():
@@ -553,15 +686,25 @@ def routing_curves(runs: Mapping[str, Result]) -> dict[str, dict[int, dict[str, 
     return curves
 
 
-def _training(runs: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
-    """The last tenth of the steps: all runs read the same rows at the same step."""
+def _training(runs: Mapping[str, Result]) -> list[str]:
+    """All runs read the same rows at the same step."""
+    dense = runs["dense"]
+    steps = [0, *(point["step"] for point in dense["checkpoints"])]
+    columns = [f"… {point['tokens'] / 1e6:.0f}M" for point in dense["checkpoints"]]
     lines = []
-    theirs = _last_tenth(runs["dense"])
     for name, run in runs.items():
-        ours = _last_tenth(run)
-        gap = "" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
-        lines.append([name, f"{statistics.mean(ours):.4f}", gap, f"{run['log']['tokens_per_s']:,.0f}"])
-    return ["run", "training loss, last tenth of the steps", "− dense", "tokens/s"], lines
+        values = [
+            (a, loss, b)
+            for (a, _, loss, _), (_, _, b, _) in zip(run["log"]["train"], dense["log"]["train"], strict=True)
+        ]
+        parts = [[v for v in values if start < v[0] <= stop] for start, stop in pairwise(steps)]
+        if name == "dense":
+            lines.append([name, *(f"{statistics.mean(b for _, _, b in part):.4f}" for part in parts)])
+        else:
+            lines.append([name, *(f"{statistics.mean(a - b for _, a, b in part):+.4f}" for part in parts)])
+    return _table(
+        "Training loss between checkpoints: dense, and each run's difference", ["tokens read", *columns], lines
+    )
 
 
 def _last_tenth(run: Result) -> list[float]:
@@ -573,8 +716,15 @@ def _with_error(mean: float, error: float, sign: str = "") -> str:
     return f"{mean:{sign}.4f} ± {error:.4f}"
 
 
+def training_gap(log: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Million tokens read, and the mean difference of five logged losses, of which it is the middle one's."""
+    gaps = [a[2] - b[2] for a, b in zip(log, dense, strict=True)]
+    middle = range(2, len(gaps) - 2)
+    return [log[i][1] / 1e6 for i in middle], [statistics.mean(gaps[i - 2 : i + 3]) for i in middle]
+
+
 def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
-    """Name -> matplotlib figure: loss over tokens, loss by position, routing over tokens."""
+    """Name -> matplotlib figure: training loss, held-out loss, both over tokens; loss by position; routing."""
     dense = runs["dense"]
     sources = list(dense["sources"])
     million = 1e6
@@ -631,14 +781,22 @@ def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
             {n: ([t / million for t in points], [v[what] for v in points.values()]) for n, points in curves.items()},
             x, "share of the attention mass", title,
         )
-        for what, title in (
-            ("covered", "in the chosen blocks"),
-            ("best", "in the best possible choice"),
-            ("recent", "in the first and the nearest"),
-        )
+        for what, title in ROUTING_PARTS.items()
+    ]  # fmt: skip
+    logs = {n: r["log"]["train"] for n, r in runs.items()}
+    training = [
+        Panel(
+            {n: ([t[1] / million for t in log], [t[2] for t in log]) for n, log in logs.items()}, x,
+            "training loss (nats)",
+        ),
+        Panel(
+            {"dense": ([], []), **{n: training_gap(logs[n], logs["dense"]) for n in others}}, x,
+            "minus dense, mean of 5 logged", marks={"dense": 0.0},
+        ),
     ]  # fmt: skip
     size = f"{dense['parameters'] / million:.0f}M parameters, rows of {dense['recipe']['data']['context']:,} tokens"
     return {
+        "training": plot_panels([training], f"Training loss · {size}"),
         "loss": plot_panels(loss, f"Held-out loss over training · {size}"),
         "positions": plot_panels(position, f"Loss by position · {size}"),
         "routing": plot_panels([panels], f"What routing covers over training · {size}"),

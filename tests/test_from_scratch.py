@@ -162,7 +162,7 @@ def test_a_wrong_folder_is_refused(runs, data, tmp_path):
 def test_report_compares_with_the_dense_run(results, tmp_path):
     script.write_report(list(results.values()), tmp_path / "proof")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "proof.md", "proof.json", "proof-loss.png", "proof-positions.png", "proof-routing.png"
+        "proof.md", "proof.json", "proof-training.png", "proof-loss.png", "proof-positions.png", "proof-routing.png"
     }  # fmt: skip
     text = (tmp_path / "proof.md").read_text()
     dense, moba = (script.own_positions(results[name])["source 0"]["loss"] for name in ("full", "throughout"))
@@ -170,7 +170,26 @@ def test_report_compares_with_the_dense_run(results, tmp_path):
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
     assert f"{statistics.mean(gaps):+.4f} ± {error:.4f}" in text
     assert f"{statistics.mean(dense):.4f} ± " in text
-    assert json.loads((tmp_path / "proof.json").read_text()) == json.loads(json.dumps(list(results.values())))
+    read = script.read_losses(results["throughout"], "source 0")
+    assert set(read) == {"8/3", "full"}
+    weights = read["full"] - statistics.mean(dense)
+    assert (
+        f"| {read['8/3'] - statistics.mean(dense):+.4f} | {weights:+.4f} | {read['8/3'] - read['full']:+.4f} |" in text
+    )
+
+
+def test_a_report_is_made_again_from_its_own_file(results, tmp_path):
+    small = [json.loads(json.dumps(result)) for result in results.values()]
+    for result in small:
+        result["recipe"]["training"]["tokens"] -= 1
+        result["checkpoints"][-1]["tokens"] -= 1
+    script.write_report([*small, *results.values()], tmp_path / "proof")
+    kept = json.loads((tmp_path / "proof.json").read_text())
+    assert [result["name"] for result in kept[:3]] == [result["name"] for result in results.values()]
+    assert all("bins" not in result["final"][result["own"]]["positions"]["source 0"] for result in kept[3:])
+    script.write_report(kept, tmp_path / "again")
+    assert (tmp_path / "again.md").read_text() == (tmp_path / "proof.md").read_text()
+    assert json.loads((tmp_path / "again.json").read_text()) == kept
 
 
 def test_report_needs_a_dense_run_and_each_run_once(results, tmp_path):

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE_COLOURS = (SHARE_COLOURS[3], OWN_COLOUR, SHARE_COLOURS[2], SHARE_COLOURS[4], FAINT)
+LINE_COLOURS = (SHARE_COLOURS[3], OWN_COLOUR, SHARE_COLOURS[2], SHARE_COLOURS[4], FAINT, "#8e5ea2", "#c59b08")
+LINE_MARKERS = "osD^vPX"
 Grid = Mapping[tuple[int, float], float]
 
 
@@ -96,17 +97,24 @@ def plot_curves(
 
 
 def plot_panels(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
-    """Rows of as many panels each. A curve has the colour of its place in its panel; the first panel has the legend."""
+    """Rows of as many panels each. A curve has the colour and marker of its place in its panel.
+
+    The first panel has the legend, the figure where there are many curves.
+    """
     figure, grid = _figure(len(panels[0]), title, rows=len(panels), height=0.9 + 3.3 * len(panels), sharey=False)
     for axes, panel in zip(grid, (panel for row in panels for panel in row), strict=True):
         _draw(axes, panel)
-    grid[0].legend(frameon=False, fontsize=8)
+    if len(panels[0][0].curves) <= 5:
+        grid[0].legend(frameon=False, fontsize=8)
+    else:
+        lines, names = grid[0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    for (name, (x, y, *error)), colour in zip(panel.curves.items(), _colours(), strict=False):
-        axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
+    for (name, (x, y, *error)), colour, marker in zip(panel.curves.items(), _colours(), LINE_MARKERS * 4, strict=False):
+        axes.plot(x, y, marker=marker, markersize=3.5, linewidth=1.6, color=colour, label=name)
         for band in error:
             low, high = np.array(y) - band, np.array(y) + band
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
