@@ -46,6 +46,12 @@ class Lines:
         os.fsync(self._file)
         self.rows.append(row)
 
+    def clear(self) -> None:
+        """Forget every row."""
+        os.ftruncate(self._file, 0)
+        self._num_torn = 0
+        self.rows.clear()
+
     def error(self, number: int, what: str) -> ValueError:
         """What to raise because of a line, counted from 1."""
         return ValueError(f"{self.path}, line {number}: {what}; {self._advice}")

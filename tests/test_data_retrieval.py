@@ -183,3 +183,8 @@ def test_texts_and_questions_are_not_mixed_in_one_call(moba, tmp_path, texts):
     code, _, said = moba("data", tmp_path / "out", "--retrieval", texts, "--from", texts)
     assert code != 0
     assert "leave out --from" in said
+    before = (texts / "manifest.json").read_bytes()
+    code, _, said = moba("data", texts, "--retrieval", texts, "--lengths", 256, "--tokens", 256)
+    assert code == 2
+    assert "choose another folder to write to" in said
+    assert (texts / "manifest.json").read_bytes() == before

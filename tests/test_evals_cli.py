@@ -215,6 +215,13 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
         (("loss", "--length", "1K,2K"), "a number of tokens such as 8K or 100000, got '1K,2K'"),
         (("loss", "--length", "0"), "got '0'"),
         (("copy", "--length", "1K"), "context is 256"),
+        (
+            ("copy", "--length", 90, "--copied", 20, "--distances", "40,80"),
+            "copied <= distances <= length - copied must hold, got copied=20, distances=40,80, length=90",
+        ),
+        (("copy", "--length", 90, "--copied", 1, "--distances", 40), "2 <= copied"),
+        (("loss", "--length", 1), "length must be at least 2 tokens"),
+        (("sparsity", "--length", 8), "length must be at least 32 tokens"),
         (("sparsity", "--settings", "8-3"), "a list such as '128x4, 512x3"),
         (("needle", "--settings", "8x3 last=3"), "got '8x3 last=3'; valid words: first, recent, full, router, decode"),
         (("needle", "--settings", "8x3 first=x"), "got '8x3 first=x'"),
@@ -234,6 +241,16 @@ def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, args, message):
     code, _, err = evaluate(*args, texts=("--text", short))
     assert code == 2
     assert any(part in err.splitlines()[-1] for part in message.split("|")), err
+
+
+def test_a_run_that_failed_at_once_is_not_in_the_way(evaluate, tmp_path):
+    code, _, err = evaluate("routing", "--length", 90, "--topk", 16)
+    assert (code, "no query a choice" in err) == (2, True), err
+    code, _, err = evaluate("routing", "--length", 120, "--prompts", 1)
+    assert code == 0, err
+    assert records(tmp_path, "routing")[0]["length"] == 120
+    code, _, err = evaluate("routing", "--length", 110, "--prompts", 1)
+    assert (code, "made with another length" in err) == (2, True), err
 
 
 def test_held_out_documents_are_taken_in_turn_from_each_source(tmp_path, model):

@@ -245,6 +245,12 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
         ("lora.rank=4", "model.base"),
         ("model.key_convolution=4", "width"),
         ("training.loss=best", "loss must be one of"),
+        ("training.compile=flase", "training.compile must be true or false, got 'flase'"),
+        ("data.whole_rows=1", "data.whole_rows must be true or false, got 1"),
+        ("data.sources=python", "data.sources must be a list of names, got 'python'"),
+        ("lora.targets=3", "lora.targets must be a name or a list of names, got 3"),
+        ("data.folder=3", "data.folder must be text, got 3"),
+        ("model.shape=3", "model.shape must be a table, got 3"),
     ],
 )
 def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
@@ -261,7 +267,9 @@ def test_recipes_that_cannot_be_read(moba, file, tmp_path):
     file.write_text("out = [")
     assert "is not TOML" in moba("train", file)[2]
     file.write_text('out = "x"')
-    assert "missing" in moba("train", file)[2]
+    assert "data is missing" in moba("train", file)[2]
+    file.write_text('out = "x"\n[data]\nfolder = "x"')
+    assert "data.context is missing" in moba("train", file)[2]
 
 
 def test_damaged_or_foreign_data(moba, file, tiny, tmp_path, shards):

@@ -46,7 +46,10 @@ def data(
         ),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(metavar="LIST", help="With --retrieval: tokens of a document; each gets an equal share.")
+        str,
+        typer.Option(
+            metavar="LIST", help="With --retrieval: tokens of a document (K means 1024); each gets an equal share."
+        ),
     ] = "2K,4K,8K,16K,32K,32K",
     tokens: Annotated[int, typer.Option(metavar="N", help="With --retrieval: tokens in all.")] = 6_000_000,
     list_sources: Annotated[
@@ -78,6 +81,8 @@ def data(
 
     if retrieval is not None and texts:
         raise ValueError("--retrieval takes its texts from a folder of `moba data`; leave out --from")
+    if retrieval is not None and retrieval.resolve() == out.resolve():
+        raise ValueError(f"--retrieval reads its texts from {retrieval}: choose another folder to write to")
     quieten()
     name = tokenizer or "SmolLM2-135M-Instruct"
     loaded = load_tokenizer(tokenizer)
@@ -117,7 +122,7 @@ def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) 
 
 
 def _retrieval_units(folder: Path, tokenizer: Any, lengths: str, tokens: int, held_out: float) -> list[Unit]:
-    from moba.cli.eval import parse_lengths
+    from moba.cli.eval_setup import parse_lengths
     from moba.data.retrieval import Plan, retrieval_unit
 
     return [retrieval_unit(folder, tokenizer, Plan(tuple(parse_lengths(lengths)), tokens, held_out))]

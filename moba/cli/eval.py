@@ -206,6 +206,8 @@ def loss(
     attentions = setup.attentions()
     session = setup.open()
     require_context(session, length)
+    if length < 2:
+        raise ValueError(f"length must be at least 2 tokens, of which the last are predicted, got {length}")
     tokens = dict(long_documents(session.tokenizer, length, documents, data=data, texts=text))
 
     def measure(reader: Reader, document: str) -> Record:
@@ -251,6 +253,8 @@ def sparsity(
     attentions = {"full": None, **setup.attentions("128x4, 128x6, 128x8, 128x16, 512x3, 512x8")}
     session = setup.open()
     require_context(session, length)
+    if length < 32:
+        raise ValueError(f"length must be at least 32 tokens, of which the last sixteenth is a copy, got {length}")
     copied = length // 16
     tokens = dict(long_documents(session.tokenizer, length - copied, documents, data=data, texts=text))
 
@@ -311,6 +315,11 @@ def copy(
     attentions, gaps = setup.attentions(), parse_lengths(distances)
     session = setup.open()
     require_context(session, length)
+    if not 2 <= copied <= min(gaps) <= max(gaps) <= length - copied:
+        raise ValueError(
+            f"2 <= copied <= distances <= length - copied must hold, "
+            f"got copied={copied}, distances={distances}, length={length}"
+        )
     tokens = dict(long_documents(session.tokenizer, length - copied, documents, data=data, texts=text))
     cells = [{"document": name, "distance": distance} for name in tokens for distance in gaps]
 

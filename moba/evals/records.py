@@ -20,7 +20,7 @@ def open_records(path: Path, settings: Mapping[str, Any], made_on: Mapping[str, 
 
     Args:
         path: of the file; its folder is made.
-        settings: everything that changes all records; a file made with others is refused.
+        settings: everything that changes all records; a file with records of others is refused.
         made_on: machine, versions and the like, for a new file's first line.
 
     Raises:
@@ -30,11 +30,14 @@ def open_records(path: Path, settings: Mapping[str, Any], made_on: Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_lines(path, begins=("settings", "attention"), advice="choose another --out, or remove it") as lines:
         now = json.loads(json.dumps(settings))
-        if not lines.rows:
-            lines.add({"settings": now, "made_on": made_on})
-        before = lines.rows[0].get("settings")
+        before = lines.rows[0].get("settings") if lines.rows else now
         if not isinstance(before, dict):
             raise lines.error(1, NOT_OURS)
+        # A run that failed before its first record does not stand in the way of the next one.
+        if len(lines.rows) <= 1 and (not lines.rows or before != now):
+            lines.clear()
+            lines.add({"settings": now, "made_on": made_on})
+            before = now
         if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
             raise lines.error(1, f"made with another {', '.join(differing)}")
         yield lines

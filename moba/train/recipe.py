@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from moba.train.schedule import Schedule, activation, anneal_block_size, anneal_
 SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")
 PRECISIONS = ("bf16", "fp32")
 LEARNING_SCHEDULES = ("cosine", "linear", "constant", "wsd")
+# What a file's value must be, by its field's annotation, where the parts below do not say more.
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "text"),
+    "str | None": (str, "text"),
+    "bool": (bool, "true or false"),
+    "dict[str, Any]": (dict, "a table"),
+    "tuple[str, ...]": (list, "a list of names"),
+    "str | tuple[str, ...]": ((str, list), "a name or a list of names"),
+}
 
 
 @dataclass(frozen=True)
@@ -336,10 +345,15 @@ def _make(kind: type, values: dict[str, Any], prefix: str) -> Any:
     known = [f.name for f in fields(kind)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{prefix}{unknown[0]} is not a setting of a recipe; valid: {', '.join(known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{prefix or 'recipe: '}{str(error).split('__init__() ')[-1]}") from None
+    needed = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{prefix}{missing[0]} is missing: a recipe must say it")
+    for f in fields(kind):
+        wanted, what = _TYPES.get(str(f.type), (object, ""))
+        value = values.get(f.name)
+        if f.name in values and not isinstance(value, wanted) and not (value is None and "None" in str(f.type)):
+            raise ValueError(f"{prefix}{f.name} must be {what}, got {value!r}")
+    return kind(**values)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
