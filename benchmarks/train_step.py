@@ -1,12 +1,14 @@
 """Tokens a second of a training step of SmolLM2-135M's shape: MoBA beside dense attention.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --fast --out benchmarks/results/train-step-fast-h200
 
 Random weights and tokens; rows of each length, at least 32K tokens in a step; fp32 weights under bf16 autocast,
-activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. Dense attention is
+activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. With --fast, the layers
+are compiled and activations kept: training.compile=true and training.checkpoint_activations=false. Dense attention is
 transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the whole
-row must give the loss and the gradients of dense attention. Writes benchmarks/results/train-step-h100.json and .md; a
-run that was stopped goes on from there.
+row must give the loss and the gradients of dense attention. Writes PREFIX.json and .md, by default
+benchmarks/results/train-step-h100; a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from moba.bench.cases import length_name
 from moba.bench.machine import describe
 from moba.bench.report import Records, write
 from moba.train.loss import use_fused_loss
-from moba.train.model import checkpoint_activations
+from moba.train.model import checkpoint_activations, compile_layers
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = MoBAConfig(128, 16)
@@ -59,6 +61,9 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens of a row, a list.")] = ",".join(map(str, LENGTHS)),
     seconds: Annotated[float, typer.Option(help="Of timed steps in a case: at least one step, at most ten.")] = 4.0,
     layers: Annotated[int, typer.Option(help="Of the model; 30 is SmolLM2-135M.")] = SHAPE["num_hidden_layers"],
+    fast: Annotated[
+        bool, typer.Option(help="Compile the layers, and keep activations instead of computing them anew.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script.")] = "cuda",
     out: Annotated[Path, typer.Option(help="PREFIX.json and PREFIX.md are written.")] = RESULTS / "train-step-h100",
 ) -> None:
@@ -71,11 +76,15 @@ def main(
         model = LlamaForCausalLM(config)
     model.train()
     loss = use_fused_loss(model)
-    checkpoint_activations(model)
+    if fast:
+        compile_layers(model)
+    else:
+        checkpoint_activations(model)
+    how = "layers compiled, activations kept" if fast else "activation checkpointing"
     header = describe(where)
     header["setting"] = (
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in fp32, bf16 autocast, activation "
-        f"checkpointing, loss {loss}, AdamW; MoBA {CONFIG.block_size} × {CONFIG.topk} in every layer"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in fp32, bf16 autocast, {how}, "
+        f"loss {loss}, AdamW; MoBA {CONFIG.block_size} × {CONFIG.topk} in every layer"
     )
     header["gate"] = check(model, where)
     print(header["gate"], flush=True)
@@ -128,6 +137,7 @@ def check(model: Any, device: torch.device) -> str:
 def measure(model: Any, name: str, batch: torch.Tensor, device: torch.device, seconds: float) -> dict[str, Any]:
     """Median time of a training step on `batch` [rows, tokens] and its peak memory, or why it cannot run."""
     attention, kernel = WAYS[name]
+    torch.compiler.reset()  # a graph keeps the kernel that it was traced with
     model.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     if device.type == "cuda":
