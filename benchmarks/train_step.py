@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --fast --out benchmarks/results/train-step-fast-h200
 
 Random weights and tokens; rows of each length, at least 32K tokens in a step; fp32 weights under bf16 autocast,
-activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. With --fast, the layers
-are compiled and activations kept: training.compile=true and training.checkpoint_activations=false. Dense attention is
-transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the whole
-row must give the loss and the gradients of dense attention. Writes PREFIX.json and .md, by default
+activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. With --fast, the
+layers are compiled and activations kept: training.compile=true, training.checkpoint_activations=false. Dense attention
+is transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the
+whole row must give the loss and the gradients of dense attention. Writes PREFIX.json and .md, by default
 benchmarks/results/train-step-h100; a run that was stopped goes on from there.
 """
 
