@@ -32,7 +32,8 @@ from torch import Tensor
 from moba import MoBAConfig, register_moba
 from moba.bench.machine import describe
 from moba.bench.report import to_markdown
-from moba.cli.eval import parse_lengths
+from moba.cli.eval_setup import parse_lengths, parse_settings
+from moba.cli.options import Choice
 from moba.cli.session import quieten
 from moba.data import Shards, open_shards
 from moba.evals.language import append_copy, summarise, summarise_copy
@@ -41,7 +42,7 @@ from moba.evals.pictures import Panel, plot_panels
 from moba.evals.reader import Reader
 from moba.evals.records import open_records, record_of
 from moba.evals.texts import haystack_text
-from moba.hf import set_moba_config
+from moba.hf import get_moba_config, set_moba_config
 from moba.models import EMBEDDED, load_model
 from moba.train.checkpoints import checkpoints
 from moba.train.model import stretch_positions
@@ -53,7 +54,9 @@ FULL = "full attention"
 LAST = 1024
 
 DeviceOption = Annotated[str, typer.Option(help="cuda, or cpu to try the script.")]
-ConfigOption = Annotated[str, typer.Option(help="Block size x top-k x full layers at the end.")]
+ConfigOption = Annotated[
+    str, typer.Option(help="MoBA for models that carry no settings of their own, as in `moba eval --settings`.")
+]
 
 
 @app.command()
@@ -61,7 +64,7 @@ def measure(
     models: Annotated[list[str], typer.Argument(help="NAME=PATH: a model, a run (its checkpoints), or the base.")],
     data: Annotated[Path, typer.Option(help="Shards with held-out documents.")],
     out: Annotated[Path, typer.Option(help="A .jsonl file.")],
-    config: ConfigOption = "128x16x3",
+    config: ConfigOption = "128x16 full=3",
     length: Annotated[int, typer.Option(help="Tokens of a row, the copied passage included.")] = 32768,
     copied: Annotated[int, typer.Option(help="Of them, tokens of the passage that comes a second time.")] = 512,
     rows: Annotated[int, typer.Option(help="Held-out rows of each source.")] = 4,
@@ -76,12 +79,14 @@ def measure(
     texts = held_out_rows(open_shards(data, "held_out"), length, rows)
     with open_records(out, settings, describe(where)) as lines:
         for name, path in (checkpoint for model in models for checkpoint in find_models(model)):
-            reads = reads_of(config, with_first=path == EMBEDDED)
-            cells = [{"attention": how, "model": name, "source": s, "row": i} for how in reads for s, i in texts]
+            names = (FULL, "MoBA", *(["MoBA, first block kept"] if path == EMBEDDED else []))
+            cells = [{"attention": how, "model": name, "source": s, "row": i} for how in names for s, i in texts]
             left = [cell for cell in cells if record_of(lines, cell) is None]
             if not left:
                 continue
             model = load(path, length, rope_theta, where)
+            moba = own_config(model, config)
+            reads = dict(zip(names, (None, moba, replace(moba, keep_first=1)), strict=False))
             for how in dict.fromkeys(cell["attention"] for cell in left):
                 reader = reader_with(model, reads[how])
                 for cell in (cell for cell in left if cell["attention"] == how):
@@ -137,7 +142,7 @@ def prompts(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "128K,256K,512K,1M",
     depths: Annotated[int, typer.Option(help="Prompts of each length, by the needle's depth.")] = 3,
     attentions: Annotated[str, typer.Option(help="moba, full, in the order to measure.")] = "moba,full",
-    config: ConfigOption = "128x16x3",
+    config: ConfigOption = "128x16 full=3",
     chunk: Annotated[int | None, typer.Option(help="Tokens read at once.")] = None,
     seconds: Annotated[float, typer.Option(help="No prompt is begun after so many seconds.")] = 1e9,
     device: DeviceOption = "cuda",
@@ -150,12 +155,12 @@ def prompts(
     loaded.set_attn_implementation("moba")
     loaded.to(where)
     haystack = Haystack(tokenizer, haystack_text())
-    reads = {"moba": parse_config(config), "full": None}
+    reads = {"moba": own_config(loaded, config), "full": None}
     # The middle first: a run may be cut short.
     places = sorted(((i + 0.5) / depths for i in range(depths)), key=lambda depth: abs(depth - 0.5))
     cells = [
         {"attention": how, "model": name or Path(model).name, "length": length, "depth": depth}
-        for length in parse_long(lengths)
+        for length in parse_lengths(lengths)
         for how in attentions.split(",")
         for depth in places
     ]
@@ -255,22 +260,15 @@ def reader_with(model: Any, config: MoBAConfig | None, chunk_tokens: int | None 
     return Reader(model, chunk_tokens=chunk_tokens)
 
 
-def reads_of(config: str, with_first: bool) -> dict[str, MoBAConfig | None]:
-    """The attentions that models are read with; an untrained one also with its first block kept."""
-    moba = parse_config(config)
-    reads: dict[str, MoBAConfig | None] = {FULL: None, "MoBA": moba}
-    return {**reads, "MoBA, first block kept": replace(moba, keep_first=1)} if with_first else reads
-
-
-def parse_config(text: str) -> MoBAConfig:
-    """MoBAConfig(128, 16, full_layers=3) from "128x16x3"."""
-    block_size, topk, full_layers = (int(part) for part in text.split("x"))
-    return MoBAConfig(block_size, topk, full_layers=full_layers)
-
-
-def parse_long(text: str) -> list[int]:
-    """Lengths, of which M means 1024 · 1024."""
-    return [length for part in text.split(",") for length in parse_lengths(part.replace("1M", "1024K"))]
+def own_config(model: Any, given: str) -> MoBAConfig:
+    """The MoBA settings that a model was trained with; the given ones if it carries none or was trained dense."""
+    own = get_moba_config(model)
+    if own is not None and own.full_layers != model.config.num_hidden_layers:
+        return own
+    (config,) = parse_settings(given, Choice(MoBAConfig(1, 1), kept_by_default=False))
+    if config is None:
+        raise ValueError(f"config must be a setting of MoBA, got {given!r}")
+    return config
 
 
 def held_out_rows(shards: Shards, length: int, count: int) -> dict[tuple[str, int], Tensor]:

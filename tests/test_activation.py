@@ -21,7 +21,7 @@ from moba.train.run import train
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 128
-OPTIONS = ("--config", "8x3x1", "--device", "cpu")
+OPTIONS = ("--config", "8x3 full=1", "--device", "cpu")
 
 
 def load_script():
@@ -71,7 +71,7 @@ def measured(folder):
 
 def test_every_checkpoint_is_read_with_both_attentions(folder, measured):
     first, *records = map(json.loads, measured.read_text().splitlines())
-    assert first["settings"]["config"] == "8x3x1"
+    assert first["settings"]["config"] == "8x3 full=1"
     seen = {(r["model"], r["attention"], r["source"], r["row"]) for r in records}
     models = ("before", "dense 4", "dense 8", "moba 4", "moba 8")
     rows = [("source 0", 0), ("source 0", 1), ("source 0", 2), ("source 1", 0), ("source 1", 1)]
@@ -98,6 +98,13 @@ def test_a_record_is_what_a_forward_pass_gives(folder, measured):
     assert record["loss"] == pytest.approx(losses[: LENGTH - 17].mean().item(), abs=1e-4)
     assert record["second"] == pytest.approx(losses[-15:].mean().item(), abs=1e-4)
     assert record["first"] == pytest.approx(losses[LENGTH - 16 - 48 : LENGTH - 16 - 48 + 15].mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("run", "expected"), [("activation", (8, 3, 1)), ("full", (4, 2, 0))])
+def test_a_model_is_read_as_it_was_trained_and_a_dense_one_as_asked(folder, run, expected):
+    model, _ = load_model(str(folder / run / "model"))
+    config = script.own_config(model, "4x2")
+    assert (config.block_size, config.topk, config.full_layers) == expected
 
 
 @pytest.mark.parametrize(("by", "key"), [("base", "rope_theta"), ("interpolation", "factor")])
