@@ -74,3 +74,11 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     assert record["reference"]["forward_ms"] > 0
     assert "| 512, 2 heads" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["attention", "decode", "parallel"])
+@pytest.mark.parametrize("option", ["tokens", "heads", "kv-heads", "head-dim", "block-size", "topk", "repeats"])
+def test_sizes_are_at_least_one(moba, name, option):
+    code, out, err = moba("bench", name, f"--{option}", 0)
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '--{option}'" in err

@@ -6,7 +6,12 @@ from moba.bench.attention import attention
 from moba.bench.decode import decode
 from moba.bench.parallel import parallel
 
-app = typer.Typer(help="Measure MoBA beside dense attention on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure MoBA beside dense attention on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command()(attention)
 app.command()(decode)
 app.command()(parallel)

@@ -20,6 +20,17 @@ from moba.bench import machine
 from moba.bench.cases import Case, cpu_suite, cuda_suite, fixed_blocks_suite
 from moba.bench.check import check
 from moba.bench.measure import Measurement, measure
+from moba.bench.options import (
+    BackendOption,
+    BlockSizeOption,
+    DtypeOption,
+    HeadDimOption,
+    HeadsOption,
+    KvHeadsOption,
+    RepeatsOption,
+    TokensOption,
+    TopkOption,
+)
 from moba.bench.report import plot, table, write
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,20 +43,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def attention(
     device: Annotated[str, typer.Option(help='"cpu", "cuda", or "auto".')] = "auto",
-    backend: Annotated[str, typer.Option(help="Backend to measure.")] = "auto",
-    tokens: Annotated[int | None, typer.Option(help="Measure one case of this many tokens, not the suite.")] = None,
-    heads: Annotated[int, typer.Option(help="Query heads of the one case.")] = 16,
-    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads of the one case; as many by default.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Head dim of the one case.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Block size of the one case.")] = 512,
-    topk: Annotated[int, typer.Option(help="Top-k of the one case, the own block included.")] = 3,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")] = "bf16",
+    backend: BackendOption = "auto",
+    tokens: TokensOption = None,
+    heads: HeadsOption = 16,
+    kv_heads: KvHeadsOption = None,
+    head_dim: HeadDimOption = 128,
+    block_size: BlockSizeOption = 512,
+    topk: TopkOption = 3,
+    dtype: DtypeOption = "bf16",
     reference: Annotated[bool, typer.Option(help="Also the mask-based reference, for the one case.")] = False,
     fixed_blocks: Annotated[
         bool, typer.Option(help="The paper's Figure 2b: 64 blocks at every length, to 10M.")
     ] = False,
     flex: Annotated[bool, typer.Option(help="Also FlexAttention with the same routing, up to 32K tokens.")] = False,
-    repeats: Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)] = 3,
+    repeats: RepeatsOption = 3,
     out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
 ) -> None:
     """Time MoBA's forward, backward and routing, and its memory, beside dense attention.

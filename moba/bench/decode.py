@@ -23,6 +23,16 @@ from moba.bench.decode_check import check_dense, check_means, check_step
 from moba.bench.decode_dense import dense_baselines
 from moba.bench.decode_report import plot, rows
 from moba.bench.measure import measure
+from moba.bench.options import (
+    BackendOption,
+    BlockSizeOption,
+    DtypeOption,
+    HeadDimOption,
+    HeadsOption,
+    RepeatsOption,
+    TokensOption,
+    TopkOption,
+)
 from moba.bench.report import table, write
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -39,18 +49,18 @@ class Layer(NamedTuple):
 
 def decode(
     device: Annotated[str, typer.Option(help='"cpu", "cuda", or "auto".')] = "auto",
-    backend: Annotated[str, typer.Option(help="Backend to measure.")] = "auto",
-    tokens: Annotated[int | None, typer.Option(help="Measure one case of this many tokens, not the suite.")] = None,
+    backend: BackendOption = "auto",
+    tokens: TokensOption = None,
     batch: Annotated[int, typer.Option(help="Sequences of the one case.", min=1)] = 1,
     queries: Annotated[int, typer.Option(help="New tokens a step of the one case.", min=1, max=16)] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads of the one case.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Key/value heads of the one case.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Head dim of the one case.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Block size of the one case.")] = 128,
-    topk: Annotated[int, typer.Option(help="Top-k of the one case, the own block included.")] = 16,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")] = "bf16",
+    heads: HeadsOption = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads of the one case.", min=1)] = 8,
+    head_dim: HeadDimOption = 128,
+    block_size: BlockSizeOption = 128,
+    topk: TopkOption = 16,
+    dtype: DtypeOption = "bf16",
     flex: Annotated[bool, typer.Option(help="Also FlexAttention, which compiles for a while.")] = False,
-    repeats: Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)] = 5,
+    repeats: RepeatsOption = 5,
     out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
 ) -> None:
     """Time one step of decoding, and count the bytes it reads, beside dense attention over the same cache.

@@ -28,6 +28,17 @@ from moba.bench import machine
 from moba.bench.attention import DTYPES
 from moba.bench.link import measure_link, rate
 from moba.bench.measure import measure
+from moba.bench.options import (
+    BackendOption,
+    BlockSizeOption,
+    DtypeOption,
+    HeadDimOption,
+    HeadsOption,
+    KvHeadsOption,
+    RepeatsOption,
+    TokensOption,
+    TopkOption,
+)
 from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
 from moba.bench.report import Records, table, write
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
@@ -43,16 +54,16 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def parallel(
-    backend: Annotated[str, typer.Option(help="Backend to measure.")] = "auto",
-    tokens: Annotated[int | None, typer.Option(help="Measure one case of this many tokens, not the suite.")] = None,
-    heads: Annotated[int, typer.Option(help="Query heads of the one case.")] = 16,
-    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads of the one case; as many by default.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Head dim of the one case.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Block size of the one case.")] = 512,
-    topk: Annotated[int, typer.Option(help="Top-k of the one case, the own block included.")] = 8,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")] = "bf16",
+    backend: BackendOption = "auto",
+    tokens: TokensOption = None,
+    heads: HeadsOption = 16,
+    kv_heads: KvHeadsOption = None,
+    head_dim: HeadDimOption = 128,
+    block_size: BlockSizeOption = 512,
+    topk: TopkOption = 8,
+    dtype: DtypeOption = "bf16",
     clustered: Annotated[bool, typer.Option(help="Routings that touch few blocks, for the one case.")] = False,
-    repeats: Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)] = 3,
+    repeats: RepeatsOption = 3,
     out: Annotated[Path | None, typer.Option(help="Write PREFIX.json and PREFIX.md, after every case.")] = None,
 ) -> None:
     """Time a forward, and one with its backward, over all ranks and on one, and count the bytes that travel.

@@ -1,0 +1,17 @@
+"""Options that the benchmarks share: one case instead of the suite, and how often it is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+TokensOption = Annotated[int | None, typer.Option(help="Measure one case of this many tokens, not the suite.", min=1)]
+HeadsOption = Annotated[int, typer.Option(help="Query heads of the one case.", min=1)]
+KvHeadsOption = Annotated[int | None, typer.Option(help="Key/value heads of the one case; as many by default.", min=1)]
+HeadDimOption = Annotated[int, typer.Option(help="Head dim of the one case.", min=1)]
+BlockSizeOption = Annotated[int, typer.Option(help="Block size of the one case.", min=1)]
+TopkOption = Annotated[int, typer.Option(help="Top-k of the one case, the own block included.", min=1)]
+DtypeOption = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")]
+BackendOption = Annotated[str, typer.Option(help="Backend to measure.")]
+RepeatsOption = Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)]
