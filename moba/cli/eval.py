@@ -22,7 +22,6 @@ from moba.cli.eval_setup import (
     app,
     evaluation,
     parse_lengths,
-    require_context,
     run_cells,
     setting_name,
     write_results,
@@ -75,8 +74,7 @@ def needle(
 
     attentions, sizes, hidden = setup.attentions(), parse_lengths(lengths), read_task(task)
     shares = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
-    session = setup.open()
-    require_context(session, max(sizes))
+    session = setup.open(max(sizes))
     haystack = Haystack(session.tokenizer, haystack_text(text), chat)
     prompts = {
         (length, depth, trial): haystack.prompt(hidden, length=length, depth=depth, num_needles=needles, seed=trial)
@@ -151,8 +149,7 @@ def ruler(
     attentions, sizes = setup.attentions(), parse_lengths(lengths)
     material = read_material(haystack_text(text), squad or find_squad())
     names = choose_tasks(tasks, material)
-    session = setup.open()
-    require_context(session, max(sizes))
+    session = setup.open(max(sizes))
     made = Ruler(session.tokenizer, material, chat)
     prompts: dict[tuple[str, int, int], RulerPrompt] = {}
 
@@ -204,8 +201,7 @@ def loss(
     from moba.evals.texts import long_documents
 
     attentions = setup.attentions()
-    session = setup.open()
-    require_context(session, length)
+    session = setup.open(length)
     if length < 2:
         raise ValueError(f"length must be at least 2 tokens, of which the last are predicted, got {length}")
     tokens = dict(long_documents(session.tokenizer, length, documents, data=data, texts=text))
@@ -251,8 +247,7 @@ def sparsity(
     from moba.evals.texts import long_documents
 
     attentions = {"full": None, **setup.attentions("128x4, 128x6, 128x8, 128x16, 512x3, 512x8")}
-    session = setup.open()
-    require_context(session, length)
+    session = setup.open(length)
     if length < 32:
         raise ValueError(f"length must be at least 32 tokens, of which the last sixteenth is a copy, got {length}")
     copied = length // 16
@@ -299,7 +294,7 @@ def copy(
     distances: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens from a passage to its copy.", rich_help_panel=TEXT)
     ] = "1K,2K,4K",
-    copied: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the passage.", rich_help_panel=TEXT)] = 256,
+    copied: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of the passage.", rich_help_panel=TEXT)] = 256,
     documents: DocumentsOption = 2,
     data: DataOption = None,
     text: TextOption = None,
@@ -313,11 +308,10 @@ def copy(
     from moba.evals.texts import long_documents
 
     attentions, gaps = setup.attentions(), parse_lengths(distances)
-    session = setup.open()
-    require_context(session, length)
-    if not 2 <= copied <= min(gaps) <= max(gaps) <= length - copied:
+    session = setup.open(length)
+    if not copied <= min(gaps) <= max(gaps) <= length - copied:
         raise ValueError(
-            f"2 <= copied <= distances <= length - copied must hold, "
+            "copied <= distances <= length - copied must hold, "
             f"got copied={copied}, distances={distances}, length={length}"
         )
     tokens = dict(long_documents(session.tokenizer, length - copied, documents, data=data, texts=text))
@@ -377,10 +371,11 @@ def layers(
     given = [config for config in setup.attentions().values() if config is not None]
     if len(given) != 1:
         raise ValueError(f"settings: layers are chosen for one setting of MoBA, got {setup.listed!r}")
-    session = setup.open()
-    require_context(session, length)
+    session = setup.open(length)
     if choose >= session.num_layers:
         raise ValueError(f"choose must be below the model's {session.num_layers} layers, got {choose}")
+    if copied > length // 4:
+        raise ValueError(f"copied must be at most a quarter of length={length}, got {copied}")
     tokens = dict(long_documents(session.tokenizer, length - copied, documents, data=data, texts=text))
     settings = setup.settings(session, evaluation="layers", length=length, copied=copied, data=data)
 
@@ -454,8 +449,7 @@ def routing(
     attentions = setup.attentions()
     if None in attentions.values():
         raise ValueError("full attention chooses no blocks: leave out --compare and the setting full")
-    session = setup.open()
-    require_context(session, length)
+    session = setup.open(length)
     haystack = Haystack(session.tokenizer, haystack_text(text), chat)
 
     def measure(reader: Reader, prompt: int) -> Record:

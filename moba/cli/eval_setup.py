@@ -98,11 +98,19 @@ class Setup:
     has_blocks: bool
     chunk_tokens: int | None
 
-    def open(self) -> Session:
-        """Load the model."""
+    def open(self, length: int) -> Session:
+        """Load the model, for texts of `length` tokens.
+
+        Raises:
+            ValueError: if its context cannot hold them.
+        """
         from moba.cli.session import open_session
 
-        return open_session(self.model, self.choice, Attention.moba, self.dtype, self.device)
+        session = open_session(self.model, self.choice, Attention.moba, self.dtype, self.device)
+        limit = session.context_length
+        if limit is not None and length > limit:
+            raise ValueError(f"prompts of {length:,} tokens are asked for, but the model's context is {limit:,} tokens")
+        return session
 
     def attentions(self, default: str | None = None) -> dict[str, MoBAConfig | None]:
         """What is measured, by name: --settings; else the setting of the other options, or where these do not say its
@@ -372,14 +380,3 @@ def _print(title: str, table: Table) -> None:
     for name, cells in table.items():
         shown.add_row(name, *cells.values())
     console.Console(file=sys.stdout, highlight=False).print(shown)
-
-
-def require_context(session: Session, length: int) -> None:
-    """Refuse prompts that the model's context cannot hold.
-
-    Raises:
-        ValueError: saying how long it is.
-    """
-    limit = session.context_length
-    if limit is not None and length > limit:
-        raise ValueError(f"prompts of {length:,} tokens are asked for, but the model's context is {limit:,} tokens")
