@@ -291,7 +291,6 @@ def _by_selecting(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
         [partial(fetch, *pair, wish, shards.group, block_size) for pair, wish in zip(pairs, wishes, strict=True)]
     )
     queries = zip(q.split(query_sizes, dim=2), indices.split(query_sizes, dim=2), strict=True)
-
     parts = (
         call.replay(of_q, *beside_own(next(arrivals), pair, wish), wish.renumbered(of_all))
         for (of_q, of_all), pair, wish in zip(queries, pairs, wishes, strict=True)

@@ -38,12 +38,12 @@ class SharedRouting:
         if lends is None:
             scores = selection["router"] not in ("recent", "sink")
             lends = scores and shards.num_tokens >= LENDING_BLOCKS * selection["block_size"]
-        self._lent = lent_rows(shards.lengths) if lends else [0] * len(shards.lengths)
+        lent = lent_rows(shards.lengths) if lends else [0] * len(shards.lengths)
         self._means = _send_means(k, shards, selection, to_all=lends)
         rows = self._q.transpose(0, 1)
-        partner = len(shards.lengths) - 1 - shards.rank
-        self._from_partner = self._lent[partner] if partner > shards.rank else 0
-        self._to_partner = self._lent[shards.rank] if partner < shards.rank else 0
+        self._partner = len(shards.lengths) - 1 - shards.rank
+        self._from_partner = lent[self._partner] if self._partner > shards.rank else 0
+        self._to_partner = lent[shards.rank] if self._partner < shards.rank else 0
         self._rows = self._between_partners(rows[: self._to_partner], self._from_partner)
 
     def finish(self) -> Routing:
@@ -54,8 +54,7 @@ class SharedRouting:
         rows = self._rows.finish()[0].transpose(0, 1)
         answers = own[:, :0]
         if self._from_partner:
-            partner = len(self._shards.lengths) - 1 - self._shards.rank
-            last = sum(self._shards.lengths[:partner]) + self._from_partner
+            last = sum(self._shards.lengths[: self._partner]) + self._from_partner
             answers = moba_route(rows, means, num_keys=last, **self._selection).indices
         (returned,) = self._between_partners(answers.transpose(0, 1), num_lent).finish()
         if num_lent:
@@ -64,10 +63,10 @@ class SharedRouting:
 
     def _between_partners(self, rows: Tensor, count: int) -> Transfer:
         """Send these rows to this rank's partner, which sends `count`."""
-        num_ranks, me = len(self._shards.lengths), self._shards.rank
-        partner = num_ranks - 1 - me
-        sends = [rows if rank == partner != me else rows[:0] for rank in range(num_ranks)]
-        counts = [count if rank == partner != me else 0 for rank in range(num_ranks)]
+        num_ranks, partner = len(self._shards.lengths), self._partner
+        has_partner = partner != self._shards.rank
+        sends = [rows if has_partner and rank == partner else rows[:0] for rank in range(num_ranks)]
+        counts = [count if has_partner and rank == partner else 0 for rank in range(num_ranks)]
         return Transfer([sends], counts, self._shards.group)
 
 
@@ -92,9 +91,7 @@ def _send_means(k: Tensor, shards: Shards, selection: dict[str, Any], to_all: bo
     """Means of the finished blocks of all ranks up to this one, or of all: [blocks, B, G, D] will come."""
     block_size = selection["block_size"]
     means = k.new_empty(k.shape[0], k.shape[1] // block_size, *k.shape[2:])
-    append_block_means(
-        means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=selection["backend"]
-    )  # fmt: skip
+    append_block_means(means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=selection["backend"])
     rows = means.transpose(0, 1)
     sends = [rows if to_all or rank >= shards.rank else rows[:0] for rank in range(len(shards.lengths))]
     counts = [n // block_size if to_all or rank <= shards.rank else 0 for rank, n in enumerate(shards.lengths)]

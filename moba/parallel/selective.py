@@ -58,9 +58,7 @@ def chosen_before(indices: Tensor, shards: Shards, block_size: int, num_kv_heads
         indices: int32 [B, T, H, K].
     """
     num_before = shards.start // block_size
-    chosen = torch.zeros(
-        num_kv_heads, indices.shape[0], num_before + 1, dtype=torch.bool, device=indices.device
-    )  # fmt: skip
+    chosen = torch.zeros(num_kv_heads, indices.shape[0], num_before + 1, dtype=torch.bool, device=indices.device)
     for of_head, of_queries in zip(chosen, indices.chunk(num_kv_heads, dim=2), strict=True):
         is_before = (of_queries >= 0) & (of_queries < num_before)
         of_head.scatter_(1, torch.where(is_before, of_queries, num_before).flatten(1).long(), True)

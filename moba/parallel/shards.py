@@ -104,10 +104,10 @@ def ranks_of(group: ProcessGroup | DeviceMesh | None) -> Ranks:
                 f"got {group.ndim} dimensions"
             )
         return Ranks(group.get_group()) if group.ndim == 1 else Ranks(group.get_group(1), group.get_group(0))
-    default = dist.group.WORLD if group is None else group
-    if not isinstance(default, ProcessGroup):
-        raise ValueError("this process is not in the group")
-    return Ranks(default)
+    inside = dist.group.WORLD if group is None else group
+    if not isinstance(inside, ProcessGroup):
+        raise ValueError("this process is not in the group: only its ranks may call this")
+    return Ranks(inside)
 
 
 def float_bits(value: float | None) -> int:
