@@ -157,6 +157,8 @@ def test_a_changed_or_unreadable_folder_is_refused(tmp_path, tokenizer):
         built(tmp_path / "out2", folder_units(bad, **options), tokenizer)
     with pytest.raises(ValueError, match="holds no text"):
         folder_units(write(tmp_path / "none", a__png=""), **options)
+    with pytest.raises(ValueError, match=r"empty/a.txt holds no text: .* and not be empty"):
+        folder_units(write(tmp_path / "empty", a__txt="") / "a.txt", **options)
     with pytest.raises(ValueError, match="held_out"):
         folder_units(texts, text_key="text", held_out=1.0, licence="")
 

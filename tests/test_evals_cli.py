@@ -235,6 +235,7 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
             ("loss", "--settings", "8x3", "--topk", 4),
             "settings='8x3' says the blocks: leave out --block-size and --topk",
         ),
+        (("loss", "--out", __file__), "is a file: name a folder"),
         (("routing", "--compare"), "full attention chooses no blocks"),
         (("routing", "--length", 24, "--topk", 16), "length must exceed|no query a choice"),
     ],

@@ -245,6 +245,7 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
         ("lora.rank=4", "model.base"),
         ("model.key_convolution=4", "width"),
         ("training.loss=best", "loss must be one of"),
+        (f"out={__file__}", "is a file: name a folder"),
         ("training.compile=flase", "training.compile must be true or false, got 'flase'"),
         ("data.whole_rows=1", "data.whole_rows must be true or false, got 1"),
         ("data.sources=python", "data.sources must be a list of names, got 'python'"),

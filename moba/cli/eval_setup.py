@@ -184,6 +184,8 @@ def _setup(
     ] = None,
 ) -> Setup:
     """The options that every evaluation has."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file: name a folder")
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,

@@ -34,8 +34,8 @@ def folder_units(path: Path, *, text_key: str, held_out: float, licence: str) ->
         raise ValueError(f"there is no {path}")
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [file for file in found if file.suffix.lower() in endings]
-    if not files:
-        raise ValueError(f"{path} holds no text: files must end in {', '.join(endings)}")
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"{path} holds no text: files must end in {', '.join(endings)}, and not be empty")
     root = path.parent if path.is_file() else path
     groups: list[list[Path]] = [[]]
     size = 0

@@ -199,6 +199,8 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     Raises:
         ValueError: if the run in `out` is of another recipe or other data, or not ours.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file: name a folder")
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
         return None
