@@ -152,8 +152,9 @@ def _from_scratch(part: ModelPart, manifest: dict[str, Any], context: int, seed:
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(part.architecture, **shape))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model.architecture={part.architecture!r}, shape={part.shape}: {error}") from error
+    except Exception as error:  # transformers' checks of a config have classes of their own
+        said = " ".join(str(error).split())
+        raise ValueError(f"model.architecture={part.architecture!r}, shape={part.shape}: {said}") from error
     return model, tokenizer
 
 

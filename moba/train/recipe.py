@@ -114,6 +114,8 @@ class AttentionPart:
             raise ValueError(
                 f"attention.start is annealing's first value: schedule={self.schedule!r}, start={self.start}"
             )
+        if self.at is not None:
+            _require_number("attention.at", self.at, 0.0, 1.0)
         if self.at is not None and self.schedule == "throughout":
             raise ValueError(f"attention.at: schedule={self.schedule!r} never switches, got at={self.at}")
         if isinstance(self.full_layers, list):
