@@ -150,6 +150,8 @@ def _local_file(model: str) -> Path | None:
         ValueError: for a path that does not exist, or a file of another kind.
     """
     path = Path(model).expanduser()
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
+        raise ValueError(f"{model} is the folder of a training; its model is {path / 'model'}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model must be a folder, a .gguf file or a name, got the file {model!r}")

@@ -100,6 +100,13 @@ def test_an_empty_folder(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_the_folder_of_a_training(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"is the folder of a training; its model is {tmp_path}/model"):
+        load_model(str(tmp_path))
+
+
 def small_bert(folder):
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

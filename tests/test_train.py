@@ -218,6 +218,18 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
     assert values["tokens"].startswith("3,072 in 24 steps of 2 × 64; the data has 605")
 
 
+def test_paths_may_hold_quotes(moba, file, tmp_path):
+    out = tmp_path / 'my "run" \\ one'
+    assert moba("train", file, "--out", out)[0] == 0
+    assert (out / "model" / "config.json").is_file()
+
+
+def test_a_folder_is_no_recipe(moba, tmp_path):
+    code, _, err = moba("train", tmp_path)
+    assert code == 2
+    assert "a recipe is a .toml file, got the folder" in err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

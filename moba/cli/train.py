@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,9 @@ def train(
     """
     from moba.train.recipe import read_recipe
 
-    changes = [*change, *([f'data.folder="{data}"'] if data else []), *([f'out="{out}"'] if out else [])]
+    # A path as JSON writes it is a TOML string, whatever is in it.
+    paths = {"data.folder": data, "out": out}
+    changes = [*change, *(f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path)]
     changes += [f"training.context_parallel={context_parallel}"] if context_parallel is not None else []
     settings = read_recipe(recipe, changes)
     quieten()
@@ -68,7 +71,6 @@ def train(
 def _dry_run(recipe: Recipe) -> None:
     import torch
 
-    from moba.train.estimate import EFFICIENCY
     from moba.train.run import estimate_run
 
     device = choose_device("auto")
@@ -84,7 +86,7 @@ def _dry_run(recipe: Recipe) -> None:
         f"{result.weights_bytes / 2**30:.1f} weights and optimizer, {result.activations_bytes / 2**30:.1f} activations",
         "compute": f"{result.flops / 1e15:,.3g} PFLOP; a matrix product runs at {result.flops_per_s / 1e12:.3g} "
         f"TFLOP/s on {name}",
-        "time": f"{_duration(seconds)} on one such device, if a step keeps {EFFICIENCY:.0%} of that; "
+        "time": f"{_duration(seconds)} on one such device, if a step keeps {result.efficiency:.0%} of that; "
         f"{result.num_tokens / seconds:,.0f} tokens/s",
         "disk": f"{(training.keep + 1) * (4 * total + 8 * trained) / 2**30:.1f} GiB for {training.keep} checkpoints "
         "and one being written",

@@ -16,8 +16,10 @@ from moba.train.packing import PackedRows
 from moba.train.recipe import Recipe
 
 # Of a large matrix product's rate, how much a whole training step keeps: about what SmolLM2-135M's keeps at 32K tokens
-# on an H100 (benchmarks/results/train-step-h100.md). Larger models keep more.
+# on an H100 (benchmarks/results/train-step-h100.md), and with compiled layers on an H200 (activation-h200.md there).
+# Larger models keep more.
 EFFICIENCY = 0.13
+COMPILED_EFFICIENCY = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Estimate:
         weights_bytes: weights, gradients and the optimizer's two moments.
         activations_bytes: kept for backward, and the largest passing ones.
         flops: of all steps, recomputation included. flops_per_s: measured for a matrix product on the device.
+        efficiency: share of that which a step is expected to keep.
     """
 
     num_tokens: int
@@ -39,11 +42,12 @@ class Estimate:
     activations_bytes: int
     flops: float
     flops_per_s: float
+    efficiency: float
 
     @property
     def seconds(self) -> float:
         """Of all steps on one such device."""
-        return self.flops / (self.flops_per_s * EFFICIENCY)
+        return self.flops / (self.flops_per_s * self.efficiency)
 
 
 def estimate(recipe: Recipe, model: Any, trained: int, rows: PackedRows, device: torch.device) -> Estimate:
@@ -68,6 +72,7 @@ def estimate(recipe: Recipe, model: Any, trained: int, rows: PackedRows, device:
         activations_bytes=_activation_bytes(recipe, config),
         flops=num_tokens * _flops_per_token(recipe, config, total, trained),
         flops_per_s=matmul_rate(device, torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32),
+        efficiency=COMPILED_EFFICIENCY if recipe.training.compile else EFFICIENCY,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moba.config import MoBAConfig, require_int, require_one_of, require_seed
+from moba.parallel import TRANSPORTS
 from moba.train.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
 
 SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")
@@ -194,7 +195,7 @@ class TrainingPart:
         require_int("training.evaluate_every", self.evaluate_every, 0)
         require_seed("training.seed", self.seed)
         require_one_of("training.precision", self.precision, PRECISIONS)
-        require_one_of("training.transport", self.transport, ("gather", "heads", "selective"))
+        require_one_of("training.transport", self.transport, TRANSPORTS)
         if self.compile and self.context_parallel > 1:
             raise ValueError(f"training.compile cannot be combined with context_parallel = {self.context_parallel}")
         require_one_of("training.learning_schedule", self.learning_schedule, LEARNING_SCHEDULES)
@@ -304,7 +305,10 @@ def read_recipe(path: str | Path, changes: list[str] | tuple[str, ...] = ()) -> 
         ValueError: naming what is wrong with the file or a change.
         OSError: if it cannot be read.
     """
-    values = _parse(Path(path).expanduser().read_text(encoding="utf-8"), str(path))
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"a recipe is a .toml file, got the folder {path}")
+    values = _parse(file.read_text(encoding="utf-8"), str(path))
     for change in changes:
         key, separator, text = change.partition("=")
         if not separator:
