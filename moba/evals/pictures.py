@@ -115,7 +115,9 @@ def plot_panels(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
 def _draw(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    places: list[float] = []
     for (name, (x, y, *error)), colour, marker in zip(panel.curves.items(), _colours(), LINE_MARKERS * 4, strict=False):
+        places += x
         axes.plot(x, y, marker=marker, markersize=3.5, linewidth=1.6, color=colour, label=name)
         for band in error:
             low, high = np.array(y) - band, np.array(y) + band
@@ -126,7 +128,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
-    if all(isinstance(place, int) for x, *_ in panel.curves.values() for place in x):
+    if all(isinstance(place, int) for place in places):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(panel.x_label, fontsize=9, color=INK)
