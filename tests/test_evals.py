@@ -15,6 +15,7 @@ from moba import MoBAConfig, register_moba
 from moba.cli.eval_setup import setting_name
 from moba.cli.options import Backend, choose_config
 from moba.evals.language import append_copy, copy_recall, perplexity, summarise
+from moba.evals.layers import choose_layers
 from moba.evals.reader import Reader, reading_order
 from moba.hf import add_key_convolution, set_moba_config
 
@@ -205,3 +206,22 @@ def test_the_command_lines_default_is_the_choice_of_the_quality_table():
     assert share[sparsest] <= 0.35
     assert setting_name(choose_config(None, Backend.auto, None).config) == sparsest
     assert f"above full attention's: {sparsest}." in results.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "layers", "values"), [(1, (7,), [10]), (2, (7, 9), [10, 3]), (3, (7, 8, 9), [10, 3, 2])]
+)
+def test_layers_are_chosen_for_what_they_do_together(count, layers, values):
+    """Layer 1 is second best alone, and adds nothing to 7; 9 adds most to it. 15 would, but is poor alone."""
+    alone = [20.0 + layer for layer in range(16)]
+    alone[7], alone[1], alone[8], alone[9] = 10, 11, 12, 13
+
+    def value(full):
+        if len(full) == 1:
+            return alone[full[0]]
+        return 10 - 7 * ({7, 9} <= {*full}) - ({7, 8} <= {*full}) - 9 * ({7, 15} <= {*full})
+
+    best = choose_layers(lambda tried: [value(full) for full in tried], 16, count)
+    assert (best.layers, best.values) == (layers, values)
+    assert list(best.alone)[:4] == [7, 1, 8, 9]
+    assert best.alone == dict(enumerate(alone))

@@ -25,9 +25,8 @@ class Case:
     @property
     def name(self) -> str:
         """Short, for tables."""
-        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         return (
-            f"{length_name(self.tokens)}, {heads} heads, D {self.head_dim}, "
+            f"{length_name(self.tokens)}, {heads_name(self.heads, self.kv_heads)} heads, D {self.head_dim}, "
             f"{self.block_size}/{self.topk}, {str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -50,6 +49,11 @@ class Case:
     def dense_flops(self) -> float:
         """The same for full causal attention."""
         return 2.0 * self.heads * self.head_dim * self.tokens * (self.tokens + 1)
+
+
+def heads_name(heads: int, kv_heads: int) -> str:
+    """16 of 16 query and key/value heads, 32/8 of 32 and 8."""
+    return str(heads) if heads == kv_heads else f"{heads}/{kv_heads}"
 
 
 def length_name(tokens: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba.bench.cases import length_name
+from moba.bench.cases import heads_name, length_name
 
 # Blocks that queries look for in clustered cases.
 POPULAR_BLOCKS = 16
@@ -31,7 +31,7 @@ class ParallelCase:
     @property
     def name(self) -> str:
         """Short, for tables."""
-        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        heads = heads_name(self.heads, self.kv_heads)
         kind = ", clustered" if self.clustered else ""
         return f"{length_name(self.tokens)}, {heads} heads, {self.block_size}/{self.topk}{kind}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from math import exp, log
 from pathlib import Path
@@ -34,8 +34,6 @@ __all__ = ["app"]
 
 # How far above full attention's perplexity a setting may lie to be recommended.
 TOLERANCE = 0.05
-# Layers that are tried beside chosen ones: those which alone help most.
-_CANDIDATES = 8
 Record = dict[str, Any]
 
 
@@ -365,6 +363,7 @@ def layers(
         moba eval layers -m path/to/model --block-size 128 --topk 4
     """
     from moba.evals.language import copy_recall
+    from moba.evals.layers import choose_layers
     from moba.evals.pictures import plot_curves
     from moba.evals.texts import long_documents
 
@@ -382,46 +381,37 @@ def layers(
     def measure(reader: Reader, document: str) -> Record:
         return copy_recall(reader, tokens[document], num_copied=copied, distance=3 * length // 4)
 
-    def copies(chosen: Iterable[tuple[int, ...] | int]) -> tuple[list[float], Results]:
-        """The perplexity of the copy with each choice of full layers."""
-        configs = [replace(given[0], full_layers=layers) for layers in chosen]
-        attentions = {setting_name(config): config for config in configs}
-        results = run_cells(
-            setup, session, "layers", settings, attentions, [{"document": name} for name in tokens], measure,
-            lambda r: f"copy {r['perplexity_second']:.2f}",
+    def measure_all(full_layers: Sequence[tuple[int, ...] | int]) -> Results:
+        configs = [replace(given[0], full_layers=layers) for layers in full_layers]
+        return run_cells(
+            setup, session, "layers", settings, {setting_name(config): config for config in configs},
+            [{"document": name} for name in tokens], measure, lambda r: f"copy {r['perplexity_second']:.2f}",
         )  # fmt: skip
-        parts = results.by_attention()
-        return [_geometric(r["perplexity_second"] for r in parts[name]) for name in attentions], results
 
-    best: tuple[int, ...] = ()
-    candidates = list(range(session.num_layers))
-    last = list(range(choose + 1))
-    (full, *lasts), results = copies([session.num_layers, *last])
-    chosen: list[float] = lasts[:1]
-    alone: dict[int, float] = {}
-    for _ in range(choose):
-        tried = [tuple(sorted((*best, layer))) for layer in candidates if layer not in best]
-        values, _ = copies(tried)
-        if not alone:
-            alone = dict(zip(candidates, values, strict=True))
-            candidates = sorted(alone, key=lambda layer: alone[layer])[: max(_CANDIDATES, choose)]
-        chosen.append(min(values))
-        best = tried[values.index(min(values))]
+    def copies(results: Results) -> list[float]:
+        """The perplexity of the copy with each choice of full layers."""
+        return [_geometric(r["perplexity_second"] for r in part) for part in results.by_attention().values()]
+
+    counts = list(range(choose + 1))
+    results = measure_all([session.num_layers, *counts])
+    full, *lasts = copies(results)
+    best = choose_layers(lambda tried: copies(measure_all(tried)), session.num_layers, choose)
+    chosen = [lasts[0], *best.values]
     title = f"Layers to keep full · {setup.model_name}"
     figure = plot_curves(
-        {"chosen layers": (last, chosen), "the last layers": (last, lasts)}, title, x_label="full layers",
+        {"chosen layers": (counts, chosen), "the last layers": (counts, lasts)}, title, x_label="full layers",
         y_label="perplexity of the second copy", is_log=True, marks={"all layers full": full},
     )  # fmt: skip
-    counts = {f"{n} full": {"chosen": f"{chosen[n]:.2f}", "the last": f"{lasts[n]:.2f}"} for n in last}
-    counts["all full"] = {"chosen": f"{full:.2f}", "the last": f"{full:.2f}"}
-    single = {f"{layer}": {"perplexity": f"{alone[layer]:.2f}"} for layer in sorted(alone, key=lambda i: alone[i])}
-    listed = ",".join(map(str, best)) + ("," if len(best) == 1 else "")
+    copy_of = {f"{n} full": {"chosen": f"{chosen[n]:.2f}", "the last": f"{lasts[n]:.2f}"} for n in counts}
+    copy_of["all full"] = {"chosen": f"{full:.2f}", "the last": f"{full:.2f}"}
+    single = {f"{layer}": {"perplexity": f"{value:.2f}"} for layer, value in best.alone.items()}
+    listed = ",".join(map(str, best.layers)) + ("," if choose == 1 else "")
     notes = [
         f"Perplexity of the second copy of {copied} tokens, {3 * length // 4:,} tokens after the first, at the end of "
         f"{', '.join(tokens)}, with {setting_name(replace(given[0], full_layers=0))} in all other layers.",
         f"Best {choose}: `--full-layers {listed}`",
     ]
-    tables = {"second copy": counts, "layer that alone is full": single}
+    tables = {"second copy": copy_of, "layer that alone is full": single}
     write_results(setup, "layers", title, figure, tables, results, notes)
     print(f"--full-layers {listed}")
 
