@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,12 @@ def require_seed(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
         raise ValueError(f"{name} must be an integer from 0 to 2**32 - 1, got {value!r}")
     return value
+
+
+def require_no_file(name: str, path: Path) -> None:
+    """Raise a ValueError that names the argument if a file lies where a folder is wanted."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name}={str(path)!r} is a file: name a folder")
 
 
 def require_one_of(name: str, value: Any, valid: Sequence[str]) -> None:
@@ -128,6 +135,12 @@ class MoBAConfig:
             object.__setattr__(self, "full_layers", layers)
         else:
             require_int("full_layers", self.full_layers, 0)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The arguments of `moba_attention` that choose blocks."""
+        names = ("block_size", "topk", "keep_first", "keep_recent", "router")
+        return {name: getattr(self, name) for name in names}
 
     def is_full_layer(self, layer: int, num_layers: int) -> bool:
         """Whether layer `layer` of `num_layers` uses full attention."""

@@ -128,13 +128,9 @@ class MoBAttention(nn.Module):
             q,
             k,
             v,
-            block_size=config.block_size,
-            topk=config.topk,
-            keep_first=config.keep_first,
-            keep_recent=config.keep_recent,
-            router=config.router,
             key_start=key_start,
             backend=config.backend,
+            **config.selection,
         )
         return out
 

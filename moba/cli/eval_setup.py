@@ -14,7 +14,7 @@ import typer
 
 from moba.cli import options
 from moba.cli.options import Attention, Choice, Dtype
-from moba.config import MoBAConfig
+from moba.config import MoBAConfig, require_no_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,8 +184,8 @@ def _setup(
     ] = None,
 ) -> Setup:
     """The options that every evaluation has."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file: name a folder")
+    if out is not None:
+        require_no_file("out", out)
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,

@@ -93,18 +93,15 @@ def moba_attention_forward(
     cached: BlockMeans | None = getattr(key, "moba_block_means", None)
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
-    is_full = _is_full_layer(module, config)
+    is_full = is_full_layer(module, config)
     by_unrotated = config.router == "unrotated"
     means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or by_unrotated)
     if not is_full and not (is_decode and config.decode == "full"):
         if is_decode and cached is None and not by_unrotated:
             _advise_cache()
         options = {
-            "block_size": config.block_size,
-            "topk": config.topk,
-            "keep_first": config.keep_first,
-            "keep_recent": config.keep_recent,
-            "router": "mean" if by_unrotated else config.router,
+            **config.selection,
+            **({"router": "mean"} if by_unrotated else {}),
             "backend": backend,
             **({} if means is None else {"block_means": means}),
             **({"route_by": unrotated(module, q, k)} if by_unrotated else {}),
@@ -189,7 +186,8 @@ def check_full_layers(config: MoBAConfig, num_layers: int) -> None:
         raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
 
 
-def _is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
+def is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
+    """Whether a layer's attention is full by its config."""
     if not config.full_layers:
         return False
     if config.full_layers == getattr(module.config, "num_hidden_layers", None):

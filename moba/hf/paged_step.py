@@ -169,13 +169,9 @@ class PagedMoBA:
                     page_table=piece.page_table,
                     key_end=piece.key_end,
                     block_means=means,
-                    block_size=config.block_size,
-                    topk=config.topk,
                     scale=scale,
-                    keep_first=config.keep_first,
-                    keep_recent=config.keep_recent,
-                    router=config.router,
                     backend=config.backend,
+                    **config.selection,
                 )
             out[piece.rows] = result.flatten(0, 1)
         return out

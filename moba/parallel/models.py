@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import require_one_of
 from moba.hf import get_moba_config
-from moba.hf.attention import check_full_layers, layer_config, refuse_unknown
+from moba.hf.attention import check_full_layers, is_full_layer, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
@@ -130,13 +130,9 @@ def parallel_attention_forward(
         across.shards = None
     else:
         check()
-    model_config: Any = module.config
-    options: dict[str, Any] = {
-        "block_size": config.block_size, "topk": config.topk, "keep_first": config.keep_first,
-        "keep_recent": config.keep_recent, "router": config.router,
-    }  # fmt: skip
+    options = config.selection
     transport = across.transport
-    if config.full_layers and config.is_full_layer(layer or 0, model_config.num_hidden_layers):
+    if is_full_layer(module, config):
         options = {"block_size": WHOLE, "topk": 1}
         transport = "gather" if transport == "selective" else transport
     out, across.shards = context_parallel_attention(

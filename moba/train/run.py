@@ -38,6 +38,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from moba.adapters import write_adapter
+from moba.config import require_no_file
 from moba.data import Shards, open_shards, tokenizer_hash
 from moba.hf import get_moba_config
 from moba.parallel.models import cut_batch, parallelize
@@ -199,8 +200,7 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     Raises:
         ValueError: if the run in `out` is of another recipe or other data, or not ours.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file: name a folder")
+    require_no_file("out", out)
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
         return None
