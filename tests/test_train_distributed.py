@@ -17,6 +17,7 @@ from tiny_shards import save_shards
 from torch.distributed.fsdp import fully_shard
 
 from moba import MoBAConfig, register_moba
+from moba.parallel.process import end_process
 from moba.train import apply_schedule, hybrid
 from moba.train.loss import use_fused_loss
 from moba.train.model import checkpoint_activations
@@ -102,7 +103,7 @@ def sharded_process():
     losses = losses_of_steps(model, random_tokens(2, 64)[rank : rank + 1], average)
     if rank == 0:
         print(json.dumps(losses))
-    dist.destroy_process_group()
+    end_process()
 
 
 def test_sharded_steps_are_the_steps_of_one():

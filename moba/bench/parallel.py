@@ -42,6 +42,7 @@ from moba.bench.options import (
 from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
 from moba.bench.report import Records, table, write
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
+from moba.parallel.process import end_process
 from moba.parallel.routing import SharedRouting
 from moba.parallel.shards import ranks_of
 from moba.routing import Routing
@@ -89,8 +90,7 @@ def parallel(
                 typer.echo(f"{name:>9}: {value}")
             Console(width=200).print(table(records, rows))
             typer.echo(json.dumps({"header": header, "records": records}))
-    if any("failed" in found for record in records for found in (record, *record.get("ways", {}).values())):
-        raise typer.Exit(1)
+        end_process(any("failed" in found for record in records for found in (record, *record.get("ways", {}).values())))
 
 
 @contextmanager
@@ -110,7 +110,6 @@ def _process_group() -> Iterator[torch.device]:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    dist.destroy_process_group()
 
 
 def _run(

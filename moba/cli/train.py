@@ -63,9 +63,14 @@ def train(
     if dry_run:
         _dry_run(settings)
         return
+    import torch.distributed as dist
+
+    from moba.parallel.process import end_process
     from moba.train.run import train as run
 
     run(settings, say=say, callbacks=[_progress()])
+    if dist.is_initialized():
+        end_process()
 
 
 def _dry_run(recipe: Recipe) -> None:
