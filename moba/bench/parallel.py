@@ -90,7 +90,9 @@ def parallel(
                 typer.echo(f"{name:>9}: {value}")
             Console(width=200).print(table(records, rows))
             typer.echo(json.dumps({"header": header, "records": records}))
-        end_process(any("failed" in found for record in records for found in (record, *record.get("ways", {}).values())))
+        end_process(
+            any("failed" in found for record in records for found in (record, *record.get("ways", {}).values()))
+        )
 
 
 @contextmanager
