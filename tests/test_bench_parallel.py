@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SMALL = ["--tokens", "512", "--heads", "2", "--head-dim", "16", "--block-size", "32", "--topk", "2", "--dtype", "fp32",
          "--repeats", "1"]  # fmt: skip
 
@@ -38,6 +40,62 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     again = launched(tmp_path / "result")
     assert again.returncode == 1
     assert json.loads(again.stdout.splitlines()[-1])["records"] == whole["records"]
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Make this process a rank of two, as torchrun would."""
+
+    def become(rank):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topk", "0"], "Invalid value for '--topk'"),
+        (["--tokens", "-512"], "Invalid value for '--tokens'"),
+        (["--dtype", "fp8"], "dtype must be one of fp32, bf16, fp16, got 'fp8'"),
+        (["--heads", "3", "--kv-heads", "2"], "key/value heads must divide query heads, got 3 query and 2"),
+        (["--head-dim", "257"], "--head-dim must be at most 256, got 257"),
+        (["--tokens", "500"], "--tokens must be a multiple of 64, 2 ranks times --block-size 32, got 500"),
+        (["--backend", "nope"], "backend must be one of 'auto', 'reference', 'pytorch', 'triton', got 'nope'"),
+        (["--backend", "triton"], "backend='triton' cannot run here: needs a CUDA device"),
+        (["--out", "{folder}/file/result"], "File exists: "),
+        (["--out", "{folder}/taken"], "taken.json cannot be written"),
+        (["--out", "{folder}/other"], "other.json is no result of this command"),
+    ],
+)
+def test_what_is_not_valid_is_said_before_ranks_wait_for_each_other(moba, as_rank, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.json").mkdir()
+    (tmp_path / "other.json").write_text("[1, 2]")
+    as_rank(0)
+    code, out, err = moba("bench", "parallel", *SMALL, *(option.format(folder=tmp_path) for option in options))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_the_other_ranks_let_the_first_one_speak(moba, as_rank, monkeypatch):
+    waited = []
+    monkeypatch.setattr("moba.cli.time.sleep", waited.append)
+    as_rank(1)
+    code, _, err = moba("bench", "parallel", *SMALL, "--topk", "0")
+    assert code == 2
+    assert waited == [5]
+    assert err.startswith("moba: error: rank 1: Invalid value for '--topk'")
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    result = launched(tmp_path / "result", "--tokens", "500")
+    assert result.returncode != 0
+    assert result.stderr.count("moba: error:") == 1
+    assert "bench/parallel.py" not in result.stderr
 
 
 def test_it_says_how_to_be_started():

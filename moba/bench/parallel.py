@@ -40,7 +40,7 @@ from moba.bench.options import (
     TopkOption,
 )
 from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
-from moba.bench.report import Records, table, write
+from moba.bench.report import Records, require_writable, table, write
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
 from moba.parallel.process import end_process
 from moba.parallel.routing import SharedRouting
@@ -77,14 +77,18 @@ def parallel(
         raise typer.BadParameter("start it with torchrun: torchrun --nproc-per-node 2 -m moba bench parallel")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    with _process_group() as device:
-        cases = suite(device, dist.get_world_size())
-        if tokens is not None:
-            cases = [
-                ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], clustered)
-            ]
-        cases = [case.for_ranks(dist.get_world_size()) for case in cases]
-        header, records = _run(cases, device, backend, repeats, out)
+    # What is not valid is said by the command line, once, so long as no rank waits for another.
+    device, num_ranks = _own_device(), int(os.environ["WORLD_SIZE"])
+    if tokens is None:
+        cases = [case.for_ranks(num_ranks) for case in suite(device, num_ranks)]
+    else:
+        cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], clustered)]
+    for case in cases:
+        case.check(num_ranks, backend, device)
+    header = {**machine.describe(device), "ranks": str(num_ranks)}
+    earlier = _earlier(out, header) if os.environ["RANK"] == "0" and out is not None else []
+    with _process_group(device):
+        records = _run(cases, device, backend, repeats, out, header, earlier)
         if dist.get_rank() == 0:
             for name, value in header.items():
                 typer.echo(f"{name:>9}: {value}")
@@ -95,18 +99,26 @@ def parallel(
         )
 
 
+def _own_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > gpus:
+        raise ValueError(f"--nproc-per-node must be at most {gpus}, the GPUs of this machine, got {here}")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
 @contextmanager
-def _process_group() -> Iterator[torch.device]:
-    """The group of all ranks, and this rank's device."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+def _process_group(device: torch.device) -> Iterator[None]:
+    """The group of all ranks."""
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
-        device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield device
+        yield
     except Exception:
         # An orderly end would wait for the other ranks, which wait for this one.
         traceback.print_exc()
@@ -115,11 +127,16 @@ def _process_group() -> Iterator[torch.device]:
 
 
 def _run(
-    cases: list[ParallelCase], device: torch.device, backend: str, repeats: int, out: Path | None
-) -> tuple[dict[str, str], Records]:
-    """The header and the records of all cases, the same on every rank."""
-    header = {**machine.describe(device), "ranks": str(dist.get_world_size())}
-    records = _on_first(lambda: _earlier(out, header))
+    cases: list[ParallelCase],
+    device: torch.device,
+    backend: str,
+    repeats: int,
+    out: Path | None,
+    header: dict[str, str],
+    earlier: Records,
+) -> Records:
+    """The records of all cases, the same on every rank, those that the first has from earlier among them."""
+    records: Records = _on_first(lambda: earlier)
 
     def save() -> None:
         if dist.get_rank() == 0 and out is not None:
@@ -141,15 +158,24 @@ def _run(
         save()
         records[-1] = run_case(case, device, backend, repeats)
         save()
-    return header, records
+    return records
 
 
-def _earlier(out: Path | None, header: dict[str, str]) -> Records:
-    """The records that a run of this code on this machine left."""
-    path = None if out is None else out.with_suffix(".json")
-    if path is None or not path.is_file():
+def _earlier(out: Path, header: dict[str, str]) -> Records:
+    """The records that a run of this code on this machine left.
+
+    Raises:
+        ValueError, OSError: if OUT's files cannot be written, or were not written by this command.
+    """
+    require_writable(out)
+    path = out.with_suffix(".json")
+    if not path.exists():
         return []
-    earlier = json.loads(path.read_text())
+    try:
+        earlier = json.loads(path.read_text())
+        earlier["header"], earlier["records"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"--out: {path} is no result of this command; name another file") from None
     same = all(earlier["header"].get(name) == header[name] for name in ("device", "versions", "commit", "ranks"))
     found: Records = earlier["records"] if same else []
     return found

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba import backends
 from moba.bench.cases import heads_name, length_name
+from moba.checks import MAX_HEAD_DIM, check_heads
+from moba.config import BACKENDS, require_one_of
 
 # Blocks that queries look for in clustered cases.
 POPULAR_BLOCKS = 16
@@ -38,6 +41,21 @@ class ParallelCase:
     def for_ranks(self, num_ranks: int) -> ParallelCase:
         """The same with as many tokens as make equal shards of whole blocks."""
         return replace(self, tokens=max(1, self.tokens // (num_ranks * self.block_size)) * num_ranks * self.block_size)
+
+    def check(self, num_ranks: int, backend: str, device: torch.device) -> None:
+        """Raise a ValueError, naming the option, if ranks cannot share this problem, or the backend not compute it."""
+        check_heads(self.heads, self.kv_heads)
+        if not self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"--head-dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        whole = num_ranks * self.block_size
+        if self.tokens % whole:
+            raise ValueError(
+                f"--tokens must be a multiple of {whole}, {num_ranks} ranks times --block-size {self.block_size}, "
+                f"got {self.tokens}"
+            )
+        require_one_of("backend", backend, BACKENDS)
+        head = torch.empty(1, 1, 1, self.head_dim, dtype=self.dtype, device=device)
+        backends.resolve(backend, head, head)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

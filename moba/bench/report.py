@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def table(records: Records, rows: Rows = rows) -> Table:
     for line in cells:
         result.add_row(*line)
     return result
+
+
+def require_writable(out: Path) -> None:
+    """Make OUT's folder, and check that OUT.json and OUT.md can be written.
+
+    Raises:
+        ValueError, OSError: if they cannot.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path in (out.with_suffix(".json"), out.with_suffix(".md")):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--out: {path} cannot be written")
 
 
 def write(header: dict[str, str], records: Records, out: Path, rows: Rows = rows) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import traceback
 
 import typer
@@ -42,6 +44,9 @@ _EXTRAS = {
     "peft": "train",
 }
 
+# Seconds in which the first of several processes says what all were given wrong; torchrun then ends the others.
+_FIRST_SPEAKS = 5
+
 # typer has no public name for the class of all usage errors, and has moved it between packages.
 _UsageError = typer.BadParameter.__mro__[1]
 
@@ -69,9 +74,12 @@ def main(args: list[str] | None = None) -> None:
     except (_UsageError, ValueError, OSError, ModuleNotFoundError) as error:  # type: ignore[misc]
         if isinstance(error, ModuleNotFoundError) and error.name not in _EXTRAS:
             raise
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        if rank != "0":
+            time.sleep(_FIRST_SPEAKS)
         if "--debug" in args:
             traceback.print_exc()
-        print(f"moba: error: {one_line(error)}", file=sys.stderr)
+        print(f"moba: error: {'' if rank == '0' else f'rank {rank}: '}{one_line(error)}", file=sys.stderr)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
