@@ -226,6 +226,7 @@ def _joined(parts: Iterator[tuple[Tensor, ...]], num_heads: int) -> tuple[Tensor
         for x, some in zip(whole, part, strict=True):
             x[:, :, first : first + some.shape[2]] = some
         first += part[0].shape[2]
+        del part, some  # before the next group of heads is computed
     return whole
 
 
