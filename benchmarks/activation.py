@@ -44,7 +44,7 @@ from moba.evals.records import open_records, record_of
 from moba.evals.texts import haystack_text
 from moba.hf import get_moba_config, set_moba_config
 from moba.models import EMBEDDED, load_model
-from moba.train.checkpoints import checkpoints
+from moba.train.checkpoints import checkpoints, step_of
 from moba.train.model import stretch_positions
 from moba.train.packing import PackedRows
 
@@ -230,7 +230,7 @@ def find_models(entry: str) -> list[tuple[str, str]]:
     if path == EMBEDDED:
         return [(name, path)]
     if found := checkpoints(Path(path)):
-        return [(f"{name} {checkpoint.name.rpartition('-')[2]}", str(checkpoint)) for checkpoint in found]
+        return [(f"{name} {step_of(checkpoint)}", str(checkpoint)) for checkpoint in found]
     if not Path(path).exists():
         raise ValueError(f"there is no {path}")
     return [(name, path)]

@@ -9,6 +9,8 @@
 `measure` reads the same held-out rows with every checkpoint of a run and keeps the loss of each row, so that `report`
 can compare two runs row by row. `report` writes PREFIX.md, its pictures and PREFIX.json: all runs, as much of them as
 tables and pictures need. PREFIX.json can be given to `report` again.
+
+Measuring is in this file, comparing in from_scratch_report/.
 """
 
 from __future__ import annotations
@@ -25,39 +27,31 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from from_scratch_report import write_report
+from from_scratch_report.runs import FULL, Result, rounded
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moba import MoBAConfig, register_moba
 from moba.bench.machine import describe
-from moba.bench.report import to_markdown
 from moba.cli.session import quieten
 from moba.data import Shards, open_shards
 from moba.evals.language import append_copy, summarise_copy
-from moba.evals.pictures import Panel, plot_panels
 from moba.evals.routing import averages, routing_quality
 from moba.hf import get_moba_config, load_key_convolution, set_moba_config
-from moba.train.checkpoints import checkpoints
+from moba.train.checkpoints import checkpoints, step_of
 from moba.train.packing import PackedRows, by_source
 from moba.train.recipe import Recipe
 from moba.train.run import data_digest, training_rows
 from moba.train.schedule import throughout
 
 app = typer.Typer(add_completion=False, help=__doc__)
-Result = dict[str, Any]
 
-FULL = "full"
 # Distances between a passage and its copy, as shares of the context; the passage is 1/32 of it.
 COPY_DISTANCES = (1 / 8, 3 / 8, 3 / 4)
 # Logits of so many tokens exist at once.
 _LOGITS = 2048
-# What of the attention mass is looked at, in the words of tables and pictures.
-ROUTING_PARTS = {
-    "covered": "in the chosen blocks",
-    "best": "in the best possible choice",
-    "recent": "in the first and the nearest",
-}
 # Queries of a row whose routing is looked at: so many that they stand everywhere in their blocks.
 _QUERIES = 100
 
@@ -124,7 +118,7 @@ def measure_run(
     if data_digest(shards) != saved["data"]:
         raise ValueError(f"{folder} is not the data that {run} was trained on")
     found = checkpoints(run)
-    if not found or _step(found[-1]) != recipe.num_steps:
+    if not found or step_of(found[-1]) != recipe.num_steps:
         raise ValueError(f"{run} has no checkpoint of its last step {recipe.num_steps}: the training has not ended")
     held_out = held_out_rows(open_shards(folder, "held_out"), recipe.data.context, rows)
     texts = {source: tokens for source, (tokens, _) in held_out.items()}
@@ -134,7 +128,7 @@ def measure_run(
     history = []
     for checkpoint in found:
         model = load_checkpoint(checkpoint, device)
-        record = {"step": _step(checkpoint), "attention": attention_name(model)}
+        record = {"step": step_of(checkpoint), "attention": attention_name(model)}
         record["tokens"] = record["step"] * recipe.training.rows_per_step * recipe.data.context
         losses = reader.losses(model, history_rows)
         record["sources"] = {source: _of_rows(losses[source]) for source in texts}
@@ -152,10 +146,10 @@ def measure_run(
     for name, config in reads.items():
         set_moba_config(model, config)
         losses = reader.losses(model, rows)
-        positions = {source: _of_rows(losses[source]) for source in texts}
+        positions: dict[str, dict[str, Any]] = {source: _of_rows(losses[source]) for source in texts}
         if name == attention_name_of(own, num_layers):
             for source in texts:
-                positions[source] |= {"bins": _of_positions(losses[source], recipe.data.context)}
+                positions[source]["bins"] = _of_positions(losses[source], recipe.data.context)
         final[name] = {"positions": positions, "copy": reader.copies(model, copy_rows)}
     return {
         "name": run_name(recipe),
@@ -216,7 +210,7 @@ class _Reader:
                 texts = torch.stack([append_copy(row[: context - context // 32], **copy) for row in rows[:count]])
                 records = [summarise_copy(losses, **copy) for losses in self._read(model, texts)]
                 result.setdefault(str(copy["distance"]), {})[source] = {
-                    which: _rounded(math.log(record[f"perplexity_{which}"]) for record in records)
+                    which: rounded(math.log(record[f"perplexity_{which}"]) for record in records)
                     for which in ("first", "second")
                 }
         return result
@@ -264,7 +258,7 @@ def _routings(model: Any, recipe: Recipe, configs: Sequence[MoBAConfig]) -> dict
 
 def load_checkpoint(path: Path, device: torch.device) -> Any:
     """A checkpoint's model, in fp32, with the attention of its stage of the training."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="moba")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="moba")
     if getattr(model.config, "moba_key_convolution", None) is not None:
         load_key_convolution(model, path)
     return model.to(device).eval()
@@ -279,14 +273,14 @@ def position_bins(context: int) -> list[int]:
 def _of_rows(losses: Tensor) -> dict[str, list[float]]:
     """Each row's mean loss, and that of its last eighth."""
     last = (losses.shape[1] + 1) // 8
-    return {"loss": _rounded(losses.double().mean(dim=1)), "last": _rounded(losses[:, -last:].double().mean(dim=1))}
+    return {"loss": rounded(losses.double().mean(dim=1)), "last": rounded(losses[:, -last:].double().mean(dim=1))}
 
 
 def _of_positions(losses: Tensor, context: int) -> list[list[float]]:
     """For each range of positions, each row's mean loss over the tokens that stand there."""
     # The loss at index i is that of the token at position i + 1.
     parts = [losses[:, max(0, start - 1) : stop - 1] for start, stop in pairwise(position_bins(context))]
-    return [_rounded(part.double().mean(dim=1)) for part in parts]
+    return [rounded(part.double().mean(dim=1)) for part in parts]
 
 
 def read_log(path: Path) -> dict[str, Any]:
@@ -349,14 +343,6 @@ def _told(record: Result) -> str:
     return ", ".join([*parts, *(f"{name} covers {r['covered']:.1%}" for name, r in record["routing"].items())])
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _rounded(values: Any) -> list[float]:
-    return [round(float(value), 5) for value in values]
-
-
 @app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files of `measure`, or a PREFIX.json of `report`.")],
@@ -365,442 +351,6 @@ def report(
     """Compare runs with the dense one of the same recipe and seed: tables and pictures."""
     read = [json.loads(path.read_text()) for path in results]
     write_report([result for part in read for result in (part if isinstance(part, list) else [part])], out)
-
-
-def write_report(results: Sequence[Result], out: Path) -> None:
-    """Write PREFIX.md, PREFIX.json and the pictures of the largest runs.
-
-    Raises:
-        ValueError: if runs that are of one recipe and seed have the same name, or there is no dense one among them.
-    """
-    kept = [
-        compact(result, is_large=not i)
-        for i, family in enumerate(_families(results))
-        for runs in family.runs.values()
-        for result in runs.values()
-    ]
-    families = _families(kept)
-    first = families[0].of_first_seed()
-    lines = ["# MoBA beside full attention, from scratch", "", *_heading(families[0]), *_tables(first)]
-    for family in families[1:]:
-        lines += [*_heading(family), *_losses(family)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-    out.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(result) for result in kept) + "\n]\n")
-    for name, figure in pictures(first).items():
-        figure.savefig(f"{out}-{name}.png")
-
-
-def compact(result: Result, is_large: bool) -> Result:
-    """What tables and pictures need of a result; only the losses where the run is small.
-
-    Of attentions that are not the run's own, the mean loss of each source is kept as that of one row.
-    """
-    final = {
-        name: read
-        if name == result["own"]
-        else {
-            "positions": {
-                source: {"loss": _rounded([statistics.mean(rows["loss"])])}
-                for source, rows in read["positions"].items()
-            }
-        }
-        for name, read in result["final"].items()
-    }
-    if not is_large:
-        own = final[result["own"]]["positions"]
-        final[result["own"]] = {
-            "positions": {s: {key: rows[key] for key in ("loss", "last")} for s, rows in own.items()}
-        }
-    history = [
-        {
-            **point,
-            "sources": {source: {"loss": rows["loss"]} for source, rows in point["sources"].items()},
-            "routing": {name: _rounded_routing(values) for name, values in point["routing"].items()},
-        }
-        for point in result["checkpoints"]
-    ]
-    return {**result, "final": final, "checkpoints": history if is_large else history[-1:]}
-
-
-def _rounded_routing(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: {layer: _rounded_routing(v) for layer, v in value.items()} if key == "layers" else round(value, 5)
-        for key, value in values.items()
-    }
-
-
-class Family:
-    """Runs that differ in their attention and seed only.
-
-    Raises:
-        ValueError: as `write_report`.
-    """
-
-    def __init__(self, results: Sequence[Result]) -> None:
-        self.runs: dict[int, dict[str, Result]] = {}
-        for result in results:
-            of_seed = self.runs.setdefault(result["recipe"]["training"]["seed"], {})
-            if result["name"] in of_seed:
-                raise ValueError(f"two results are of the run {result['name']!r}: give each once")
-            of_seed[result["name"]] = result
-        for seed, of_seed in self.runs.items():
-            if "dense" not in of_seed:
-                raise ValueError(f"there is no dense run of seed {seed} beside {', '.join(of_seed)}")
-
-    def of_first_seed(self) -> dict[str, Result]:
-        """Name -> run, the dense one first."""
-        runs = self.runs[min(self.runs)]
-        return {"dense": runs["dense"], **runs}
-
-    def size(self) -> int:
-        """Parameters times tokens of the dense run."""
-        dense = self.of_first_seed()["dense"]
-        return int(dense["parameters"] * dense["checkpoints"][-1]["tokens"])
-
-
-def _families(results: Sequence[Result]) -> list[Family]:
-    """Runs that have all but attention and seed in common, the largest trainings first."""
-    parts: dict[str, list[Result]] = {}
-    for result in results:
-        recipe = result["recipe"]
-        shape = {key: value for key, value in recipe["model"].items() if key != "key_convolution"}
-        decides = ("tokens", "rows_per_step", "learning_rate", "learning_schedule", "warmup", "weight_decay", "beta2")
-        training = {key: recipe["training"][key] for key in decides}
-        parts.setdefault(json.dumps([shape, training, recipe["data"]["context"], result["data"]]), []).append(result)
-    return sorted((Family(part) for part in parts.values()), key=lambda family: -family.size())
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over rows and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """The mean of the rows' differences and its standard error."""
-    return mean_and_error([a - b for a, b in zip(values, others, strict=True)])
-
-
-def own_positions(result: Result) -> dict[str, Any]:
-    """Source -> each row's losses at the end of the training, with the attention that the training ended with."""
-    positions: dict[str, Any] = result["final"][result["own"]]["positions"]
-    return positions
-
-
-def _heading(family: Family) -> list[str]:
-    first = family.of_first_seed()
-    dense = first["dense"]
-    header, context = dense["header"], dense["recipe"]["data"]["context"]
-    sources = "; ".join(
-        f"{source} {about['rows']} out of {about['documents']} documents" for source, about in dense["sources"].items()
-    )
-    return [
-        f"## {dense['parameters'] / 1e6:.1f}M parameters, {dense['checkpoints'][-1]['tokens'] / 1e6:.3g}M tokens, "
-        f"{context:,} a row",
-        "",
-        f"- {dense['unique_tokens'] / 1e6:.3g}M different tokens are read, as often as it takes",
-        *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
-        *(f"- {name}: `{run['header']['command']}`" for name, run in first.items()),
-        f"- evaluated in {dense['precision']}, seeds {', '.join(map(str, family.runs))}",
-        f"- held-out rows: {sources}",
-        "- ±: standard error over rows; differences are taken row by row",
-        "",
-    ]
-
-
-def _tables(runs: Mapping[str, Result]) -> list[str]:
-    return [
-        *_summary(runs),
-        *_losses(Family(list(runs.values()))),
-        *_split(runs),
-        *_by_position(runs),
-        *_copying(runs),
-        *_routing_tables(runs),
-        *_training(runs),
-    ]
-
-
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], level: int = 3) -> list[str]:
-    return [f"{'#' * level} {title}", to_markdown({}, [], lambda _: (list(columns), [list(line) for line in lines]))]
-
-
-def _summary(runs: Mapping[str, Result]) -> list[str]:
-    sources = list(runs["dense"]["sources"])
-    lines = []
-    for name, run in runs.items():
-        line = [name]
-        for what in ("loss", "last"):
-            values = [mean_and_error(own_positions(run)[source][what]) for source in sources]
-            line.append(
-                f"{_mean_of_sources(values)[0]:.4f}"
-                if name == "dense"
-                else _with_error(*_gap_of_sources(run, runs["dense"], sources, what), sign="+")
-            )
-        ours, theirs = _last_tenth(run), _last_tenth(runs["dense"])
-        line.append(
-            f"{statistics.mean(ours):.4f}" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
-        )
-        lines.append([*line, f"{run['log']['tokens_per_s']:,.0f}"])
-    columns = ["run", "held-out loss", "its last eighth of a row", "training loss, last tenth of the steps", "tokens/s"]
-    return _table("Dense, and the others' difference (nats; held-out: the mean of the sources)", columns, lines)
-
-
-def _gap_of_sources(run: Result, dense: Result, sources: Sequence[str], what: str) -> tuple[float, float]:
-    ours, theirs = own_positions(run), own_positions(dense)
-    return _mean_of_sources([difference(ours[source][what], theirs[source][what]) for source in sources])
-
-
-def _losses(family: Family) -> list[str]:
-    sources = list(family.of_first_seed()["dense"]["sources"])
-    has_seeds = len(family.runs) > 1
-    result = ["### Held-out loss at the end (nats)", ""]
-    for part in ([sources] if len(sources) > 1 else []) + [[source] for source in sources]:
-        lines = []
-        for seed, runs in sorted(family.runs.items()):
-            for name, run in {"dense": runs["dense"], **runs}.items():
-                line = [name, *([str(seed)] if has_seeds else [])]
-                for what in ("loss", "last"):
-                    values = [mean_and_error(own_positions(run)[source][what]) for source in part]
-                    gap = _gap_of_sources(run, runs["dense"], part, what)
-                    line.append(_with_error(*_mean_of_sources(values)))
-                    line.append("" if name == "dense" else _with_error(*gap, sign="+"))
-                lines.append(line)
-        columns = ["run", *(["seed"] if has_seeds else []), "loss", "− dense", "last eighth", "− dense"]
-        result += _table(part[0] if len(part) == 1 else "Mean of the sources", columns, lines, level=4)
-    return result
-
-
-def _mean_of_sources(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of means and standard errors of independent rows, each source counted alike."""
-    return statistics.mean(mean for mean, _ in parts), math.hypot(*(error for _, error in parts)) / len(parts)
-
-
-def read_losses(run: Result, source: str) -> dict[str, float]:
-    """Attention that the last model is read with -> mean held-out loss of a source."""
-    return {name: statistics.mean(read["positions"][source]["loss"]) for name, read in run["final"].items()}
-
-
-def _split(runs: Mapping[str, Result]) -> list[str]:
-    """What each model loses by its weights and by its reading, and its losses with every attention."""
-    sources = list(runs["dense"]["sources"])
-    names = list(dict.fromkeys(name for run in runs.values() for name in run["final"]))
-    parts, losses = [], []
-    for source in sources:
-        dense = read_losses(runs["dense"], source)[FULL]
-        for title, run in runs.items():
-            read = read_losses(run, source)
-            own = read[run["own"]]
-            losses.append([source, title, *(f"{read[name]:.4f}" if name in read else "" for name in names)])
-            if title != "dense":
-                parts.append([source, title, own - dense, read[FULL] - dense, own - read[FULL]])
-    if len(sources) > 1:
-        for title, run in reversed(runs.items()):
-            read = [read_losses(run, source) for source in sources]
-            cells = [f"{statistics.mean(r[name] for r in read):.4f}" if name in read[0] else "" for name in names]
-            losses.insert(0, ["mean", title, *cells])
-    means = [
-        ["mean", title, *(statistics.mean(part[i] for part in parts if part[1] == title) for i in (2, 3, 4))]
-        for title in runs
-        if title != "dense"
-    ]
-    cells = [[*part[:2], *(f"{value:+.4f}" for value in part[2:])] for part in [*means, *parts]]
-    columns = ["source", "run", "− dense", "of that with full attention", "of that by reading with its own"]
-    return [
-        *_table("The difference, split: what a reading with full attention leaves, and the rest", columns, cells),
-        *_table("Each last model read with each attention: held-out loss", ["source", "run", *names], losses),
-    ]  # fmt: skip
-
-
-def _by_position(runs: Mapping[str, Result]) -> list[str]:
-    bins = runs["dense"]["bins"]
-    others = [name for name in runs if name != "dense"]
-    result = ["### Loss by position: dense, and each run's difference", ""]
-    for source in runs["dense"]["sources"]:
-        theirs = own_positions(runs["dense"])[source]["bins"]
-        lines = [
-            [f"{start:,} … {stop - 1:,}", f"{statistics.mean(theirs[i]):.4f}"]
-            + [_with_error(*difference(own_positions(runs[n])[source]["bins"][i], theirs[i]), sign="+") for n in others]
-            for i, (start, stop) in enumerate(pairwise(bins))
-        ]
-        result += _table(source, ["position", "dense", *others], lines, level=4)
-    return result
-
-
-def _copying(runs: Mapping[str, Result]) -> list[str]:
-    copies = {name: run["final"][run["own"]]["copy"] for name, run in runs.items()}
-    distances = list(copies["dense"])
-    lines = []
-    for source in runs["dense"]["sources"]:
-        for name, copy in copies.items():
-            values = [copy[distance][source] for distance in distances]
-            lines.append(
-                [
-                    source,
-                    name,
-                    *(f"{statistics.mean(v['second']):.3f} ({statistics.mean(v['first']):.3f})" for v in values),
-                ]
-            )
-    return [
-        *_table(
-            "A passage that comes twice: its loss the second time (the first time)",
-            ["source", "run", *(f"{int(distance):,} tokens later" for distance in distances)],
-            lines,
-        ),
-        "A model that copies would lose almost nothing the second time. These hardly do: what the second time costs is",
-        "decided by where the passage stands, at the end of the row and out of the text that led to it.",
-        "",
-    ]
-
-
-def _routing_tables(runs: Mapping[str, Result]) -> list[str]:
-    curves = routing_curves(runs)
-    tokens = sorted({count for points in curves.values() for count in points})
-    result = ["### Attention mass over the training", ""]
-    for what, title in ROUTING_PARTS.items():
-        lines = [
-            [name, *(f"{points[count][what]:.1%}" if count in points else "" for count in tokens)]
-            for name, points in curves.items()
-        ]
-        result += _table(
-            title.capitalize(), ["million tokens read", *(f"{count / 1e6:.1f}" for count in tokens)], lines, 4
-        )
-    layers = [
-        [name, f"{count / 1e6:.1f}", *(f"{values['covered']:.0%}" for values in points[count]["layers"].values())]
-        for name, points in curves.items()
-        for count in (min(points), max(points))
-    ]
-    width = max(map(len, layers))
-    layers = [line + [""] * (width - len(line)) for line in layers]
-    columns = ["run", "million tokens read", *map(str, range(width - 2))]
-    return result + _table("In the chosen blocks, by layer that routes", columns, layers, 4)
-
-
-def routing_curves(runs: Mapping[str, Result]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Run and setting -> tokens -> covered, best, recent, and these of each layer."""
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, run in runs.items():
-        for point in run["checkpoints"]:
-            for setting, values in point["routing"].items():
-                title = name if setting in name else f"{name}, {setting} would choose"
-                curves.setdefault(title, {})[point["tokens"]] = values
-    return curves
-
-
-def _training(runs: Mapping[str, Result]) -> list[str]:
-    """All runs read the same rows at the same step."""
-    dense = runs["dense"]
-    steps = [0, *(point["step"] for point in dense["checkpoints"])]
-    columns = [f"… {point['tokens'] / 1e6:.0f}M" for point in dense["checkpoints"]]
-    lines = []
-    for name, run in runs.items():
-        values = [
-            (a, loss, b)
-            for (a, _, loss, _), (_, _, b, _) in zip(run["log"]["train"], dense["log"]["train"], strict=True)
-        ]
-        parts = [[v for v in values if start < v[0] <= stop] for start, stop in pairwise(steps)]
-        if name == "dense":
-            lines.append([name, *(f"{statistics.mean(b for _, _, b in part):.4f}" for part in parts)])
-        else:
-            lines.append([name, *(f"{statistics.mean(a - b for _, a, b in part):+.4f}" for part in parts)])
-    return _table(
-        "Training loss between checkpoints: dense, and each run's difference", ["tokens read", *columns], lines
-    )
-
-
-def _last_tenth(run: Result) -> list[float]:
-    losses = [loss for _, _, loss, _ in run["log"]["train"]]
-    return losses[-max(2, len(losses) // 10) :]
-
-
-def _with_error(mean: float, error: float, sign: str = "") -> str:
-    return f"{mean:{sign}.4f} ± {error:.4f}"
-
-
-def training_gap(log: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Million tokens read, and the mean difference of five logged losses, of which it is the middle one's."""
-    gaps = [a[2] - b[2] for a, b in zip(log, dense, strict=True)]
-    middle = range(2, len(gaps) - 2)
-    return [log[i][1] / 1e6 for i in middle], [statistics.mean(gaps[i - 2 : i + 3]) for i in middle]
-
-
-def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
-    """Name -> matplotlib figure: training loss, held-out loss, both over tokens; loss by position; routing."""
-    dense = runs["dense"]
-    sources = list(dense["sources"])
-    million = 1e6
-    others = {name: run for name, run in runs.items() if name != "dense"}
-
-    def over_tokens(run: Result, value: Callable[[Result], Any]) -> tuple[list[float], list[Any]]:
-        return [p["tokens"] / million for p in run["checkpoints"]], [value(p) for p in run["checkpoints"]]
-
-    def gap_over_tokens(run: Result, source: str) -> list[list[float]]:
-        pairs = zip(run["checkpoints"], dense["checkpoints"], strict=True)
-        gaps = [difference(a["sources"][source]["loss"], b["sources"][source]["loss"]) for a, b in pairs]
-        return [over_tokens(run, lambda p: None)[0], *map(list, zip(*gaps, strict=True))]
-
-    x, losses = "million tokens read", "held-out loss (nats)"
-    loss = [
-        [
-            Panel(
-                {n: over_tokens(r, lambda p, s=s: statistics.mean(p["sources"][s]["loss"])) for n, r in runs.items()},
-                x, losses, s,
-            )
-            for s in sources
-        ],
-        [
-            Panel({"dense": ([], []), **{n: gap_over_tokens(r, s) for n, r in others.items()}}, x, "minus dense",
-                  marks={"dense": 0.0})
-            for s in sources
-        ],
-    ]  # fmt: skip
-
-    bins = dense["bins"]
-    middle = [(start + stop) / 2 for start, stop in pairwise(bins)]
-
-    def gap_by_position(run: Result, source: str) -> list[list[float]]:
-        pairs = zip(own_positions(run)[source]["bins"], own_positions(dense)[source]["bins"], strict=True)
-        return [middle, *map(list, zip(*(difference(a, b) for a, b in pairs), strict=True))]
-
-    position = [
-        [
-            Panel(
-                {n: (middle, [statistics.mean(b) for b in own_positions(r)[s]["bins"]]) for n, r in runs.items()},
-                "position", losses, s,
-            )
-            for s in sources
-        ],
-        [
-            Panel({"dense": ([], []), **{n: gap_by_position(r, s) for n, r in others.items()}}, "position",
-                  "minus dense", marks={"dense": 0.0})
-            for s in sources
-        ],
-    ]  # fmt: skip
-    curves = routing_curves(runs)
-    panels = [
-        Panel(
-            {n: ([t / million for t in points], [v[what] for v in points.values()]) for n, points in curves.items()},
-            x, "share of the attention mass", title,
-        )
-        for what, title in ROUTING_PARTS.items()
-    ]  # fmt: skip
-    logs = {n: r["log"]["train"] for n, r in runs.items()}
-    training = [
-        Panel(
-            {n: ([t[1] / million for t in log], [t[2] for t in log]) for n, log in logs.items()}, x,
-            "training loss (nats)",
-        ),
-        Panel(
-            {"dense": ([], []), **{n: training_gap(logs[n], logs["dense"]) for n in others}}, x,
-            "minus dense, mean of 5 logged", marks={"dense": 0.0},
-        ),
-    ]  # fmt: skip
-    size = f"{dense['parameters'] / million:.0f}M parameters, rows of {dense['recipe']['data']['context']:,} tokens"
-    return {
-        "training": plot_panels([training], f"Training loss · {size}"),
-        "loss": plot_panels(loss, f"Held-out loss over training · {size}"),
-        "positions": plot_panels(position, f"Loss by position · {size}"),
-        "routing": plot_panels([panels], f"What routing covers over training · {size}"),
-    }
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
+import activation as script
 import pytest
 import torch
 from tiny_folder import save_tiny_model, words
@@ -22,16 +22,6 @@ from moba.train.run import train
 ROOT = Path(__file__).parents[1]
 LENGTH = 128
 OPTIONS = ("--config", "8x3 full=1", "--device", "cpu")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("activation", ROOT / "benchmarks" / "activation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def run(*args):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 from itertools import pairwise
-from pathlib import Path
 
+import from_scratch as script
 import pytest
 import torch
+from from_scratch_report import write_report
+from from_scratch_report.runs import own_positions
+from from_scratch_report.tables import read_losses
 from tiny_shards import save_shards
 from torch.nn import functional
 
 from moba import MoBAConfig
+from moba.data import open_shards
 from moba.hf import set_moba_config
 from moba.train.recipe import Recipe
 from moba.train.run import train
@@ -22,17 +25,6 @@ from moba.train.schedule import throughout
 CONTEXT, ROWS = 128, 6
 CONFIG = MoBAConfig(8, 3)
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def load_script():
-    path = Path(__file__).parents[1] / "benchmarks" / "from_scratch.py"
-    spec = importlib.util.spec_from_file_location("from_scratch", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def recipe(folder, data, schedule, seed=0, **model):
@@ -89,7 +81,7 @@ def row_losses(model, row):
 
 def test_losses_are_those_of_each_row_read_alone(runs, results, data):
     model = script.load_checkpoint(runs["full"] / "checkpoint-20", torch.device("cpu"))
-    rows = script.held_out_rows(script.open_shards(data, "held_out"), CONTEXT, ROWS)
+    rows = script.held_out_rows(open_shards(data, "held_out"), CONTEXT, ROWS)
     assert {source: len(tokens) for source, (tokens, _) in rows.items()} == {"source 0": 4, "source 1": 5}
     final = results["full"]["final"]
     assert list(final) == ["full", "8/3"]
@@ -109,7 +101,7 @@ def test_losses_are_those_of_each_row_read_alone(runs, results, data):
 
 
 def test_first_rows_of_all_documents_come_first(data):
-    shards = script.open_shards(data, "held_out")
+    shards = open_shards(data, "held_out")
     tokens, num_documents = script.held_out_rows(shards, CONTEXT, 3)["source 1"]
     assert num_documents == 2
     members = [i for i, document in enumerate(shards.documents) if document.source == "source 1"]
@@ -145,7 +137,7 @@ def check_against_the_log(result):
     """The training evaluated the first two rows of the first document, which are the first and third measured."""
     step, _, logged = result["log"]["held_out"][-1]
     assert step == 20
-    losses = script.own_positions(result)["source 0"]["loss"]
+    losses = own_positions(result)["source 0"]["loss"]
     assert (losses[0] + losses[2]) / 2 == pytest.approx(logged["source 0"], abs=2e-5)
 
 
@@ -160,17 +152,17 @@ def test_a_wrong_folder_is_refused(runs, data, tmp_path):
 
 
 def test_report_compares_with_the_dense_run(results, tmp_path):
-    script.write_report(list(results.values()), tmp_path / "proof")
+    write_report(list(results.values()), tmp_path / "proof")
     assert {path.name for path in tmp_path.iterdir()} == {
         "proof.md", "proof.json", "proof-training.png", "proof-loss.png", "proof-positions.png", "proof-routing.png"
     }  # fmt: skip
     text = (tmp_path / "proof.md").read_text()
-    dense, moba = (script.own_positions(results[name])["source 0"]["loss"] for name in ("full", "throughout"))
+    dense, moba = (own_positions(results[name])["source 0"]["loss"] for name in ("full", "throughout"))
     gaps = [b - a for a, b in zip(dense, moba, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
     assert f"{statistics.mean(gaps):+.4f} ± {error:.4f}" in text
     assert f"{statistics.mean(dense):.4f} ± " in text
-    read = script.read_losses(results["throughout"], "source 0")
+    read = read_losses(results["throughout"], "source 0")
     assert set(read) == {"8/3", "full"}
     weights = read["full"] - statistics.mean(dense)
     assert (
@@ -183,17 +175,17 @@ def test_a_report_is_made_again_from_its_own_file(results, tmp_path):
     for result in small:
         result["recipe"]["training"]["tokens"] -= 1
         result["checkpoints"][-1]["tokens"] -= 1
-    script.write_report([*small, *results.values()], tmp_path / "proof")
+    write_report([*small, *results.values()], tmp_path / "proof")
     kept = json.loads((tmp_path / "proof.json").read_text())
     assert [result["name"] for result in kept[:3]] == [result["name"] for result in results.values()]
     assert all("bins" not in result["final"][result["own"]]["positions"]["source 0"] for result in kept[3:])
-    script.write_report(kept, tmp_path / "again")
+    write_report(kept, tmp_path / "again")
     assert (tmp_path / "again.md").read_text() == (tmp_path / "proof.md").read_text()
     assert json.loads((tmp_path / "again.json").read_text()) == kept
 
 
 def test_report_needs_a_dense_run_and_each_run_once(results, tmp_path):
     with pytest.raises(ValueError, match="no dense run"):
-        script.write_report([results["throughout"]], tmp_path / "proof")
+        write_report([results["throughout"]], tmp_path / "proof")
     with pytest.raises(ValueError, match="give each once"):
-        script.write_report([results["full"], results["full"]], tmp_path / "proof")
+        write_report([results["full"], results["full"]], tmp_path / "proof")

@@ -19,9 +19,13 @@ _SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_h
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
-    steps = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-    return [path for _, path in steps]
+    folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(out: Path) -> Path | None:
