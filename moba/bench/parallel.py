@@ -261,20 +261,20 @@ def _route(q: Tensor, k: Tensor, shards: Shards, selection: dict[str, Any], lend
 def _on_all(
     case: ParallelCase, device: torch.device, options: dict[str, Any], transport: str, repeats: int
 ) -> dict[str, Any]:
-    """Times of the slowest rank and of the fastest, the largest peak, and the bytes that all ranks sent."""
+    """Times of the slowest rank and of the fastest, the largest peak, and the bytes that all ranks sent.
+
+    Timed as layers behind a model's first are, which need not compare what the ranks were given.
+    """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
     tensors = make_inputs(case, device, length, first=rank * length)
-
-    def attend(*leaves: Tensor) -> Any:
-        return context_parallel_attention(*leaves, **options, transport=transport)
-
+    attend = partial(context_parallel_attention, **options, transport=transport)
     try:
         with torch.no_grad(), _sent_bytes() as sent:
-            _, routing = context_parallel_attention(*tensors[:3], **options, transport=transport, return_routing=True)
+            _, routing, shards = attend(*tensors[:3], return_routing=True, return_shards=True)
         mine: dict[str, Any] = {"sent": sum(sent), "needed": _needed_bytes(case, routing, rank, num_ranks)}
         del routing
-        mine |= _measure(case, tensors, device, repeats, attend)
+        mine |= _measure(case, tensors, device, repeats, partial(attend, shards=shards))
     except torch.OutOfMemoryError:
         mine = {"failed": "out of memory"}
     every = _gathered(mine)

@@ -70,20 +70,31 @@ def all_wishes(chosen: Tensor, shards: Shards, sizes: list[int], block_size: int
     blocks = [length // block_size for length in shards.lengths]
     ranks_before = [count if rank < shards.rank else 0 for rank, count in enumerate(blocks)]
     mine = [blocks[shards.rank] if rank > shards.rank else 0 for rank in range(len(blocks))]
-    wanted = send_and_receive(chosen.to(torch.uint8).split(ranks_before), mine, shards.group).bool()
+    wanted = send_and_receive(chosen.to(torch.uint8).split(ranks_before), mine, shards.group)
+    # A byte for each block: the host waits for them once, and finds out there what comes and goes.
+    device = chosen.device
+    chosen, wanted = _on_host(chosen, wanted.bool())
     wishes = []
     for of_heads, wanted_of_heads in zip(chosen.split(sizes, dim=2), wanted.split(sizes, dim=2), strict=True):
         slots = of_heads.long().cumsum(0) - 1
         block, row, head = of_heads.nonzero(as_tuple=True)
+        places = [part.nonzero(as_tuple=True) for part in wanted_of_heads.split(mine)]
         wishes.append(
             Wishes(
-                row, slots[block, row, head], head, slots,
+                row.to(device), slots[block, row, head].to(device), head.to(device), slots.to(device),
                 num_slots=int(slots[-1].max()) + 1 if slots.numel() else 0,
-                counts=torch.stack([part.sum() for part in of_heads.split(ranks_before)]).tolist(),
-                places=[part.nonzero(as_tuple=True) for part in wanted_of_heads.split(mine)],
+                counts=[int(part.sum()) for part in of_heads.split(ranks_before)],
+                places=[tuple(x.to(device) for x in place) for place in places],
             )
         )  # fmt: skip
     return wishes
+
+
+def _on_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one dtype, read in one go."""
+    flat = torch.cat([x.flatten() for x in tensors]).cpu()
+    parts = flat.split([x.numel() for x in tensors])
+    return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))
 
 
 def fetch(k: Tensor, v: Tensor, wish: Wishes, group: ProcessGroup, block_size: int) -> Travel:
