@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from moba import backends
 from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dtype
-from moba.checks import check_attention, check_cu_seqlens, require_tensors
+from moba.checks import check_attention, check_cu_seqlens, check_scale, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
 from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
@@ -105,12 +106,14 @@ def context_parallel_attention(
         require_one_of("backend", backend, BACKENDS)
         require_tensors(q=q, k=k, v=v)
         _check_shapes(q, k, v, cu_seqlens, transport, ranks)
+        backends.resolve(backend, q, k)
         differentiable = [torch.is_grad_enabled() and x.requires_grad for x in (q, k, v)]
         return {
             "batch size": q.shape[0], "query heads": q.shape[2], "key/value heads": k.shape[2],
             "head dim": q.shape[3], "dtype": DTYPES.index(q.dtype), "block_size": block_size, "topk": topk,
-            "scale": float_bits(scale), "keep_first": keep_first, "keep_recent": keep_recent,
+            "scale": float_bits(check_scale(scale, q.shape[3])), "keep_first": keep_first, "keep_recent": keep_recent,
             "router": -1 if callable(router) else crc32(router.encode()), "transport": TRANSPORTS.index(transport),
+            "backend": BACKENDS.index(backend),
             "gradients asked for": sum(asked << i for i, asked in enumerate(differentiable)),
             "number of documents": 0 if cu_seqlens is None else cu_seqlens.numel(),
             "cu_seqlens": 0 if cu_seqlens is None else fingerprint(cu_seqlens),

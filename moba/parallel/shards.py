@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +110,10 @@ def ranks_of(group: ProcessGroup | DeviceMesh | None) -> Ranks:
     return Ranks(inside)
 
 
-def float_bits(value: float | None) -> int:
+def float_bits(value: float) -> int:
     """A number that differs where floats do."""
-    return -1 if value is None else struct.unpack("q", struct.pack("d", value))[0]
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
 
 
 def fingerprint(x: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def agree(q: Tensor, ranks: Ranks, settings: Callable[[], Mapping[str, int | Ten
         q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
         ranks: that share the sequence.
         settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
-            learns of its ValueError, so that none waits for a rank that gave up.
+            learns of what it raises, so that none waits for a rank that gave up.
 
     Returns:
         The shards. Reads the other ranks' lengths, so the device is waited for.
@@ -139,10 +140,10 @@ def agree(q: Tensor, ranks: Ranks, settings: Callable[[], Mapping[str, int | Ten
     if ranks.between is None:
         return _agree(q, ranks.inside, settings, lambda: q.shape[1])
     node: Shards | None = None
-    problem: ValueError | None = None
+    problem: Exception | None = None
     try:
         node = _agree(q, ranks.inside, settings, lambda: q.shape[1])
-    except ValueError as error:
+    except Exception as error:
         problem = error
 
     def settings_of_node() -> Mapping[str, int | Tensor]:
@@ -159,18 +160,14 @@ def _agree(
     q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]], num_tokens: Callable[[], int]
 ) -> Shards:
     """`agree` among the ranks of one group, each of which has so many tokens."""
-    problem: ValueError | None = None
+    problem: Exception | None = None
+    same: Mapping[str, int | Tensor] = {}
+    row = torch.zeros(MAX_NUMBERS, dtype=torch.int64, device=_control_device(q, group))
     try:
         same = settings()
-        mine = [1, num_tokens(), *same.values()]
-    except ValueError as error:
-        problem, same, mine = error, {}, [0]
-    row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
-    row[: len(mine)] = torch.tensor([0 if isinstance(number, Tensor) else number for number in mine])
-    row = row.to(_control_device(q, group))
-    for place, number in enumerate(mine):
-        if isinstance(number, Tensor):
-            row[place] = number  # on the device, so that the host waits once
+        row = _as_row([1, num_tokens(), *same.values()], row.device)
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        problem = error
     rows = [torch.empty_like(row) for _ in range(group.size())]
     dist.all_gather(rows, row, group=group)
     table = torch.stack(rows).tolist()
@@ -186,6 +183,17 @@ def _agree(
             shown = [str(DTYPES[value]) for value in values] if name == "dtype" else values
             raise ValueError(f"the ranks disagree on {name}: {shown} on ranks 0 to {group.size() - 1}")
     return Shards(tuple(numbers[1] for numbers in table), group.rank(), group)
+
+
+def _as_row(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
+    """MAX_NUMBERS numbers, of which some are on the device already, where the host need not wait for them."""
+    row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
+    row[: len(numbers)] = torch.tensor([0 if isinstance(number, Tensor) else number for number in numbers])
+    row = row.to(device)
+    for place, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            row[place] = number
+    return row
 
 
 def _control_device(q: object, group: ProcessGroup) -> torch.device:
