@@ -37,7 +37,7 @@ def load_model(
         return _adapted(Path(str(model)).expanduser(), dtype, attn_implementation)
     transformers, source, options = _locate(model)
     settings = {}
-    if options:
+    if "gguf_file" in options:
         # Newer transformers would leave weights packed: that needs kernels to download, and rules out training.
         unpack = getattr(transformers, "GgufConfig", None)
         settings = {"quantization_config": unpack(dequantize=True)} if unpack else {}
@@ -108,11 +108,11 @@ def renew_rotary(model: torch.nn.Module) -> None:
                 setattr(parent, name, make(config=config).to(child.inv_freq.device))
 
 
-def _locate(model: str | None) -> tuple[Any, str, dict[str, str]]:
-    """transformers, what to give its `from_pretrained`, and the options of a GGUF file.
+def _locate(model: str | None) -> tuple[Any, str, dict[str, Any]]:
+    """transformers, what to give its `from_pretrained`, and its options: of a GGUF file, or without a network.
 
     Raises:
-        ValueError: if a package or the file is missing.
+        ValueError: if a package or the file is missing, or a name cannot be looked up.
     """
     try:
         import transformers
@@ -120,9 +120,31 @@ def _locate(model: str | None) -> tuple[Any, str, dict[str, str]]:
         raise ValueError("loading a model needs transformers: pip install 'moba[hf]'") from error
     file = embedded_model_file() if model is None else _local_file(model)
     if file is None:
-        return transformers, str(model), {}
+        return transformers, str(model), _options_of_name(str(model))
     _require_gguf_reader()
     return transformers, str(file.parent), {"gguf_file": file.name}
+
+
+def _options_of_name(model: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of a folder or a name: without a network it would try again for most of a minute.
+
+    Raises:
+        ValueError: for a name that is not in the hub's cache, if the hub cannot be reached.
+    """
+    if Path(model).is_dir():
+        return {}
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of httpx or requests, whichever the hub's version brings
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return {"local_files_only": True}
+        raise ValueError(
+            f"model: there is no folder {model!r}, and {constants.ENDPOINT} cannot be reached to look for that name"
+        ) from None
+    return {}
 
 
 def embedded_model_file() -> Path:
@@ -156,7 +178,9 @@ def _local_file(model: str) -> Path | None:
         if path.suffix != ".gguf":
             raise ValueError(f"model must be a folder, a .gguf file or a name, got the file {model!r}")
         return path
-    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf"):
+    if not path.is_dir() and (
+        path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf" or model.count("/") > 1
+    ):
         raise ValueError(f"model: there is no {model!r}")
     return None
 

@@ -238,7 +238,14 @@ def test_help_is_quick_and_complete(moba):
     assert subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True).stdout == "[]\n"
     assert moba("generate", "--help")[0] == 0
     assert moba("bench", "--help")[0] == 0
-    assert moba()[0] == 2
+    assert moba("eval", "lm-eval", "--help")[0] == 0
+
+
+@pytest.mark.parametrize("args", [[], ["eval"], ["bench"]])
+def test_a_command_without_its_part_shows_its_help_alone(moba, args):
+    code, out, err = moba(*args)
+    assert (code, err) == (2, "")
+    assert "--help" in out
 
 
 def test_doctor(moba):

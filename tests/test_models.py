@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 import transformers
 from helpers import assert_close
 from real_model import smollm2 as smollm2
+from tiny_folder import save_tiny_model
 from tiny_models import tiny_model
 
 from moba import MoBAConfig, register_moba
-from moba.models import embedded_model_file, load_model
+from moba.models import embedded_model_file, load_model, load_tokenizer
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()
 
@@ -74,10 +76,34 @@ def test_embedded_model_can_be_saved(smollm2, tmp_path):
     assert torch.equal(loaded.model.layers[7].self_attn.q_proj.weight, weight.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "no-such-file.gguf"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "no/such/folder", "no-such-file.gguf"]
+)
 def test_a_path_that_does_not_exist(name):
     with pytest.raises(ValueError, match=f"there is no '{name}'"):
         load_model(name)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_name_without_a_network_is_refused_at_once(load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"there is no folder 'some/name', and http://127\.0\.0\.1:9 cannot be reached"
+    ):
+        load("some/name")
+    assert time.monotonic() - start < 5
+
+
+def test_a_cached_name_is_read_without_a_network(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_tiny_model(snapshot)
+    (tmp_path / "models--some--name" / "refs").mkdir()
+    (tmp_path / "models--some--name" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert len(load_tokenizer("some/name")) == 64
 
 
 def test_a_file_of_another_kind(tmp_path):

@@ -10,6 +10,7 @@ app = typer.Typer(
     help="Measure MoBA beside dense attention on this machine.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(attention)

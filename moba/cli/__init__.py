@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Mixture of Block Attention: long-context language models that read only the blocks they need.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
@@ -74,6 +75,8 @@ def main(args: list[str] | None = None) -> None:
     except (_UsageError, ValueError, OSError, ModuleNotFoundError) as error:  # type: ignore[misc]
         if isinstance(error, ModuleNotFoundError) and error.name not in _EXTRAS:
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.exit(2)  # a command without what it needs has shown its help, which is all there is to say
         rank = os.environ.get("RANK", "0")  # torchrun's
         if rank != "0":
             time.sleep(_FIRST_SPEAKS)
@@ -88,5 +91,7 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs the package {error.name}: pip install 'moba[{_EXTRAS[error.name or '']}]'"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     message = getattr(error, "format_message", error.__str__)() or type(error).__name__
     return " ".join(message.strip().splitlines()[0].split())

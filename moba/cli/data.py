@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from moba.data.build import Unit
+    from moba.data.retrieval import Plan
 
 
 def data(
@@ -77,20 +78,24 @@ def data(
 
     from moba.cli.session import messages, quieten, say
     from moba.data.build import build
-    from moba.models import load_tokenizer
+    from moba.data.retrieval import retrieval_unit
+    from moba.models import EMBEDDED, load_tokenizer
 
     if retrieval is not None and texts:
         raise ValueError("--retrieval takes its texts from a folder of `moba data`; leave out --from")
     if retrieval is not None and retrieval.resolve() == out.resolve():
         raise ValueError(f"--retrieval reads its texts from {retrieval}: choose another folder to write to")
-    quieten()
-    name = tokenizer or "SmolLM2-135M-Instruct"
-    loaded = load_tokenizer(tokenizer)
+    # What can be wrong without the tokenizer is said before it is loaded.
     if retrieval is not None:
-        units = _retrieval_units(retrieval, loaded, lengths, tokens, held_out)
+        plan = _retrieval_plan(retrieval, lengths, tokens, held_out)
     else:
         units = _own_units(texts, text_key, held_out, licence) if texts else _package_units(sources)
-    say(f"{len(units)} sources, tokenizer of {name}")
+    quieten()
+    name = tokenizer or EMBEDDED
+    say(f"loading the tokenizer of {name} …")
+    loaded = load_tokenizer(tokenizer)
+    if retrieval is not None:
+        units = [retrieval_unit(retrieval, loaded, plan)]
     with messages.status("starting …") as status:
         manifest = build(
             out, units, loaded, tokenizer_name=name, end_of_text=end_of_text,
@@ -121,11 +126,13 @@ def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) 
     ]
 
 
-def _retrieval_units(folder: Path, tokenizer: Any, lengths: str, tokens: int, held_out: float) -> list[Unit]:
+def _retrieval_plan(folder: Path, lengths: str, tokens: int, held_out: float) -> Plan:
     from moba.cli.eval_setup import parse_lengths
-    from moba.data.retrieval import Plan, retrieval_unit
+    from moba.data import open_shards
+    from moba.data.retrieval import Plan
 
-    return [retrieval_unit(folder, tokenizer, Plan(tuple(parse_lengths(lengths)), tokens, held_out))]
+    open_shards(folder)
+    return Plan(tuple(parse_lengths(lengths)), tokens, held_out)
 
 
 def _list() -> None:

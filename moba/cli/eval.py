@@ -476,7 +476,7 @@ def routing(
 
 @app.command(
     name="lm-eval",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def lm_eval(
     context: typer.Context,

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from moba.evals.reader import Reader
     from moba.lines import Lines
 
-app = typer.Typer(help="Evaluate a model with MoBA, and with --compare with full attention too.", no_args_is_help=True)
+app = typer.Typer(
+    help="Evaluate a model with MoBA, and with --compare with full attention too.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -43,7 +43,8 @@ def train(
 ) -> None:
     """Train a model with MoBA, or go on with a training that was interrupted.
 
-    \b
+    Examples:
+
         moba data data/mine --from texts/
         moba train recipes/activation.toml --data data/mine --out runs/first --dry-run
         moba train recipes/activation.toml --data data/mine --out runs/first

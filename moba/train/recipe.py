@@ -308,7 +308,11 @@ def read_recipe(path: str | Path, changes: list[str] | tuple[str, ...] = ()) -> 
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"a recipe is a .toml file, got the folder {path}")
-    values = _parse(file.read_text(encoding="utf-8"), str(path))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a recipe is a .toml file, but {path} is not UTF-8 text (byte {error.start})") from None
+    values = _parse(text, str(path))
     for change in changes:
         key, separator, text = change.partition("=")
         if not separator:
