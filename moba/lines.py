@@ -1,4 +1,4 @@
-"""Files of JSON lines that one run at a time appends to, and that a killed run goes on from."""
+"""What one run at a time may write: folders, and files of JSON lines that a killed run goes on from."""
 
 from __future__ import annotations
 
@@ -81,10 +81,29 @@ def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another run") from None
+        _take(file, path)
         yield Lines(path, file, begins, advice)
     finally:
         os.close(file)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and keep other runs out of it.
+
+    Raises:
+        ValueError: if another run has it.
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        _take(lock.fileno(), folder)
+        yield
+
+
+def _take(file: int, path: Path) -> None:
+    """Lock an open file until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another run") from None

@@ -163,6 +163,19 @@ def test_a_changed_or_unreadable_folder_is_refused(tmp_path, tokenizer):
         folder_units(texts, text_key="text", held_out=1.0, licence="")
 
 
+def test_files_of_one_folder_are_sources_of_their_own(tmp_path, tokenizer):
+    folder = write(tmp_path / "texts", a__txt="w1", b__jsonl='{"text": "w2"}')
+    options = {"text_key": "text", "held_out": 0, "licence": "MIT"}
+    units = [unit for file in sorted(folder.iterdir()) for unit in folder_units(file, **options)]
+    assert [unit.name for unit in units] == ["a.txt", "b.jsonl"]
+    built(tmp_path / "out", units[:1], tokenizer)
+    built(tmp_path / "out", units, tokenizer)
+    assert len(open_shards(tmp_path / "out")) == 2
+    other = folder_units(write(tmp_path / "other", a__txt="w3") / "a.txt", **options)
+    with pytest.raises(ValueError, match=r"two sources are called a\.txt: rename one"):
+        built(tmp_path / "new", [*units, *other], tokenizer)
+
+
 def test_the_held_out_share_depends_on_names_only():
     names = [f"document {i}" for i in range(2000)]
     held = [name for name in names if is_held_out(name, 0.1)]

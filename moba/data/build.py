@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from moba.data.shards import (
     tokenizer_hash,
     write_manifest,
 )
+from moba.lines import locked
 
 # Characters given to the tokenizer at once: enough for all its threads.
 _CHARS_AT_ONCE = 4_000_000
@@ -99,14 +98,15 @@ def build(
 
     Raises:
         ValueError: if the folder was built with another tokenizer or end of text, a unit has changed since it was
-            built, or units failed (the others are built, and are not built again).
+            built, two units have one name, or units failed (the others are built, and are not built again).
         OSError: if files cannot be written; the units finished before stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         manifest = _start(folder, tokenizer, tokenizer_name, end_of_text)
         done = {source["name"]: source for source in manifest["sources"]}
-        for unit in units:
+        for number, unit in enumerate(units):
+            if unit.name in (other.name for other in units[:number]):
+                raise ValueError(f"two sources are called {unit.name}: rename one, or put both into one folder")
             if unit.name in done and any(done[unit.name].get(key) != value for key, value in unit.about.items()):
                 raise ValueError(f"{unit.name} has changed since it was built into {folder}: choose another folder")
         left = [unit for unit in units if unit.name not in done]
@@ -230,14 +230,3 @@ def end_token(tokenizer: Any, name: str | None = None) -> int:
     if name is None or name not in vocabulary:
         raise ValueError(f"end_of_text must be a token of the tokenizer, got {name!r}")
     return vocabulary[name]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other builds out of a folder."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being built by another run") from None
-        yield

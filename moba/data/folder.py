@@ -16,7 +16,7 @@ _BYTES_PER_UNIT = 1 << 26
 
 
 def folder_units(path: Path, *, text_key: str, held_out: float, licence: str) -> list[Unit]:
-    """Cut a folder's files into units of about 64 MB, each done in one go.
+    """Cut a folder's files into units of about 64 MB, each done in one go, `folder/0`, `folder/1`, …; a file is one.
 
     Args:
         path: a folder, read with all below it, or one file.
@@ -36,7 +36,8 @@ def folder_units(path: Path, *, text_key: str, held_out: float, licence: str) ->
     files = [file for file in found if file.suffix.lower() in endings]
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"{path} holds no text: files must end in {', '.join(endings)}, and not be empty")
-    root = path.parent if path.is_file() else path
+    if path.is_file():
+        return [_unit(path.name, files, path.parent, text_key, held_out, licence)]
     groups: list[list[Path]] = [[]]
     size = 0
     for file in files:
@@ -45,10 +46,11 @@ def folder_units(path: Path, *, text_key: str, held_out: float, licence: str) ->
             size = 0
         groups[-1].append(file)
         size += file.stat().st_size
-    return [_unit(i, group, root, text_key, held_out, licence) for i, group in enumerate(groups)]
+    name = path.resolve().name
+    return [_unit(f"{name}/{i}", group, path, text_key, held_out, licence) for i, group in enumerate(groups)]
 
 
-def _unit(number: int, files: list[Path], root: Path, text_key: str, held_out: float, licence: str) -> Unit:
+def _unit(unit: str, files: list[Path], root: Path, text_key: str, held_out: float, licence: str) -> Unit:
     names = [file.relative_to(root).as_posix() for file in files]
     state = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in zip(names, files, strict=True)]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
@@ -56,7 +58,7 @@ def _unit(number: int, files: list[Path], root: Path, text_key: str, held_out: f
     def read(work: Path) -> tuple[dict[str, Any], Iterator[Text]]:
         return {"files": len(files)}, _texts(files, names, text_key, held_out)
 
-    return Unit(f"{root.resolve().name}/{number}", {"licence": licence, "state": digest}, read)
+    return Unit(unit, {"licence": licence, "state": digest}, read)
 
 
 def _texts(files: list[Path], names: list[str], text_key: str, held_out: float) -> Iterator[Text]:

@@ -143,7 +143,8 @@ def open_shards(folder: str | Path, split: str = "train", *, tokenizer: Any = No
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is no manifest that `moba data` wrote: {error!r}") from None
     if not len(shards):
-        raise ValueError(f"{folder} holds no documents for split={split!r}")
+        advice = "; `moba data --held-out SHARE` sets some apart" if split == "held_out" else ""
+        raise ValueError(f"{folder} holds no documents for split={split!r}{advice}")
     return shards
 
 
@@ -154,6 +155,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: if there is none, or it is not one.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise ValueError(f"there is no folder {folder}: make it with `moba data {folder} …`")
     if not path.is_file():
         if (folder / UNFINISHED).is_file():
             raise ValueError(f"{folder} is an unfinished build: run the same `moba data` command again, it goes on")
