@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from datetime import timedelta
 
@@ -23,6 +24,7 @@ def _serve(rank, num_ranks, store, tasks, results):
             results.put((True, function(rank, *arguments)))
         except Exception as error:
             results.put((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    os._exit(0)  # every result was read; gloo's threads would hold up an orderly end
 
 
 class Ranks:
