@@ -69,14 +69,17 @@ def test_compiled_without_graph_breaks():
     assert_same((out.detach(), *torch.autograd.grad(out, leaves, d_out)), train(leaves, d_out))
 
 
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("num_kv_heads", [2, 16])
+def test_more_than_2_31_elements(num_kv_heads):
     needed = 60 << 30
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
-    num_tokens, block_size, topk, group = 1_100_000, 4096, 2, 8
-    leaves, d_out = inputs(num_tokens, num_heads=16, num_kv_heads=2, head_dim=128)
+    num_tokens, block_size, topk, group = 1_100_000, 4096, 2, 16 // num_kv_heads
+    leaves, d_out = inputs(num_tokens, num_heads=16, num_kv_heads=num_kv_heads, head_dim=128)
     q, k, v = leaves
     assert q.numel() > 2**31
+    assert (k.numel() > 2**31) == (group == 1)
     out, lse, routing = moba_attention(
         q, k, v, block_size=block_size, topk=topk, backend="triton", return_lse=True, return_routing=True
     )

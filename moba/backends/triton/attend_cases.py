@@ -24,6 +24,8 @@ BLOCK_SIZES = (80, 128, 512)
 # The least and the most shared memory.
 REPRESENTATIVE_ARCHITECTURES = (86, 90)
 NUM_TOKENS = 16384
+# So many that strides are numbers of 64 bits.
+FAR_TOKENS = 1 << 24
 # Small enough that the dQ of large blocks, and chunks of query rows, are compiled as well.
 TIGHT_BYTES = 1 << 20
 
@@ -38,6 +40,8 @@ def aot_cases(arch: int) -> Iterator[Case]:
                 yield from _cases(arch, dtype, head_dim, block_size, "plain", representative)
     for layout in ("padded", "packed", "one query"):
         yield from _cases(arch, torch.bfloat16, 128, 128, layout, representative=False)
+    for block_size in (128, 512):
+        yield from _cases(arch, torch.bfloat16, 128, block_size, "far", representative=arch == 90)
 
 
 def _cases(
@@ -57,7 +61,8 @@ def _launches(
     arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, workspace_bytes: int
 ) -> list[tuple[Any, dict[str, Any]]]:
     num_rows = 2 if layout == "padded" else 1
-    num_queries = 1 if layout == "one query" else NUM_TOKENS
+    num_keys = FAR_TOKENS if layout == "far" else NUM_TOKENS
+    num_queries = 1 if layout == "one query" else num_keys
     num_heads, num_kv_heads, topk = 4, 2, 4
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -65,9 +70,13 @@ def _launches(
 
     start = empty(num_rows, kind=torch.int32) if layout == "padded" else None
     cu = empty(5, kind=torch.int32) if layout == "packed" else None
-    sequences = Sequences(num_rows, num_queries, NUM_TOKENS, key_start=start, key_end=start, cu_q=cu, cu_k=cu)
+    sequences = Sequences(num_rows, num_queries, num_keys, key_start=start, key_end=start, cu_q=cu, cu_k=cu)
     q = empty(num_rows, num_queries, num_heads, head_dim)
-    k, v = (empty(num_rows, NUM_TOKENS, num_kv_heads, head_dim) for _ in range(2))
+    k, v = (empty(num_rows, num_keys, num_kv_heads, head_dim) for _ in range(2))
+    if layout == "far":
+        # Head after head, one of two key/value heads: the strides of rows and of heads are both beyond 2^31.
+        q = empty(num_rows, num_heads, num_queries, head_dim).transpose(1, 2)
+        k, v = (empty(num_rows, num_kv_heads, num_keys, head_dim).transpose(1, 2)[:, :, :1] for _ in range(2))
     indices = empty(num_rows, num_queries, num_heads, topk, kind=torch.int32)
     view = by_block.new_view(indices, sequences, block_size)
     options: dict[str, Any] = {

@@ -46,7 +46,9 @@ def load_keys(
     `source` is a pointer, or WITH_TMA a descriptor from `key_descriptor`, which ignores the mask.
     """
     if WITH_TMA:
-        keys = source.load([row * (stride_r // stride_s) + first_key, group * stride_g])
+        # Descriptors take 32-bit places, but strides beyond 2^31 make 64-bit numbers.
+        matrix_row = tl.cast(row * (stride_r // stride_s), tl.int32) + first_key
+        keys = source.load([matrix_row, tl.cast(group * stride_g, tl.int32)])
     else:
         start = tl.full([], row, tl.int64) * stride_r + tl.full([], group, tl.int64) * stride_g
         start += tl.full([], first_key, tl.int64) * stride_s
