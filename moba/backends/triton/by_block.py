@@ -60,7 +60,7 @@ def _chosen_blocks(
         row, queries, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
         blocks_per_row, block_size,
     )  # fmt: skip
-    base = indices_ptr + row.to(tl.int64) * indices_stride_r + head * indices_stride_h
+    base = indices_ptr + row.to(tl.int64) * indices_stride_r + head.to(tl.int64) * indices_stride_h
     is_entry = (own > 0) & (slots < topk - 1)
     index = tl.load(base + queries.to(tl.int64) * indices_stride_t + slots, mask=is_entry, other=-1)
     is_past = (index >= 0) & (index < own)

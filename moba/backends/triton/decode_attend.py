@@ -57,7 +57,8 @@ def _decode_attend_kernel(
     first_row = tl.sum(tl.where(is_first, query_row, 0))
     start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
     q_ptr += tl.cast(row, tl.int64) * stride_qr
-    q = load_rows(q_ptr, query.to(tl.int64) * stride_qt + head * stride_qh, is_query, HEAD_DIM, BLOCK_D)
+    q_offsets = query.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    q = load_rows(q_ptr, q_offsets, is_query, HEAD_DIM, BLOCK_D)
     block = tl.load(indices_ptr + first_row * TOPK + slot, mask=exists, other=-1)
 
     if IS_ALONE:

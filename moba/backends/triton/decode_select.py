@@ -102,7 +102,8 @@ def _score_kernel(
         )
         mean_pointers = means_ptr + offsets[:, None] + dims[None, :]
         q_ptr += tl.cast(row, tl.int64) * stride_qr
-        q_pointers = q_ptr + query.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + dims[None, :]
+        q_offsets = query.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+        q_pointers = q_ptr + q_offsets[:, None] + dims[None, :]
         scores = tl.zeros([TILE_N, TILE_M], tl.float32)
         for first_dim in tl.static_range(0, HEAD_DIM, TILE_D):
             is_dim = (first_dim + dims < HEAD_DIM)[None, :]

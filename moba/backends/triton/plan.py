@@ -46,9 +46,20 @@ def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, 
 
 
 def windows(view: View, sizes: dict[str, int]) -> int:
-    """How many windows cover every entry and the cost of every block."""
-    num_blocks = view.offsets.shape[1] - 1
-    return cdiv(view.entries.shape[1] + num_blocks * sizes["BLOCK_COST"], sizes["WINDOW"])
+    """How many windows cover every entry and the cost of every block.
+
+    Raises:
+        ValueError: if kernels, which count both together in int32, could not.
+    """
+    num_entries, num_blocks = view.entries.shape[1], view.offsets.shape[1] - 1
+    cost, window = sizes["BLOCK_COST"], sizes["WINDOW"]
+    count = cdiv(num_entries + num_blocks * cost, window)
+    if count * window >= 2**31:
+        raise ValueError(
+            f"query rows · (topk - 1) + blocks · {cost} must be below 2^31, got {num_entries} + {num_blocks} · {cost}: "
+            "take a larger block_size or a smaller topk"
+        )
+    return count
 
 
 def keeps_keys(q: Tensor, block_size: int) -> bool:
@@ -144,7 +155,7 @@ def _chunk_bounds_kernel(
     low = tl.load(offsets_ptr + block, mask=mask, other=0)
     high = tl.load(offsets_ptr + block + 1, mask=mask, other=0)
     while tl.max(high - low, 0) > 0:
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         searching = low < high
         is_before = tl.load(entries_ptr + middle, mask=searching, other=0) < value
         low = tl.where(searching & is_before, middle + 1, low)
