@@ -29,6 +29,13 @@ def ranks(tmp_path_factory):
     group.stop()
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
+
+
 def batch_of(kind):
     """A batch as a data collator makes it; "packed" has documents, "uneven" a length that two ranks cannot halve."""
     tokens = random_tokens(1 if kind == "packed" else 2, 63 if kind == "uneven" else 64)
@@ -97,6 +104,32 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
     expected = model(**batch_of(kind), use_cache=False).loss
     expected.backward()
     assert sum(loss for loss, _ in outcomes) / 2 == pytest.approx(expected.item(), rel=1e-5)
+    for _, gradients in outcomes:
+        for name, parameter in model.named_parameters():
+            assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
+
+
+def step_of_two_groups(rank, transport):
+    """As `step`, of four ranks: two share each row of a batch, and all four the parameters."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model = model_of({"fused": True, "recomputed": True})
+    parallelize(model, mesh["cp"], transport=transport)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh._flatten())
+    fully_shard(model, mesh=mesh._flatten())
+    row = {name: x[rank // 2 : rank // 2 + 1] for name, x in batch_of("plain").items()}
+    loss = model(**shard_batch(row, mesh["cp"]), use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("transport", ["gather", "selective"])
+def test_context_parallelism_and_fsdp2_share_one_mesh(four, transport):
+    outcomes = four.run(step_of_two_groups, transport)
+    model = model_of({})
+    expected = model(**batch_of("plain"), use_cache=False).loss
+    expected.backward()
+    assert sum(loss for loss, _ in outcomes) / 4 == pytest.approx(expected.item(), rel=1e-5)
     for _, gradients in outcomes:
         for name, parameter in model.named_parameters():
             assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
