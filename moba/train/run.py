@@ -15,46 +15,28 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from moba.adapters import write_adapter
 from moba.config import require_no_file
 from moba.data import Shards, open_shards, tokenizer_hash
-from moba.hf import get_moba_config
 from moba.parallel.models import cut_batch, parallelize
-from moba.train.checkpoints import (
-    UNFINISHED,
-    check_architecture,
-    last_checkpoint,
-    move_into_place,
-    write_json,
-)
+from moba.train.checkpoints import UNFINISHED, check_architecture, last_checkpoint, write_json
 from moba.train.estimate import Estimate, estimate
+from moba.train.log import Log, tensorboard
 from moba.train.loss import use_fused_loss
 from moba.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
 from moba.train.packing import PackedRows, SharedRows, by_source, collate
 from moba.train.recipe import Recipe, same_run
 from moba.train.schedule import MoBASchedule
+from moba.train.trainer import WholeTrainer, first_line, save_results
 
 Say = Callable[[str], None]
 
@@ -79,18 +61,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     state = PartialState(cpu=not torch.cuda.is_available())
     tell: Say = say if state.is_main_process else lambda text: None
     out = Path(recipe.out).expanduser()
-    across = recipe.training.context_parallel
-    if state.num_processes % across:
-        raise ValueError(
-            f"training.context_parallel = {across} needs a multiple of {across} processes, got {state.num_processes}: "
-            f"start them with accelerate launch --num_processes {across} -m moba train …"
-        )
-    rows_at_a_time = recipe.training.rows_at_once * state.num_processes // across
-    if recipe.training.rows_per_step % rows_at_a_time:
-        raise ValueError(
-            f"training.rows_per_step must be a multiple of rows_at_once times {state.num_processes // across} "
-            f"processes with rows of their own = {rows_at_a_time}, got {recipe.training.rows_per_step}"
-        )
+    rows_at_a_time = _rows_at_a_time(recipe, state.num_processes)
     shards = open_shards(recipe.data.folder)
     rows = training_rows(recipe, shards)
     checkpoint = _check_run(recipe, out, shards)
@@ -116,14 +87,14 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
     held_out = _held_out(recipe)
     arguments = _arguments(recipe, out, rows_at_a_time, held_out)
-    trainer = _Trainer(
+    trainer = WholeTrainer(
         model=trained,
         args=arguments,
         **_data(recipe, arguments, rows, held_out, model, state),
         callbacks=[
             MoBASchedule(recipe.schedule),
-            _Log(out, recipe.training.rows_per_step * recipe.data.context),
-            *_tensorboard(out, checkpoint, state),
+            Log(out, recipe.training.rows_per_step * recipe.data.context),
+            *tensorboard(out, checkpoint, state),
             *(callbacks or []),
         ],
     )
@@ -131,7 +102,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     trainer.remove_callback(PrinterCallback)
     with _enough_memory(recipe):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save_model(trainer, trained, tokenizer, out, recipe)
+    save_results(trainer, trained, recipe)
     tell(f"trained: {out / 'model'}")
     return out / "model"
 
@@ -148,6 +119,27 @@ def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, i
     check_tokenizer(shards, model, tokenizer)
     total, trained = num_parameters(model if recipe.lora is None else add_adapters(model, recipe.lora))
     return estimate(recipe, model, trained, rows, device), total, trained
+
+
+def _rows_at_a_time(recipe: Recipe, num_processes: int) -> int:
+    """Rows that all processes compute at once.
+
+    Raises:
+        ValueError: if the processes cannot share rows as the recipe says, or no whole number of times makes a step.
+    """
+    across = recipe.training.context_parallel
+    if num_processes % across:
+        raise ValueError(
+            f"training.context_parallel = {across} needs a multiple of {across} processes, got {num_processes}: "
+            f"start them with accelerate launch --num_processes {across} -m moba train …"
+        )
+    rows = recipe.training.rows_at_once * num_processes // across
+    if recipe.training.rows_per_step % rows:
+        raise ValueError(
+            f"training.rows_per_step must be a multiple of rows_at_once times {num_processes // across} "
+            f"processes with rows of their own = {rows}, got {recipe.training.rows_per_step}"
+        )
+    return rows
 
 
 def check_tokenizer(shards: Shards, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -300,101 +292,6 @@ def _data(
     }
 
 
-class _Trainer(Trainer):
-    """transformers' Trainer, whose checkpoints appear whole, with the tokenizer, so that each can be evaluated."""
-
-    tokenizer: Any = None
-    _draft: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.args.output_dir if self._draft is None else self._draft)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        out = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        self._draft = out / UNFINISHED
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.tokenizer is not None and self.args.should_save:
-                self.tokenizer.save_pretrained(self._draft / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                move_into_place(self._draft / name, out / name)
-                rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
-        except Exception as error:
-            free = shutil.disk_usage(out).free
-            shutil.rmtree(self._draft, ignore_errors=True)
-            last = last_checkpoint(out)
-            raise OSError(
-                f"{name} could not be saved, {free / 2**30:.1f} GiB were free on the disk: {_first_line(error)}; "
-                + ("there is no earlier one" if last is None else f"{last.name} is whole, and the run goes on from it")
-            ) from error
-        finally:
-            self._draft = None
-        self.accelerator.wait_for_everyone()
-
-
-class _Log(TrainerCallback):
-    """OUT/log.jsonl: what Trainer logs, with the tokens read so far, their rate, and the attention that holds."""
-
-    def __init__(self, out: Path, tokens_per_step: int) -> None:
-        self._path = out / "log.jsonl"
-        self._tokens_per_step = tokens_per_step
-        self._since = (0.0, 0)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget what a run that was killed logged after its last checkpoint."""
-        self._since = (time.perf_counter(), state.global_step)
-        if not state.is_world_process_zero or not self._path.is_file():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        draft = self._path.with_name("log.jsonl.unfinished")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(self._path)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append a line."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        if "loss" in logs:
-            (then, step), now = self._since, time.perf_counter()
-            self._since = (now, state.global_step)
-            logs["tokens_per_s"] = round((state.global_step - step) * self._tokens_per_step / (now - then), 1)
-        config = get_moba_config(kwargs["model"])
-        record = {"step": state.global_step, "tokens": state.global_step * self._tokens_per_step, **logs}
-        if config is not None:
-            record["attention"] = {
-                "block_size": config.block_size, "topk": config.topk, "full_layers": config.full_layers
-            }  # fmt: skip
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """An evaluation's time is not the training's."""
-        self._since = (time.perf_counter(), state.global_step)
-
-
-def _tensorboard(out: Path, checkpoint: Path | None, state: PartialState) -> list[TrainerCallback]:
-    if not state.is_main_process or find_spec("tensorboard") is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    # What a killed run wrote behind its last checkpoint is hidden.
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))]
-
-
 @contextmanager
 def _enough_memory(recipe: Recipe) -> Iterator[None]:
     """Say what takes less where the device has too little memory."""
@@ -404,43 +301,5 @@ def _enough_memory(recipe: Recipe) -> Iterator[None]:
         raise ValueError(
             f"not enough GPU memory for {recipe.training.rows_at_once} rows of {recipe.data.context:,} tokens at once: "
             "lower training.rows_at_once or data.context, keep training.checkpoint_activations, or use [lora] or "
-            f"several GPUs; the run goes on from its last checkpoint ({_first_line(error)})"
+            f"several GPUs; the run goes on from its last checkpoint ({first_line(error)})"
         ) from error
-
-
-def _save_model(trainer: Trainer, model: Any, tokenizer: Any, out: Path, recipe: Recipe) -> None:
-    """OUT/model, and the adapter of LoRA."""
-
-    def save(folder: str) -> None:
-        if recipe.lora is None:
-            trainer.save_model(folder)
-        elif trainer.args.should_save:
-            model.merge_and_unload().save_pretrained(folder)
-        if tokenizer is not None and trainer.args.should_save:
-            tokenizer.save_pretrained(folder)
-
-    if recipe.lora is not None:
-        _replace(trainer, out / "adapter", trainer.save_model)
-        if trainer.args.should_save:
-            scale = recipe.lora.alpha / recipe.lora.rank
-            config = model.config.get_text_config(decoder=True)
-            write_adapter(out / "adapter", config, str(recipe.model.base), scale, out / "adapter.safetensors")
-    _replace(trainer, out / "model", save)
-
-
-def _replace(trainer: Trainer, target: Path, save: Callable[[str], None]) -> None:
-    """`save` into a folder that then takes the place of `target`; all processes take part, the first moves it."""
-    draft = target.parent / UNFINISHED / target.name
-    try:
-        save(str(draft))
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            move_into_place(draft, target)
-    except Exception as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(f"{target} could not be saved: {_first_line(error)}; the checkpoints are whole") from error
-    trainer.accelerator.wait_for_everyone()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
