@@ -140,6 +140,13 @@ def test_shards_of_any_length_are_gathered(ranks):
     assert_same_as_one_device(ranks, (1, 70, 2, 1, 16), [13, 1, 29], options)
 
 
+@pytest.mark.parametrize("head_dim", [1, 3, 6])
+def test_blocks_of_any_width_are_selected(ranks, head_dim):
+    """Those of whole eight bytes travel as such."""
+    options = {"block_size": 8, "topk": 3, "transport": "selective"}
+    assert_same_as_one_device(ranks, (2, 72, 4, 2, head_dim), [24, 16], options)
+
+
 NODES = {
     **{name: CASES[name][1:] for name in ("even", "uneven", "kept blocks")},
     "packed": ([30, 11, 20], {"block_size": 8, "topk": 2, "cu_seqlens": torch.tensor([0, 13, 13, 40, 77, 96]).int()}),

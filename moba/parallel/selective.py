@@ -105,7 +105,7 @@ def fetch(k: Tensor, v: Tensor, wish: Wishes, group: ProcessGroup, block_size: i
         return x[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
 
     def cut(x: Tensor) -> list[Tensor]:
-        return [blocks_of(x)[row, block, :, head] for block, row, head in wish.places]
+        return [_narrow(blocks_of(_wide(x))[row, block, :, head], x) for block, row, head in wish.places]
 
     def merge(parts: list[Tensor]) -> Tensor:
         # In fp32 where more than one rank may have chosen a block.
@@ -135,11 +135,27 @@ class _Beside(torch.autograd.Function):
         num_before = wish.num_slots * blocks.shape[1]
         result = own.new_zeros(own.shape[0], num_before + own.shape[1], *own.shape[2:])
         result[:, num_before:] = own
-        result[:, :num_before].unflatten(1, ctx.shape)[wish.row, wish.slot, :, wish.head] = blocks
+        came = _wide(result)[:, :num_before].unflatten(1, ctx.shape)
+        came[wish.row, wish.slot, :, wish.head] = blocks if came.dtype == blocks.dtype else _wide(blocks)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         num_before = ctx.shape[0] * ctx.shape[1]
-        blocks = gradient[:, :num_before].unflatten(1, ctx.shape)[ctx.wish.row, ctx.wish.slot, :, ctx.wish.head]
+        came = _wide(gradient)[:, :num_before].unflatten(1, ctx.shape)
+        blocks = _narrow(came[ctx.wish.row, ctx.wish.slot, :, ctx.wish.head], gradient)
         return blocks, gradient[:, num_before:], None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The same memory [.., D] as numbers of eight bytes, of which an index moves fewer; x where that cannot be."""
+    ratio = 8 // x.element_size()
+    is_whole = not any(count % ratio for count in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+    return x.view(torch.int64) if is_whole else x
+
+
+def _narrow(x: Tensor, like: Tensor) -> Tensor:
+    """Numbers that `_wide` made of some like `like`, as those again."""
+    if not x.numel():
+        return like.new_empty(*x.shape[:-1], like.shape[-1])
+    return x.contiguous().view(like.dtype)
