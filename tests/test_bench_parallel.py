@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+
+from moba.bench.parallel import in_one_line
 
 SMALL = ["--tokens", "512", "--heads", "2", "--head-dim", "16", "--block-size", "32", "--topk", "2", "--dtype", "fp32",
          "--repeats", "1"]  # fmt: skip
@@ -29,6 +32,8 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     ways = record["ways"]
     for way in ("one", "share", "gather", "selective", "heads"):
         assert ways[way]["train_ms"] > 0
+        # Where the run stands.
+        assert len(re.findall(rf"^\d\d:\d\d:\d\d   {way}( \.\.\.|: forward [\d.]+ ms)$", result.stderr, re.M)) == 2
     assert ways["gather"]["needed"] == ways["selective"]["needed"] > 0
     assert ways["selective"]["needed"] <= ways["selective"]["sent"] < 1.2 * ways["selective"]["needed"]
     assert json.loads((tmp_path / "result.json").read_text()) == whole
@@ -40,6 +45,13 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     again = launched(tmp_path / "result")
     assert again.returncode == 1
     assert json.loads(again.stdout.splitlines()[-1])["records"] == whole["records"]
+
+
+def test_a_failure_is_named_by_its_first_cause():
+    error = RuntimeError("at 37:8:\n    keys = source.load(place)")
+    error.__cause__ = AssertionError("places need 32 bits\nat all times")
+    assert in_one_line(error) == "AssertionError: places need 32 bits"
+    assert in_one_line(MemoryError()) == "MemoryError: "
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,8 +153,7 @@ def _run(
     for case in cases:
         if any(record["case"] == case.name for record in records):
             continue
-        if dist.get_rank() == 0:
-            Console(stderr=True).print(case.name)
+        _tell(case.name)
         records.append({"case": case.name, "failed": UNFINISHED})
         save()
         records[-1] = run_case(case, device, backend, repeats)
@@ -185,17 +185,32 @@ def run_case(case: ParallelCase, device: torch.device, backend: str, repeats: in
     """Measure one case with every transport and on one device; the same record on every rank."""
     num_ranks = dist.get_world_size()
     options = {"block_size": case.block_size, "topk": case.topk, "backend": backend}
-    ways = {
-        "one": _on_one(case, device, options, repeats),
-        "share": _on_one(replace(case, tokens=case.tokens // num_ranks), device, options, repeats),
-    }
+    ways: dict[str, dict[str, Any]] = {}
+
+    def take(way: str, run: Callable[[], dict[str, Any]]) -> None:
+        _tell(f"  {way} ...")
+        ways[way] = run()
+        _tell(f"  {way}: " + (ways[way].get("failed") or f"forward {ways[way]['forward_ms']:.4g} ms"))
+
+    def checked(transport: str) -> dict[str, Any]:
+        problem = _check(case, device, options, transport)
+        return {"failed": problem} if problem else _on_all(case, device, options, transport, repeats)
+
+    share = replace(case, tokens=case.tokens // num_ranks)
+    take("one", partial(_on_one, case, device, options, repeats))
+    take("share", partial(_on_one, share, device, options, repeats))
+    _tell("  routing ...")
     routing_ms = _routing_times(case, device, options, repeats)
     for transport in TRANSPORTS:
-        if transport == "heads" and case.kv_heads % num_ranks:
-            continue
-        problem = _check(case, device, options, transport)
-        ways[transport] = {"failed": problem} if problem else _on_all(case, device, options, transport, repeats)
+        if transport != "heads" or case.kv_heads % num_ranks == 0:
+            take(transport, partial(checked, transport))
     return {**case.to_dict(), "ranks": num_ranks, "routing_ms": routing_ms, "ways": ways}
+
+
+def _tell(line: str) -> None:
+    """Say on standard error, once for all ranks, where the run stands and since when."""
+    if dist.get_rank() == 0:
+        typer.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
 
 
 def _check(case: ParallelCase, device: torch.device, options: dict[str, Any], transport: str) -> str | None:
@@ -230,11 +245,19 @@ def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], r
             tensors = make_inputs(case, device, case.tokens)
             return _measure(case, tensors, device, repeats, lambda *x: moba_attention(*x, **options))
         except Exception as error:
-            return {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+            traceback.print_exc()
+            return {"failed": in_one_line(error)}
 
     result: dict[str, Any] = _on_first(run)
     _free(device)
     return result
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong first: a compiler wraps that in exceptions which say where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _routing_times(
