@@ -194,7 +194,8 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
             cells.append([record["case"], "1", f"beyond inputs, {record['measured in']}", _gib(record["counted"]),
                           "", _gib(record["measured"])])  # fmt: skip
             continue
-        cells.append([record["case"], "1", "one", _gib(record["one"]), "", ""])
+        line = [record["case"], "1", "one", _gib(record["one"]), "", ""]
+        cells += [] if line in cells else [line]
         for way, by_rank in record["ways"].items():
             shown = ", ".join(_gib(x) for x in by_rank)
             cells.append([record["case"], str(record["ranks"]), way, shown, f"{max(by_rank) / record['one']:.1%}", ""])
