@@ -22,6 +22,7 @@ from tiny_shards import save_shards
 from moba import register_moba
 from moba.data import tokenizer_hash
 from moba.hf import get_moba_config
+from moba.lines import locked
 from moba.train.checkpoints import checkpoints
 from moba.train.recipe import Recipe, read_recipe
 from moba.train.run import train
@@ -137,6 +138,15 @@ def test_a_finished_run_is_not_repeated(moba, file, tmp_path):
     code, _, err = moba("train", file, "-s", "training.tokens=512")
     assert code == 0, err
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+
+def test_one_run_at_a_time_writes_a_folder(moba, file, tmp_path):
+    with locked(tmp_path / "out"):
+        code, _, err = moba("train", file)
+    assert code == 2
+    assert err.splitlines()[-1] == f"moba: error: {tmp_path}/out is being written by another run"
+    assert moba("train", file)[0] == 0
+    assert not (tmp_path / "out" / "unfinished").exists()
 
 
 def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
@@ -280,6 +290,8 @@ def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
 
 def test_recipes_that_cannot_be_read(moba, file, tmp_path):
     assert "nowhere.toml" in moba("train", tmp_path / "nowhere.toml")[2]
+    file.write_bytes(b"\xff")
+    assert "is not UTF-8 text (byte 0)" in moba("train", file)[2]
     file.write_text("out = [")
     assert "is not TOML" in moba("train", file)[2]
     file.write_text('out = "x"')

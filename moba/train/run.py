@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from moba.config import require_no_file
 from moba.data import Shards, open_shards, tokenizer_hash
+from moba.lines import locked
 from moba.parallel.models import cut_batch, parallelize
 from moba.train.checkpoints import UNFINISHED, check_architecture, last_checkpoint, write_json
 from moba.train.estimate import Estimate, estimate
@@ -55,7 +56,8 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         the folder of the trained model.
 
     Raises:
-        ValueError: for data, a model, or an earlier run in the folder that do not fit the recipe; not enough memory.
+        ValueError: for data, a model, or an earlier run in the folder that do not fit the recipe; another run that
+            writes to the folder now; not enough memory.
         OSError: if something cannot be written; the newest checkpoint is as good as before.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -69,42 +71,42 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     check_tokenizer(shards, model, tokenizer)
     if checkpoint is not None:
         check_architecture(checkpoint, model)
-    _enter(recipe, out, shards, state)
-    with _enough_memory(recipe):
-        loss = use_fused_loss(model.to(state.device), recipe.training.loss)
-    trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
-    if recipe.training.checkpoint_activations:
-        checkpoint_activations(model)
-    if recipe.training.compile:
-        compile_layers(model)
-    total, learning = num_parameters(trained)
-    tell(
-        f"{total / 1e6:,.1f}M parameters, {learning / 1e6:,.1f}M of them trained; loss: {loss}; "
-        f"{rows.num_tokens:,} tokens in {len(rows.rows):,} rows, {recipe.num_steps:,} steps"
-    )
-    tell("from the beginning" if checkpoint is None else f"going on from {checkpoint}")
-    if tokenizer is None:
-        tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
-    held_out = _held_out(recipe)
-    arguments = _arguments(recipe, out, rows_at_a_time, held_out)
-    trainer = WholeTrainer(
-        model=trained,
-        args=arguments,
-        **_data(recipe, arguments, rows, held_out, model, state),
-        callbacks=[
-            MoBASchedule(recipe.schedule),
-            Log(out, recipe.training.rows_per_step * recipe.data.context),
-            *tensorboard(out, checkpoint, state),
-            *(callbacks or []),
-        ],
-    )
-    trainer.tokenizer = tokenizer
-    trainer.remove_callback(PrinterCallback)
-    with _enough_memory(recipe):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    save_results(trainer, trained, recipe)
-    tell(f"trained: {out / 'model'}")
-    return out / "model"
+    with _entered(recipe, out, shards, state):
+        with _enough_memory(recipe):
+            loss = use_fused_loss(model.to(state.device), recipe.training.loss)
+        trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
+        if recipe.training.checkpoint_activations:
+            checkpoint_activations(model)
+        if recipe.training.compile:
+            compile_layers(model)
+        total, learning = num_parameters(trained)
+        tell(
+            f"{total / 1e6:,.1f}M parameters, {learning / 1e6:,.1f}M of them trained; loss: {loss}; "
+            f"{rows.num_tokens:,} tokens in {len(rows.rows):,} rows, {recipe.num_steps:,} steps"
+        )
+        tell("from the beginning" if checkpoint is None else f"going on from {checkpoint}")
+        if tokenizer is None:
+            tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
+        held_out = _held_out(recipe)
+        arguments = _arguments(recipe, out, rows_at_a_time, held_out)
+        trainer = WholeTrainer(
+            model=trained,
+            args=arguments,
+            **_data(recipe, arguments, rows, held_out, model, state),
+            callbacks=[
+                MoBASchedule(recipe.schedule),
+                Log(out, recipe.training.rows_per_step * recipe.data.context),
+                *tensorboard(out, checkpoint, state),
+                *(callbacks or []),
+            ],
+        )
+        trainer.tokenizer = tokenizer
+        trainer.remove_callback(PrinterCallback)
+        with _enough_memory(recipe):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        save_results(trainer, trained, recipe)
+        tell(f"trained: {out / 'model'}")
+        return out / "model"
 
 
 def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, int]:
@@ -212,13 +214,21 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     return checkpoint
 
 
-def _enter(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> None:
-    """Make the run's folder, without what a killed run left half written."""
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
-    state.wait_for_everyone()
+@contextmanager
+def _entered(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> Iterator[None]:
+    """The run's folder, for this run alone, without what a killed run or this one left half written.
+
+    Raises:
+        ValueError: if another run is writing to it.
+    """
+    with locked(out) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+            write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
+        state.wait_for_everyone()
+        yield
+        if state.is_main_process:
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
 def _arguments(
