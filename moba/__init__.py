@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moba.attention import append_block_means, moba_attention, moba_attention_paged, moba_attention_varlen, moba_route
+from moba.attention import moba_attention, moba_attention_varlen
+from moba.block_means import append_block_means, moba_attention_paged, moba_route
 from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.config import MoBAConfig

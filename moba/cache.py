@@ -23,104 +23,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from moba.attention import append_block_means
+from moba.block_means import BlockMeans, Phase
 from moba.config import require_int
 
 # Room for keys grows by this part of what is there, so appending a token copies a fixed number of keys on average.
 GROWTH = 1 / 4
 LEAST_GROWTH = 256
-
-
-class Phase:
-    """What a cache's user is doing, shared by its layers."""
-
-    is_prefill = False
-
-
-class BlockMeans:
-    """The means of the finished blocks of one layer, kept current by the attention function.
-
-    Attributes:
-        means: [B, G, N, D], room for as many blocks as there is room for keys; None before the first use.
-        phase: what the cache's user is doing.
-    """
-
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
-        self.means: Tensor | None = None
-        self._block_size = 0
-        self._key_start: Tensor | None = None
-        self._room = 0
-        self._num_new = 0
-        self._has_keys = False
-        self._is_complete = True  # but for the noted keys
-
-    def note(self, num_new: int, room: int) -> None:
-        """Keys were appended: `num_new` of them, to a layer with room for `room`."""
-        if self._num_new:
-            self._is_complete = False
-        self._num_new, self._room = num_new, room
-
-    def update(
-        self, k: Tensor, *, block_size: int, key_start: Tensor | None, key_end: Tensor | None, backend: str
-    ) -> Tensor:
-        """Compute the means of the blocks that the noted keys finished; of all blocks where some keys were not seen, as
-        under another attention, or were cut into other blocks.
-
-        Args:
-            k: [B, S, G, D], all keys of the layer.
-            block_size, key_start, key_end, backend: as in `moba_attention`. That a row begins elsewhere than before is
-                noticed on a CPU only: a GPU is not waited for.
-
-        Returns:
-            [B, N, G, D], as `moba_attention` takes them.
-        """
-        is_continued = self._is_complete and (not self._has_keys or self._fits(k, block_size, key_start))
-        means = self._with_room(k, block_size)
-        append_block_means(
-            means, k, num_new=self._num_new if is_continued else k.shape[1], block_size=block_size,
-            key_start=key_start, key_end=key_end, backend=backend,
-        )  # fmt: skip
-        self._block_size, self._key_start = block_size, key_start
-        self._num_new, self._has_keys, self._is_complete = 0, True, True
-        return means
-
-    def skip(self) -> None:
-        """The layer does without means; should it need them later, `update` computes them all."""
-        self.means, self._num_new, self._is_complete = None, 0, False
-
-    def reset(self) -> None:
-        """The layer's keys are gone."""
-        self._num_new, self._has_keys, self._is_complete = 0, False, True
-
-    def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        """The layer's rows were reordered, repeated or selected by `take`."""
-        self.means = None if self.means is None else take(self.means)
-        self._key_start = None if self._key_start is None else take(self._key_start)
-
-    def _fits(self, k: Tensor, block_size: int, key_start: Tensor | None) -> bool:
-        """Whether the means so far belong to these keys, cut into these blocks."""
-        means = self.means
-        if means is None or self._block_size != block_size or means.dtype != k.dtype or means.device != k.device:
-            return False
-        if k.device.type != "cpu" or torch.compiler.is_compiling():
-            return True
-        zero = torch.zeros(k.shape[0], dtype=torch.int32)
-        before, now = (zero if start is None else start for start in (self._key_start, key_start))
-        return torch.equal(before, now)
-
-    def _with_room(self, k: Tensor, block_size: int) -> Tensor:
-        """The means [B, N, G, D] with room for every block, those of before in their places."""
-        shape = (k.shape[0], k.shape[2], self._room // block_size, k.shape[3])
-        means = self.means
-        if means is None or means.shape != shape or means.dtype != k.dtype or means.device != k.device:
-            with torch.inference_mode(False):
-                self.means = torch.empty(shape, dtype=k.dtype, device=k.device)
-            if means is not None and means.shape[:2] == shape[:2]:
-                num_kept = min(means.shape[2], shape[2])
-                self.means[:, :, :num_kept] = means[:, :, :num_kept]
-        assert self.means is not None
-        return self.means.transpose(1, 2)
 
 
 class _MoBALayer:

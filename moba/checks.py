@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from moba.layout import Sequences, page_means_shape
+from moba.numerics import to_autocast_dtype
+
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,40 +75,45 @@ def check_attention(ndim: int, **tensors: Tensor) -> None:
     check_heads(q.shape[-2], k.shape[-2])
 
 
-def check_page_numbers(pages_in_use: Tensor, num_pages: int) -> None:
-    """Check that every row's keys lie in pages that there are."""
-    if not pages_in_use.numel():
-        return
-    least, largest = (int(bound) for bound in pages_in_use.aminmax())
-    if least < 0 or largest >= num_pages:
+def check_route_by(
+    route_by: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, **others: object
+) -> tuple[Tensor, Tensor] | None:
+    """The queries and keys to route by in autocast's dtype, checked against q and k; `others` must then be None."""
+    if route_by is None:
+        return None
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"route_by serves to choose a routing, so it cannot be combined with {name}")
+    if not isinstance(route_by, tuple) or len(route_by) != 2:
+        raise ValueError(f"route_by must be a pair of queries and keys, got {type(route_by).__name__}")
+    by_q, by_k = route_by
+    require_tensors(**{"route_by[0]": by_q, "route_by[1]": by_k})
+    by_q, by_k, _ = to_autocast_dtype(by_q, by_k, by_k)
+    check_attention(q.ndim, **{"route_by[0]": by_q, "route_by[1]": by_k, "route_by[1] again": by_k})
+    if by_q.shape[:-1] != q.shape[:-1] or by_k.shape[:-1] != k.shape[:-1] or by_q.device != q.device:
         raise ValueError(
-            f"page_table must hold numbers from 0 to {num_pages - 1} for the pages of each row's keys, "
-            f"got {least if least < 0 else largest}"
+            f"route_by must be like q and k but for the head dim, {tuple(q.shape)} and {tuple(k.shape)} on {q.device}, "
+            f"got {tuple(by_q.shape)} and {tuple(by_k.shape)} on {by_q.device}"
         )
+    return by_q, by_k
 
 
-def check_bound(name: str, bound: Tensor | None, q: Tensor) -> None:
-    """Check key_start or key_end, int32 [B] beside q [B, ...]."""
-    if bound is None:
+def check_bounds(key_start: Tensor | None, key_end: Tensor | None, rows: Tensor, num_keys: int) -> None:
+    """Check key_start and key_end, int32 [B] beside rows [B, ...], and where values can be read, that
+    0 <= key_start <= key_end <= S.
+    """
+    bounds = {name: x for name, x in (("key_start", key_start), ("key_end", key_end)) if x is not None}
+    for name, bound in bounds.items():
+        if not isinstance(bound, Tensor) or bound.dtype != torch.int32 or bound.shape != rows.shape[:1]:
+            raise ValueError(f"{name} must be an int32 tensor [B] = [{rows.shape[0]}], got {describe(bound)}")
+        if bound.device != rows.device:
+            raise ValueError(f"{name} must be on {rows.device} like q, got {bound.device}")
+    first = next(iter(bounds.values()), None)
+    if first is None or not is_readable(first):
         return
-    if not isinstance(bound, Tensor) or bound.dtype != torch.int32 or bound.shape != q.shape[:1]:
-        raise ValueError(f"{name} must be an int32 tensor [B] = [{q.shape[0]}], got {describe(bound)}")
-    if bound.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {bound.device}")
-
-
-def check_key_range(key_start: Tensor | None, key_end: Tensor | None, num_keys: int) -> None:
-    """Check 0 <= key_start <= key_end <= S, where values can be read."""
-    bounds = [bound for bound in (key_start, key_end) if bound is not None]
-    if not is_readable(bounds[0]):
-        return
-    ordered = torch.stack([torch.zeros_like(bounds[0]), *bounds, torch.full_like(bounds[0], num_keys)])
+    ordered = torch.stack([torch.zeros_like(first), *bounds.values(), torch.full_like(first, num_keys)])
     if bool((ordered.diff(dim=0) < 0).any()):
-        got = ", ".join(
-            f"{name}={bound.tolist()}"
-            for name, bound in (("key_start", key_start), ("key_end", key_end))
-            if bound is not None
-        )
+        got = ", ".join(f"{name}={bound.tolist()}" for name, bound in bounds.items())
         raise ValueError(f"0 <= key_start <= key_end <= S = {num_keys} must hold in every row, got {got}")
 
 
@@ -124,8 +132,53 @@ def check_means(name: str, means: Tensor, k: Tensor, num_blocks: int) -> None:
             f"{name} must be {k.dtype} [{batch}, at least {num_blocks}, {num_kv_heads}, {head_dim}] like the blocks of "
             f"k, got {describe(means)}"
         )
-    if means.device != k.device:
-        raise ValueError(f"{name} must be on {k.device} like k, got {means.device}")
+    _check_beside(name, means, k, "k")
+
+
+def check_pages(pages: Tensor, page_table: Tensor, key_end: Tensor | None, num_rows: int | None) -> None:
+    """Check what says where rows lie in pages [P, page_size, G, D]; num_rows is q's batch size, None without q."""
+    if not isinstance(page_table, Tensor) or page_table.dtype != torch.int32 or page_table.ndim != 2:
+        raise ValueError(f"page_table must be an int32 tensor [B, pages], got {describe(page_table)}")
+    if page_table.shape[1] < 1:
+        raise ValueError("page_table must have at least one column, got none")
+    if num_rows is not None and page_table.shape[0] != num_rows:
+        raise ValueError(f"page_table must have a row for each of q's {num_rows}, got {page_table.shape[0]}")
+    if page_table.device != pages.device:
+        raise ValueError(f"page_table must be on {pages.device} like the pages, got {page_table.device}")
+    if pages.shape[0] < 1 or pages.shape[1] < 1:
+        raise ValueError(f"there must be at least one page of one key, got shape {tuple(pages.shape)}")
+    if key_end is None:
+        raise ValueError("key_end must be given with a page_table: the number of keys of each row")
+    check_bounds(None, key_end, page_table, page_table.shape[1] * pages.shape[1])
+
+
+def check_page_means(name: str, means: Tensor, pages: Tensor, block_size: int) -> None:
+    """Check means beside pages [P, page_size, G, D]."""
+    expected = page_means_shape(pages, block_size)
+    if not isinstance(means, Tensor) or tuple(means.shape) != expected or means.dtype != pages.dtype:
+        raise ValueError(f"{name} must be {pages.dtype} {expected} beside these pages, got {describe(means)}")
+    _check_beside(name, means, pages, "the pages")
+
+
+def check_page_numbers(sequences: Sequences, num_pages: int) -> None:
+    """Check, where values can be read, that every row's keys lie in pages that there are."""
+    assert sequences.page_table is not None
+    if not is_readable(sequences.page_table):
+        return
+    pages_in_use = sequences.pages_in_use()
+    if not pages_in_use.numel():
+        return
+    least, largest = (int(bound) for bound in pages_in_use.aminmax())
+    if least < 0 or largest >= num_pages:
+        raise ValueError(
+            f"page_table must hold numbers from 0 to {num_pages - 1} for the pages of each row's keys, "
+            f"got {least if least < 0 else largest}"
+        )
+
+
+def _check_beside(name: str, means: Tensor, keys: Tensor, of_keys: str) -> None:
+    if means.device != keys.device:
+        raise ValueError(f"{name} must be on {keys.device} like {of_keys}, got {means.device}")
     if means.stride(-1) != 1 and means.shape[-1] > 1:
         raise ValueError(f"the last dimension of {name} must be contiguous, got strides {means.stride()}")
 

@@ -1,4 +1,4 @@
-"""In which precision sums are taken."""
+"""In which precision things are computed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+# Those with autocast. A list, as torch.compile cannot trace torch's own question in every version.
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,3 +26,12 @@ def full_fp32_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(allowed)
+
+
+def to_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
+    device = q.device.type
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -411,7 +411,7 @@ def test_a_static_cache_does_not_break_the_graph(llama, monkeypatch):
         means.copy_((num_new * key_end[0]).expand_as(means))
 
     monkeypatch.setattr("moba.hf.attention.moba_attention", attention)
-    monkeypatch.setattr("moba.cache.append_block_means", append)
+    monkeypatch.setattr("moba.block_means.append_block_means", append)
     tokens = random_tokens(2, PROMPT)
     actual, counts = compiled_steps(llama, tokens, MoBACache(llama.config, max_cache_len=64), fullgraph=True)
     assert set(counts) == {1}

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from moba.attention import append_block_means, moba_attention
+from moba.attention import moba_attention
 from moba.bench import machine
 from moba.bench.attention import DTYPES
 from moba.bench.decode_cases import DecodeCase, cpu_suite, cuda_suite, free_bytes
@@ -34,6 +34,7 @@ from moba.bench.options import (
     TopkOption,
 )
 from moba.bench.report import table, write
+from moba.block_means import append_block_means
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 

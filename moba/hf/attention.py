@@ -23,7 +23,7 @@ from moba.hf.projections import unrotated
 from moba.routing import Routing
 
 if TYPE_CHECKING:
-    from moba.cache import BlockMeans
+    from moba.block_means import BlockMeans
 
 logger = logging.getLogger("moba")
 _has_advised = False

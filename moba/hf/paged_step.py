@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba.attention import append_block_means, moba_attention_paged
+from moba.block_means import append_block_means, moba_attention_paged
 from moba.config import MoBAConfig
 from moba.hf.attention import refuse_unknown
 from moba.hf.pages import PageBook

@@ -29,9 +29,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moba import backends
-from moba.attention import moba_attention, moba_attention_varlen, to_autocast_dtype
+from moba.attention import moba_attention, moba_attention_varlen
 from moba.checks import check_attention, check_cu_seqlens, check_scale, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
+from moba.numerics import to_autocast_dtype
 from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
 from moba.parallel.selective import all_wishes, beside_own, chosen_before, fetch

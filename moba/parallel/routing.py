@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba.attention import append_block_means, moba_route
+from moba.block_means import append_block_means, moba_route
 from moba.parallel.exchange import Transfer
 from moba.parallel.shards import Shards
 from moba.routing import Routing
