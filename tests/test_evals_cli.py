@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,9 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
             assert rows[0]["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
+BINARY, EMPTY = "binary.txt", "empty.txt"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -211,6 +215,8 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
             ("loss", "--length", 90, "--text", "1848-Pork-1"),
             "a file or the name of an address such as 1848-Polk-1, got '1848-Pork-1'",
         ),
+        (("loss", "--length", 90, "--text", BINARY), "binary.txt is not UTF-8 text (byte 0)"),
+        (("loss", "--length", 90, "--text", EMPTY), "empty.txt is empty"),
         (("loss", "--length", 90, "--data", "x"), "give either data or text, not both"),
         (("loss", "--length", "1K,2K"), "a number of tokens such as 8K or 100000, got '1K,2K'"),
         (("loss", "--length", "0"), "got '0'"),
@@ -240,9 +246,12 @@ def test_trained_models_with_key_convolutions_carry_their_settings(moba, tmp_pat
         (("routing", "--length", 24, "--topk", 16), "length must exceed|no query a choice"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, args, message):
+def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, monkeypatch, args, message):
     short = tmp_path / "short.txt"
     short.write_text(words(100))
+    monkeypatch.chdir(tmp_path)
+    Path(BINARY).write_bytes(b"\xff")
+    Path(EMPTY).write_text(" ")
     code, _, err = evaluate(*args, texts=("--text", short))
     assert code == 2
     assert any(part in err.splitlines()[-1] for part in message.split("|")), err

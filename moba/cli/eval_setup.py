@@ -60,6 +60,17 @@ LengthOption = Annotated[
         metavar="N", parser=parse_length, help="Tokens of each document or prompt; K means 1024.", rich_help_panel=TEXT
     ),
 ]
+
+
+def _check_texts(texts: list[str] | None) -> list[str] | None:
+    """Refuse what cannot be read before a model is loaded."""
+    from moba.evals.texts import read_text
+
+    for text in texts or []:
+        read_text(text)
+    return texts
+
+
 DocumentsOption = Annotated[int, typer.Option(metavar="N", min=1, help="How many documents.", rich_help_panel=TEXT)]
 DataOption = Annotated[
     Path | None,
@@ -71,7 +82,7 @@ DataOption = Annotated[
 TextOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--text", metavar="FILE|ADDRESS", rich_help_panel=TEXT,
+        "--text", metavar="FILE|ADDRESS", rich_help_panel=TEXT, callback=_check_texts,
         help="Your own text instead, or the name of an address such as 1848-Polk-1. May be given more than once.",
     ),
 ]  # fmt: skip

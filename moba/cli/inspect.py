@@ -43,6 +43,7 @@ def inspect(
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is not a folder")
     text = options.read_prompt(prompt, prompt_file)
+    out.mkdir(parents=True, exist_ok=True)
 
     from moba.cli.pictures import write_pictures
     from moba.cli.session import open_session, reading_progress, say

