@@ -32,14 +32,19 @@ def running_ranks(number, folders):
     group.stop()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def two_or_four(request, tmp_path_factory):
-    yield from running_ranks(request.param, tmp_path_factory)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    yield from running_ranks(2, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     yield from running_ranks(4, tmp_path_factory)
+
+
+@pytest.fixture(params=["two", "four"])
+def two_or_four(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
