@@ -135,6 +135,33 @@ def test_context_parallelism_and_fsdp2_share_one_mesh(four, transport):
             assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
 
 
+def inside_torchs_own(rank, balanced):
+    """The loss of a model inside torch's own context parallelism, which cuts the batch."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    model = model_of({})
+    parallelize(model, mesh["cp"])
+    tokens = random_tokens(1, 64)
+    batch = {"input_ids": tokens, "position_ids": torch.arange(64)[None].clone()}
+    batch["shift_labels"] = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cp_options, "enable_load_balance", balanced)
+        with context_parallel(mesh["cp"], buffers=list(batch.values()), buffer_seq_dims=[1, 1, 1]):
+            loss = model(**batch, labels=batch["shift_labels"], num_items_in_batch=63 / 2, use_cache=False).loss
+    return loss.item()
+
+
+def test_torchs_own_context_parallelism_cuts_batches_for_ours_where_its_balance_is_off(ranks):
+    (first, message), (second, _) = ranks.outcomes(inside_torchs_own, True)
+    assert (first, second) == (False, False)
+    assert message.startswith("ValueError: position_ids do not ascend by one")
+    tokens = random_tokens(1, 64)
+    expected = model_of({})(tokens, labels=tokens, use_cache=False).loss.item()
+    assert sum(ranks.run(inside_torchs_own, False)) / 2 == pytest.approx(expected, rel=1e-5)
+
+
 def refused(rank, what):
     model = model_of({})
     batch = shard_batch(batch_of("packed" if what == "no bounds" else "plain"))
