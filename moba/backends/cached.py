@@ -121,22 +121,11 @@ def _function_scores(q: Tensor, means: Tensor, sequences: Sequences, selection: 
     """A user's function sees the means of one sequence's finished blocks, so lengths are read on the host here."""
     block_size = selection.block_size
     scores = q.new_zeros(*q.shape[:3], max(sequences.num_keys - 1, 0) // block_size, dtype=torch.float64)
+    places = None if sequences.page_table is None else sequences.mean_places(block_size)
     for span in sequences.spans():
         num_candidates = (span.k_len - 1) // block_size
-        one_row = Sequences(1, span.q_len, sequences.num_keys)
-        if sequences.page_table is not None:
-            assert sequences.key_end is not None
-            some = slice(span.row, span.row + 1)
-            one_row = Sequences(
-                1,
-                span.q_len,
-                sequences.num_keys,
-                key_end=sequences.key_end[some],
-                page_table=sequences.page_table[some],
-            )
-            finished = _some_means(means, one_row, 0, num_candidates, block_size)[0]
-        else:
-            finished = means[span.row, :num_candidates]
+        place = (span.row,) if places is None else tuple(part[span.row, :num_candidates] for part in places)
+        finished = means[place][:num_candidates]
         rows = slice(q.shape[1] - span.q_len, q.shape[1])
         scores[span.row, rows, :, :num_candidates] = selection.scores(q[span.row, rows], finished).double()
     return scores

@@ -137,9 +137,5 @@ def decode(
         means = means[sequences.mean_places(selection.block_size)]
         k, v = sequences.gather_pages(k), sequences.gather_pages(v)
         sequences = sequences.without_pages()
-    indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
-    for span in sequences.spans():
-        rows = slice(span.q_start, span.q_start + span.q_len)
-        finished = means[span.row, : span.k_len // selection.block_size]
-        indices[span.row, rows] = _route_sequence(q[span.row, rows], finished, span, selection)
+    indices = route(q, None, sequences, selection, means)
     return (*attend(q, k, v, indices, sequences, block_size=selection.block_size, scale=scale), indices)

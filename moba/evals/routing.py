@@ -65,10 +65,9 @@ def observe_layers(model: Any, observe: Observer, would_choose: MoBAConfig | Non
 
 
 def _routing(config: MoBAConfig, query: Tensor, key: Tensor, value: Tensor) -> Routing:
-    names = ("block_size", "topk", "keep_first", "keep_recent", "router", "backend")
+    """What a config would choose of query [B, H, T, D] and key, value [B, G, S, D]."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    options = {name: getattr(config, name) for name in names}
-    return moba_attention(q, k, v, **options, return_routing=True)[1]
+    return moba_attention(q, k, v, **config.selection, backend=config.backend, return_routing=True)[1]
 
 
 def block_mass(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:
