@@ -214,6 +214,32 @@ def test_control_c_says_nothing(moba, monkeypatch):
     assert (code, err) == (130, "")
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["attention", "--device", "abacus"], "device must be auto, cpu or cuda, got 'abacus'"),
+        (["decode", "--device", "abacus"], "device must be auto, cpu or cuda, got 'abacus'"),
+        (["attention", "--out", f"{LICENSE}/x"], str(LICENSE)),
+        (["decode", "--out", f"{LICENSE}/x"], str(LICENSE)),
+        (["attention", "--tokens", 10**13], "not enough memory: "),
+    ],
+)
+def test_a_benchmark_that_cannot_run_says_why_in_one_line(moba, args, said):
+    code, out, err = moba("bench", *args)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("moba: error: ")
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_benchmark_without_its_device(moba):
+    assert moba("bench", "attention", "--device", "cuda")[::2] == (
+        2,
+        "moba: error: device='cuda': torch finds no CUDA device here\n",
+    )
+
+
 def test_debug_shows_the_traceback(moba):
     code, _, err = moba("--debug", "generate", "-p", "w1", "--topk", "0")
     assert code == 2

@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path, tokenizer, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("moba.data.build.ShardWriter.add", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device; finished sources stay.*goes on with b"):
         built(tmp_path, [unit("b", Text("b", ["w1"]))], tokenizer)
     monkeypatch.undo()
     assert len(open_shards(tmp_path)) == 1

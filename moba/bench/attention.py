@@ -31,7 +31,7 @@ from moba.bench.options import (
     TokensOption,
     TopkOption,
 )
-from moba.bench.report import plot, table, write
+from moba.bench.report import plot, require_writable, table, write
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Operations of a forward that take seconds: from there on one run is measured, not the median of several.
@@ -64,11 +64,11 @@ def attention(
     Each case first compares sampled rows of the tensors it times with an fp64 computation; one that fails is reported
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    if device not in ("auto", *LONG):
-        raise typer.BadParameter(f"device must be auto, cpu or cuda, got {device!r}")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = machine.device_of(device)
+    if out is not None:
+        require_writable(out)
     if tokens is not None:
         suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], reference=reference)]
     elif fixed_blocks:

@@ -33,7 +33,7 @@ from moba.bench.options import (
     TokensOption,
     TopkOption,
 )
-from moba.bench.report import table, write
+from moba.bench.report import require_writable, table, write
 from moba.block_means import append_block_means
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -70,11 +70,11 @@ def decode(
     layer finds its keys in a cache. Each case first compares sampled heads with an fp64 computation; one that fails is
     reported without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    if device not in ("auto", *COPY_BYTES):
-        raise typer.BadParameter(f"device must be auto, cpu or cuda, got {device!r}")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = machine.device_of(device)
+    if out is not None:
+        require_writable(out)
     if tokens is not None:
         suite = [DecodeCase(tokens, batch, heads, kv_heads, head_dim, block_size, topk, DTYPES[dtype], queries=queries)]
     else:

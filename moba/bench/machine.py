@@ -15,6 +15,19 @@ from pathlib import Path
 import torch
 
 
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no CUDA device here")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """Machine, versions, commit, command and time, for the header of a result."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}

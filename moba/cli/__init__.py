@@ -72,8 +72,10 @@ def main(args: list[str] | None = None) -> None:
         # The reader of our output has left; what Python still holds for it goes nowhere.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         code = 1
-    except (_UsageError, ValueError, OSError, ModuleNotFoundError) as error:  # type: ignore[misc]
+    except (_UsageError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:  # type: ignore[misc]
         if isinstance(error, ModuleNotFoundError) and error.name not in _EXTRAS:
+            raise
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)  # a command without what it needs has shown its help, which is all there is to say
@@ -87,8 +89,15 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has an error of its own for it, on a CPU a RuntimeError like any other."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
+    if isinstance(error, RuntimeError):
+        return f"not enough memory: {' '.join(str(error).split('. ')[0].split())}"
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs the package {error.name}: pip install 'moba[{_EXTRAS[error.name or '']}]'"
     if isinstance(error, OSError) and error.filename and error.strerror:

@@ -117,6 +117,11 @@ def build(
             except ValueError as error:
                 failures.append(str(error))
                 continue
+            except OSError as error:
+                what = (
+                    f"{error.strerror or error}; finished sources stay, and the same command goes on with {unit.name}"
+                )
+                raise OSError(error.errno, what, error.filename or str(folder)) from error
             write_manifest(folder / UNFINISHED, manifest)
             num_done = len(units) - len(left) + left.index(unit) + 1
             on_finished(num_done, unit.name, manifest["sources"][-1]["tokens"])

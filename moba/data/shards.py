@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,9 +248,11 @@ class ShardWriter:
             self.close()
 
     def abandon(self) -> None:
-        """Close the file of a shard that is not finished; no manifest names it."""
+        """Remove the file of a shard that is not finished; no manifest names it."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is buffered may not fit the disk
+                self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
             self._file = None
 
     def close(self) -> list[dict[str, Any]]:
