@@ -77,7 +77,7 @@ def as_rank(monkeypatch):
         (["--tokens", "500"], "--tokens must be a multiple of 64, 2 ranks times --block-size 32, got 500"),
         (["--backend", "nope"], "backend must be one of 'auto', 'reference', 'pytorch', 'triton', got 'nope'"),
         (["--backend", "triton"], "backend='triton' cannot run here: needs a CUDA device"),
-        (["--out", "{folder}/file/result"], "File exists: "),
+        (["--out", "{folder}/file/result"], "File exists"),
         (["--out", "{folder}/taken"], "taken.json cannot be written"),
         (["--out", "{folder}/other"], "other.json is no result of this command"),
     ],

@@ -460,6 +460,22 @@ def test_what_is_not_valid_ends_all_ranks_with_a_message(ranks, what, message):
     assert message in outcomes[-1][1]
 
 
+def with_shards_of_before(rank, tokens):
+    """What a second call returns that is told the shards of the first; the second may have other tokens."""
+    q, k, v, _ = inputs((1, 16, 2, 1, 8))
+    options = {"block_size": 8, "topk": 2}
+    out, shards = context_parallel_attention(q, k, v, **options, return_shards=True)
+    again = context_parallel_attention(q[:, :tokens], k[:, :tokens], v[:, :tokens], **options, shards=shards)
+    return torch.equal(out, again)
+
+
+def test_shards_of_an_earlier_call_are_taken(ranks):
+    assert ranks.run(with_shards_of_before, 16) == [True] * 3
+    for is_right, message in ranks.outcomes(with_shards_of_before, 8):
+        assert not is_right
+        assert message.startswith("ValueError: shards gives this rank 16 tokens, got 8")
+
+
 def shards_of_part_blocks(rank):
     q = torch.zeros(1, 12, 2, 8)
     context_parallel_attention(q, q, q, block_size=8, topk=2, transport="selective")

@@ -101,13 +101,17 @@ def context_parallel_attention(
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = to_autocast_dtype(q, k, v)
 
-    def settings() -> dict[str, int | Tensor]:
+    def check() -> None:
         validate_selection(block_size, topk, keep_first, keep_recent, router)
         require_one_of("transport", transport, TRANSPORTS)
         require_one_of("backend", backend, BACKENDS)
         require_tensors(q=q, k=k, v=v)
         _check_shapes(q, k, v, cu_seqlens, transport, ranks)
+        check_scale(scale, q.shape[3])
         backends.resolve(backend, q, k)
+
+    def settings() -> dict[str, int | Tensor]:
+        check()
         differentiable = [torch.is_grad_enabled() and x.requires_grad for x in (q, k, v)]
         return {
             "batch size": q.shape[0], "query heads": q.shape[2], "key/value heads": k.shape[2],
@@ -122,8 +126,10 @@ def context_parallel_attention(
 
     if shards is None:
         shards = agree(q, ranks, settings)
-    elif settings() and shards.lengths[shards.rank] != q.shape[1]:
-        raise ValueError(f"shards gives this rank {shards.lengths[shards.rank]} tokens, got {q.shape[1]}")
+    else:
+        check()
+        if shards.lengths[shards.rank] != q.shape[1]:
+            raise ValueError(f"shards gives this rank {shards.lengths[shards.rank]} tokens, got {q.shape[1]}")
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, shards.num_tokens)
     call = _Call(shards, transport, cu_seqlens, scale, block_size, topk, keep_first, keep_recent, router, backend)
