@@ -27,7 +27,7 @@ NUM_TOKENS = 16384
 # So many that strides are numbers of 64 bits.
 FAR_TOKENS = 1 << 24
 # Small enough that the dQ of large blocks, and chunks of query rows, are compiled as well.
-TIGHT_BYTES = 1 << 20
+TIGHT_BYTES_PER_KEY = 64
 
 
 def aot_cases(arch: int) -> Iterator[Case]:
@@ -48,8 +48,8 @@ def _cases(
     arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, representative: bool
 ) -> Iterator[Case]:
     names = set()
-    for workspace_bytes in (1 << 40, TIGHT_BYTES):
-        for kernel, arguments in _launches(arch, dtype, head_dim, block_size, layout, workspace_bytes):
+    for is_tight in (False, True):
+        for kernel, arguments in _launches(arch, dtype, head_dim, block_size, layout, is_tight):
             kind = "fused" if arguments.get("WITH_D_Q") else layout
             name = f"{kernel.__name__} {str(dtype)[6:]} D{head_dim} block {block_size} {kind}"
             if name not in names:
@@ -58,7 +58,7 @@ def _cases(
 
 
 def _launches(
-    arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, workspace_bytes: int
+    arch: int, dtype: torch.dtype, head_dim: int, block_size: int, layout: str, is_tight: bool
 ) -> list[tuple[Any, dict[str, Any]]]:
     num_rows = 2 if layout == "padded" else 1
     num_keys = FAR_TOKENS if layout == "far" else NUM_TOKENS
@@ -80,8 +80,8 @@ def _launches(
     indices = empty(num_rows, num_queries, num_heads, topk, kind=torch.int32)
     view = by_block.new_view(indices, sequences, block_size)
     options: dict[str, Any] = {
-        "block_size": block_size, "scale": head_dim**-0.5, "workspace_bytes": workspace_bytes, "arch": arch,
-        "keys_aligned": True,
+        "block_size": block_size, "scale": head_dim**-0.5, "arch": arch, "keys_aligned": True,
+        "workspace_bytes": TIGHT_BYTES_PER_KEY * num_keys if is_tight else 1 << 40,
     }  # fmt: skip
     lse = empty(num_rows, num_queries, num_heads, kind=torch.float32)
     bounds = bounds_of(sequences)
