@@ -74,7 +74,7 @@ def parallel(
     problem of the same kind is compared with one device. A run that was cut short goes on from PREFIX.json: the cases
     that it holds, the one that ended it included, are not measured again. The last line is the whole result as JSON.
     """
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         raise typer.BadParameter("start it with torchrun: torchrun --nproc-per-node 2 -m moba bench parallel")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
