@@ -213,7 +213,10 @@ def predict(shape: Case, num_ranks: int, way: str, rates: Rates, links: Links, c
 
 
 def memory(shape: Case, num_ranks: int, way: str, links: Links, clustered: float) -> int:
-    """Bytes of a forward on a rank: q, k, v, out and the routing, and what came, two groups of heads at a time."""
+    """Bytes of a forward on a rank: q, k, v, out and the routing, and what came, two groups of heads at a time.
+
+    Without the kernels' workspace; parallel_memory.py counts all.
+    """
     share, itemsize = shape.tokens / num_ranks, shape.dtype.itemsize
     own = share * shape.head_dim * itemsize * (2 * shape.heads + 2 * shape.kv_heads)
     routing = share * shape.heads * shape.topk * 4
