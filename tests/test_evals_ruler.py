@@ -217,3 +217,13 @@ def test_the_command_compares_attentions_and_goes_on(moba, tmp_path, squad):
     assert "full: score" in out
     assert (tmp_path / "out" / "ruler.png").is_file()
     assert "24 of 24 measured before" in moba(*args)[2]
+
+
+def test_a_task_that_does_not_fit_is_named_before_anything_is_measured(moba, tmp_path):
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ("--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--lengths", "240,80")
+    code, _, err = moba("eval", "ruler", "-m", tmp_path / "model", "--tasks", "niah_single,cwe", *options)
+    assert code == 2
+    assert "length must be more for the task cwe: its shortest prompt does not fit, got 80" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -149,7 +149,10 @@ def ruler(
     names = choose_tasks(tasks, material)
     session = setup.open(max(sizes))
     made = Ruler(session.tokenizer, material, chat)
-    prompts: dict[tuple[str, int, int], RulerPrompt] = {}
+    # A task that the shortest length cannot hold is named before the others are measured.
+    prompts: dict[tuple[str, int, int], RulerPrompt] = {
+        (name, min(sizes), 0): made.prompt(name, length=min(sizes), seed=0) for name in names
+    }
 
     def measure(reader: Reader, task: str, length: int, example: int) -> Record:
         key = task, length, example
