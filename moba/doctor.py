@@ -48,7 +48,8 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """The devices that torch can use here, by name, with what is worth knowing of each; the CPU comes first."""
-    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    num_threads = torch.get_num_threads()
+    found = {"cpu": f"{cpu_name()}, {num_threads} thread{'s' * (num_threads != 1)}"}
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         memory = f"{card.total_memory / 2**30:.0f} GiB"

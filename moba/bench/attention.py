@@ -51,11 +51,15 @@ def attention(
     block_size: BlockSizeOption = 512,
     topk: TopkOption = 3,
     dtype: DtypeOption = "bf16",
-    reference: Annotated[bool, typer.Option(help="Also the mask-based reference, for the one case.")] = False,
-    fixed_blocks: Annotated[
-        bool, typer.Option(help="The paper's Figure 2b: 64 blocks at every length, to 10M.")
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also the mask-based reference, for the one case.")
     ] = False,
-    flex: Annotated[bool, typer.Option(help="Also FlexAttention with the same routing, up to 32K tokens.")] = False,
+    fixed_blocks: Annotated[
+        bool, typer.Option("--fixed-blocks", help="The paper's Figure 2b: 64 blocks at every length, to 10M.")
+    ] = False,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="Also FlexAttention with the same routing, up to 32K tokens.")
+    ] = False,
     repeats: RepeatsOption = 3,
     out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
 ) -> None:

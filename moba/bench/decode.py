@@ -60,7 +60,7 @@ def decode(
     block_size: BlockSizeOption = 128,
     topk: TopkOption = 16,
     dtype: DtypeOption = "bf16",
-    flex: Annotated[bool, typer.Option(help="Also FlexAttention, which compiles for a while.")] = False,
+    flex: Annotated[bool, typer.Option("--flex", help="Also FlexAttention, which compiles for a while.")] = False,
     repeats: RepeatsOption = 5,
     out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
 ) -> None:
