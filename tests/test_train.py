@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -106,19 +105,36 @@ def test_training_lowers_the_loss_and_leaves_a_model(moba, file, tmp_path):
     assert "100/100" in err
 
 
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from moba.train.recipe import read_recipe
+from moba.train.run import train
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(read_recipe(sys.argv[1], sys.argv[2:]), callbacks=[Kill()])
+"""
+
+
 def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
     command = [sys.executable, "-m", "moba", "train", str(file), "-s", "attention.schedule=activation"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment, timeout=200)
-    process = subprocess.Popen([*command, "--out", str(killed)], stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 200
-    while not any(path.name == "checkpoint-8" for path in checkpoints(killed)):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killing = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(file),
+        "attention.schedule=activation",
+        f"out={json.dumps(str(killed))}",
+    ]
+    result = subprocess.run(killing, capture_output=True, text=True, env=environment, timeout=200)
+    assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "model").exists(), "it was killed before the end"
     resumed = subprocess.run(
         [*command, "--out", str(killed)], capture_output=True, text=True, env=environment, timeout=200
