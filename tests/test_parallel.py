@@ -494,19 +494,23 @@ def test_needs_a_process_group():
 
 
 DYING = """
-import os, signal, sys, time, torch, torch.distributed as dist
+import os, pathlib, signal, sys, time, torch, torch.distributed as dist
 from datetime import timedelta
 from moba.parallel import context_parallel_attention
 rank = int(sys.argv[1])
+# Imports of the two may end seconds apart, where both have one core.
+pathlib.Path(sys.argv[2] + str(rank)).touch()
+while not pathlib.Path(sys.argv[2] + str(1 - rank)).exists():
+    time.sleep(0.01)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2,
-                        timeout=timedelta(seconds=5))
+                        timeout=timedelta(seconds=8))
 q = torch.zeros(1, 16, 2, 8)
 context_parallel_attention(q, q, q, block_size=8, topk=2)
 print("once", flush=True)
 if rank == 1:
     if sys.argv[3] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(100)
 context_parallel_attention(q, q, q, block_size=8, topk=2)
 """
 
@@ -521,7 +525,7 @@ def test_a_rank_that_is_not_there_ends_the_others(tmp_path, what):
         )
         for rank in range(2)
     ]  # fmt: skip
-    out, error = processes[0].communicate(timeout=45)  # of the other's 60 seconds
+    out, error = processes[0].communicate(timeout=90)  # of the other's 100 seconds
     processes[1].kill()
     processes[1].communicate()
     assert "once" in out
