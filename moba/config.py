@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
@@ -32,10 +33,13 @@ def require_seed(name: str, value: Any) -> int:
     return value
 
 
-def require_no_file(name: str, path: Path) -> None:
-    """Raise a ValueError that names the argument if a file lies where a folder is wanted."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{name}={str(path)!r} is a file: name a folder")
+def require_folder(name: str, path: Path) -> None:
+    """Raise a ValueError that names the argument unless `path` is a folder to write into, or one that can be made."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}={str(path)!r}: {there} is a file: name a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{name}={str(path)!r}: {there} cannot be written to")
 
 
 def require_one_of(name: str, value: Any, valid: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from moba.cli import options
 from moba.cli.options import Attention, Choice, Dtype
-from moba.config import MoBAConfig, require_no_file
+from moba.config import MoBAConfig, require_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+
+
+# Where evaluations write, each into a folder of its own, unless --out names one.
+FOLDER = Path("moba-eval")
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -199,8 +203,7 @@ def _setup(
     ] = None,
 ) -> Setup:
     """The options that every evaluation has."""
-    if out is not None:
-        require_no_file("out", out)
+    require_folder("out", out or FOLDER)
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,
@@ -356,7 +359,7 @@ def _measure(
 
 def folder(setup: Setup, name: str) -> Path:
     """Where an evaluation writes."""
-    return setup.out or Path("moba-eval") / name
+    return setup.out or FOLDER / name
 
 
 def write_results(

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from moba.config import require_no_file
+from moba.config import require_folder
 from moba.data import Shards, open_shards, tokenizer_hash
 from moba.lines import locked
 from moba.parallel.models import cut_batch, parallelize
@@ -66,6 +66,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     rows_at_a_time = _rows_at_a_time(recipe, state.num_processes)
     shards = open_shards(recipe.data.folder)
     rows = training_rows(recipe, shards)
+    held_out = _held_out(recipe)
     checkpoint = _check_run(recipe, out, shards)
     model, tokenizer = build_model(recipe, shards.manifest)
     check_tokenizer(shards, model, tokenizer)
@@ -87,7 +88,6 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         tell("from the beginning" if checkpoint is None else f"going on from {checkpoint}")
         if tokenizer is None:
             tell("the tokenizer that made the data cannot be loaded here: the model will be saved without it")
-        held_out = _held_out(recipe)
         arguments = _arguments(recipe, out, rows_at_a_time, held_out)
         trainer = WholeTrainer(
             model=trained,
@@ -194,7 +194,7 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     Raises:
         ValueError: if the run in `out` is of another recipe or other data, or not ours.
     """
-    require_no_file("out", out)
+    require_folder("out", out)
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
         return None
