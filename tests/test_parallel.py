@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moba import moba_attention, moba_attention_varlen
 from moba.bench.parallel_cases import ParallelCase, make_inputs
@@ -22,6 +23,7 @@ from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
 from moba.parallel import attention as parallel_attention
 from moba.parallel.exchange import Travel
 from moba.parallel.routing import SharedRouting, lent_rows
+from moba.parallel.selective import _wide
 
 BOTH = {"return_lse": True, "return_routing": True}
 
@@ -150,6 +152,28 @@ def test_blocks_of_any_width_are_selected(ranks, head_dim):
     """Those of whole eight bytes travel as such."""
     options = {"block_size": 8, "topk": 3, "transport": "selective"}
     assert_same_as_one_device(ranks, (2, 72, 4, 2, head_dim), [24, 16], options)
+
+
+def held_by_the_graph(rank, transport):
+    """Whether keys are held for a backward whose saved tensors are not, as with checkpointed activations."""
+    q, k, v, _ = (x[:, 24 * rank : 24 * rank + 24].clone() for x in inputs((1, 72, 6, 3, 8)))
+    k = k.requires_grad_() * 1
+    keys = StorageWeakRef(k.untyped_storage())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+        out = context_parallel_attention(q, k, v, block_size=8, topk=3, transport=transport)
+    del k
+    return out.requires_grad and not keys.expired()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_keys_are_not_held_until_the_backward(ranks, transport):
+    assert ranks.run(held_by_the_graph, transport) == [False] * 3
+
+
+def test_blocks_without_neighbours_are_no_wider():
+    """A gradient may be one number, expanded."""
+    one = torch.ones((), dtype=torch.bfloat16).expand(2, 8, 1, 16)
+    assert _wide(one) is one
 
 
 NODES = {

@@ -100,6 +100,8 @@ def _on_host(*tensors: Tensor) -> tuple[Tensor, ...]:
 def fetch(k: Tensor, v: Tensor, wish: Wishes, group: ProcessGroup, block_size: int) -> Travel:
     """Chosen blocks of keys and values [B, T, heads, D] on their way: [blocks, block_size, D] will come."""
     num_blocks = k.shape[1] // block_size
+    # The backward holds what `merge` names: not k, which may be freed until then.
+    shape, kind, device = k.shape, k.dtype, k.device
 
     def blocks_of(x: Tensor) -> Tensor:
         return x[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
@@ -110,11 +112,10 @@ def fetch(k: Tensor, v: Tensor, wish: Wishes, group: ProcessGroup, block_size: i
     def merge(parts: list[Tensor]) -> Tensor:
         # In fp32 where more than one rank may have chosen a block.
         is_shared = sum(len(part) > 0 for part in parts) > 1
-        dtype = accumulation_dtype(k.dtype) if is_shared else k.dtype
-        total = torch.zeros(k.shape, dtype=dtype, device=k.device)
+        total = torch.zeros(shape, dtype=accumulation_dtype(kind) if is_shared else kind, device=device)
         for part, (block, row, head) in zip(parts, wish.places, strict=True):
             blocks_of(total)[row, block, :, head] += part
-        return total.to(k.dtype)
+        return total.to(kind)
 
     return Travel((k, v), Cut(cut, merge), wish.counts, group)
 
@@ -151,7 +152,7 @@ def _wide(x: Tensor) -> Tensor:
     """The same memory [.., D] as numbers of eight bytes, of which an index moves fewer; x where that cannot be."""
     ratio = 8 // x.element_size()
     is_whole = not any(count % ratio for count in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
-    return x.view(torch.int64) if is_whole else x
+    return x.view(torch.int64) if is_whole and x.stride(-1) == 1 else x
 
 
 def _narrow(x: Tensor, like: Tensor) -> Tensor:
