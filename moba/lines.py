@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 NOT_OURS = "not a line that this command wrote"
+# What file systems say that have no locks, such as some on clusters.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Lines:
@@ -68,7 +71,7 @@ class Lines:
 
 @contextmanager
 def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[Lines]:
-    """Open or make a file of JSON lines, for this process alone.
+    """Open or make a file of JSON lines, for this process alone, if its file system has locks.
 
     Args:
         path: of the file.
@@ -89,7 +92,7 @@ def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and keep other runs out of it.
+    """Make a folder if it is not there, and keep other runs out of it, if its file system has locks.
 
     Raises:
         ValueError: if another run has it.
@@ -102,8 +105,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(file: int, path: Path) -> None:
-    """Lock an open file until it is closed."""
+    """Lock an open file until it is closed, if its file system has locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{path} is being written by another run") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -163,6 +166,16 @@ def test_one_run_at_a_time_writes_a_folder(moba, file, tmp_path):
     assert err.splitlines()[-1] == f"moba: error: {tmp_path}/out is being written by another run"
     assert moba("train", file)[0] == 0
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_can_be_trained_on(tmp_path, monkeypatch, number):
+    def no_locks(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="Input/output") if number == errno.EIO else nullcontext(), locked(tmp_path):
+        pass
 
 
 def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
