@@ -30,6 +30,7 @@ from moba.bench.options import (
     RepeatsOption,
     TokensOption,
     TopkOption,
+    dtype_of,
 )
 from moba.bench.report import plot, require_writable, table, write
 
@@ -38,7 +39,6 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONG = {"cpu": 5e11, "cuda": 5e14}
 # Operations of a dense forward from which its backward is left out.
 TOO_LONG = 5e14
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def attention(
@@ -68,13 +68,12 @@ def attention(
     Each case first compares sampled rows of the tensors it times with an fp64 computation; one that fails is reported
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    case_dtype = dtype_of(dtype)
     where = machine.device_of(device)
     if out is not None:
         require_writable(out)
     if tokens is not None:
-        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], reference=reference)]
+        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, reference=reference)]
     elif fixed_blocks:
         suite = fixed_blocks_suite()
     else:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moba.attention import moba_attention
 from moba.bench import machine
-from moba.bench.attention import DTYPES
 from moba.bench.decode_cases import DecodeCase, cpu_suite, cuda_suite, free_bytes
 from moba.bench.decode_check import check_dense, check_means, check_step
 from moba.bench.decode_dense import dense_baselines
@@ -32,6 +31,7 @@ from moba.bench.options import (
     RepeatsOption,
     TokensOption,
     TopkOption,
+    dtype_of,
 )
 from moba.bench.report import require_writable, table, write
 from moba.block_means import append_block_means
@@ -70,13 +70,12 @@ def decode(
     layer finds its keys in a cache. Each case first compares sampled heads with an fp64 computation; one that fails is
     reported without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    case_dtype = dtype_of(dtype)
     where = machine.device_of(device)
     if out is not None:
         require_writable(out)
     if tokens is not None:
-        suite = [DecodeCase(tokens, batch, heads, kv_heads, head_dim, block_size, topk, DTYPES[dtype], queries=queries)]
+        suite = [DecodeCase(tokens, batch, heads, kv_heads, head_dim, block_size, topk, case_dtype, queries=queries)]
     else:
         suite = cuda_suite() if where.type == "cuda" else cpu_suite()
 

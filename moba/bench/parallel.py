@@ -26,7 +26,6 @@ from torch import Tensor
 
 from moba.attention import moba_attention
 from moba.bench import machine
-from moba.bench.attention import DTYPES
 from moba.bench.link import measure_link, rate
 from moba.bench.measure import measure
 from moba.bench.options import (
@@ -39,6 +38,7 @@ from moba.bench.options import (
     RepeatsOption,
     TokensOption,
     TopkOption,
+    dtype_of,
 )
 from moba.bench.parallel_cases import ParallelCase, make_inputs, suite
 from moba.bench.report import Records, require_writable, table, write
@@ -76,14 +76,13 @@ def parallel(
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         raise typer.BadParameter("start it with torchrun: torchrun --nproc-per-node 2 -m moba bench parallel")
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    case_dtype = dtype_of(dtype)
     # What is not valid is said by the command line, once, so long as no rank waits for another.
     device, num_ranks = _own_device(), int(os.environ["WORLD_SIZE"])
     if tokens is None:
         cases = [case.for_ranks(num_ranks) for case in suite(device, num_ranks)]
     else:
-        cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, DTYPES[dtype], clustered)]
+        cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, clustered)]
     for case in cases:
         case.check(num_ranks, backend, device)
     header = {**machine.describe(device), "ranks": str(num_ranks)}
