@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moba.config import require_folder
+
 if TYPE_CHECKING:
     from moba.data.build import Unit
     from moba.data.retrieval import Plan
@@ -73,8 +75,7 @@ def data(
         return
     if out is None:
         raise ValueError("name the folder to write to, as in: moba data data/mine --from texts/")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
+    require_folder("out", out)
 
     from moba.cli.session import messages, quieten, say
     from moba.data.build import build

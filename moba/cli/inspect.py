@@ -9,6 +9,7 @@ import typer
 
 from moba.cli import options
 from moba.cli.options import Attention
+from moba.config import require_folder
 
 
 def inspect(
@@ -40,8 +41,7 @@ def inspect(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router,
     )  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is not a folder")
+    require_folder("out", out)
     text = options.read_prompt(prompt, prompt_file)
     out.mkdir(parents=True, exist_ok=True)
 
