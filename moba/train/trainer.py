@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from moba.adapters import write_adapter
+from moba.checks import first_line
 from moba.train.checkpoints import UNFINISHED, last_checkpoint, move_into_place
 from moba.train.recipe import Recipe
 
@@ -96,8 +97,3 @@ def _replace(trainer: Trainer, target: Path, save: Callable[[str], None]) -> Non
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"{target} could not be saved: {first_line(error)}; the checkpoints are whole") from error
     trainer.accelerator.wait_for_everyone()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
