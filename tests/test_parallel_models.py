@@ -61,15 +61,30 @@ def model_of(settings):
     return model.train()
 
 
+def shard_parameters(model, mesh):
+    """Over all ranks, those that share a row included."""
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh._flatten())
+    fully_shard(model, mesh=mesh._flatten())
+
+
+def assert_as_one_process(outcomes, model, batch):
+    """Whether the ranks' losses and gradients are those of one process."""
+    expected = model(**batch, use_cache=False).loss
+    expected.backward()
+    assert sum(loss for loss, _ in outcomes) / len(outcomes) == pytest.approx(expected.item(), rel=1e-5)
+    for _, gradients in outcomes:
+        for name, parameter in model.named_parameters():
+            assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
+
+
 def step(rank, kind, settings):
     """This rank's share of the loss, and the gradients that all ranks average."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
     model = model_of(settings)
     parallelize(model, mesh["cp"], transport=settings.get("transport", "gather"))
     if settings.get("sharded"):
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh._flatten())
-        fully_shard(model, mesh=mesh._flatten())
+        shard_parameters(model, mesh)
     loss = model(**shard_batch(batch_of(kind), mesh["cp"]), use_cache=False).loss
     loss.backward()
     gradients = {}
@@ -100,13 +115,8 @@ SETTINGS = {
 def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
     options = SETTINGS.get(settings, {"transport": settings})
     outcomes = ranks.run(step, kind, options)
-    model = model_of({**options, "sharded": False})
-    expected = model(**batch_of(kind), use_cache=False).loss
-    expected.backward()
-    assert sum(loss for loss, _ in outcomes) / 2 == pytest.approx(expected.item(), rel=1e-5)
-    for _, gradients in outcomes:
-        for name, parameter in model.named_parameters():
-            assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
+    assert len(outcomes) == 2
+    assert_as_one_process(outcomes, model_of({**options, "sharded": False}), batch_of(kind))
 
 
 def step_of_two_groups(rank, transport):
@@ -114,9 +124,7 @@ def step_of_two_groups(rank, transport):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     model = model_of({"fused": True, "recomputed": True})
     parallelize(model, mesh["cp"], transport=transport)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh._flatten())
-    fully_shard(model, mesh=mesh._flatten())
+    shard_parameters(model, mesh)
     row = {name: x[rank // 2 : rank // 2 + 1] for name, x in batch_of("plain").items()}
     loss = model(**shard_batch(row, mesh["cp"]), use_cache=False).loss
     loss.backward()
@@ -126,13 +134,8 @@ def step_of_two_groups(rank, transport):
 @pytest.mark.parametrize("transport", ["gather", "selective"])
 def test_context_parallelism_and_fsdp2_share_one_mesh(four, transport):
     outcomes = four.run(step_of_two_groups, transport)
-    model = model_of({})
-    expected = model(**batch_of("plain"), use_cache=False).loss
-    expected.backward()
-    assert sum(loss for loss, _ in outcomes) / 4 == pytest.approx(expected.item(), rel=1e-5)
-    for _, gradients in outcomes:
-        for name, parameter in model.named_parameters():
-            assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
+    assert len(outcomes) == 4
+    assert_as_one_process(outcomes, model_of({}), batch_of("plain"))
 
 
 def inside_torchs_own(rank, balanced):
