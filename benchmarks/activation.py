@@ -7,11 +7,12 @@
     python benchmarks/activation.py lengthen runs/needle/model runs/needle-1m --length 1048576
     python benchmarks/activation.py prompts runs/needle-1m --lengths 256K,1M --out prompts.jsonl
     python benchmarks/activation.py report activation.jsonl --prompts prompts.jsonl --log dense=runs/dense/log.jsonl \
-        --out benchmarks/results/activation-h100
+        --needle dense=evals/dense/needle.jsonl --out benchmarks/results/activation-h100
 
 `measure` reads the same held-out rows with every checkpoint: the loss of their last tokens, and of a passage that comes
 a second time, with full attention and with MoBA. `prompts` hides a needle in long prompts and says what reading took.
-Both go on where they were stopped. `report` writes PREFIX.json, PREFIX.md and PREFIX.png.
+Both go on where they were stopped. `report` writes PREFIX.json, PREFIX.md, PREFIX.png and, of what `moba eval needle`
+found, PREFIX-needle.png.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +32,7 @@ import typer
 from torch import Tensor
 
 from moba import MoBAConfig, register_moba
+from moba.bench.cases import length_name
 from moba.bench.machine import describe
 from moba.bench.report import to_markdown
 from moba.cli.eval_setup import parse_lengths, parse_settings
@@ -37,8 +40,8 @@ from moba.cli.options import Choice
 from moba.cli.session import quieten
 from moba.data import Shards, open_shards
 from moba.evals.language import append_copy, summarise, summarise_copy
-from moba.evals.needle import TASKS, Haystack, find
-from moba.evals.pictures import Panel, plot_panels
+from moba.evals.needle import TASKS, Haystack, find, grid
+from moba.evals.pictures import Panel, plot_needle, plot_panels
 from moba.evals.reader import Reader
 from moba.evals.records import open_records, record_of
 from moba.evals.texts import haystack_text
@@ -195,24 +198,35 @@ def read_prompt(reader: Reader, prompt: Any, tokenizer: Any) -> Record:
 
 @app.command()
 def report(
-    measured: Annotated[Path, typer.Argument(help="What `measure` wrote.")],
+    measured: Annotated[list[Path], typer.Argument(help="What `measure` wrote.")],
     out: Annotated[Path, typer.Option(help="PREFIX.json, PREFIX.md and PREFIX.png are written.")],
     prompts: Annotated[list[Path] | None, typer.Option(help="What `prompts` wrote.")] = None,
     log: Annotated[list[str] | None, typer.Option(help="NAME=log.jsonl of a run.")] = None,
+    needle: Annotated[
+        list[str] | None, typer.Option(help="NAME=needle.jsonl of `moba eval needle`; a name may have several.")
+    ] = None,
+    note: Annotated[str, typer.Option(help="What a reader must know of how this was made.")] = "",
 ) -> None:
     """Tables and pictures of what was measured."""
-    first, *records = read_lines(measured)
+    files = [read_lines(path) for path in measured]
+    records = [record for file in files for record in file[1:]]
     parts = [read_lines(path) for path in prompts or []]
     of_prompts = [record for part in parts for record in part[1:]]
-    logs = {name: read_lines(Path(path)) for name, _, path in (entry.partition("=") for entry in log or [])}
-    text = to_markdown({**first["made_on"], **first["settings"]}, records, table)
+    logs = {name: read_lines(Path(path)) for name, path in named(log)}
+    hidden = [(name, *read_lines(Path(path))) for name, path in named(needle)]
+    text = to_markdown({**heading(files), **({"note": note} if note else {})}, records, table)
     if parts:
-        text += "\n" + to_markdown({**parts[0][0]["made_on"], **parts[0][0]["settings"]}, of_prompts, prompts_table)
+        text += "\n" + to_markdown(heading(parts), of_prompts, prompts_table)
+    if hidden:
+        found = found_by_reader(hidden)
+        text += "\n" + to_markdown(heading([file[1:] for file in hidden]), [], lambda _: needle_table(found))
+        picture = plot_needle({reader: grid(answers) for reader, answers in found.items()}, "Needle in a haystack")
+        picture.savefig(out.with_name(f"{out.name}-needle.png"), bbox_inches="tight")
     for name, steps in logs.items():
         rate = statistics.median([step["tokens_per_s"] for step in steps if "tokens_per_s" in step][1:] or [math.nan])
         text += f"\n- {name}: {steps[-1]['tokens']:,} tokens trained, {rate:,.0f} a second (median)\n"
     out.with_suffix(".md").write_text(text)
-    values = {**first, "records": records, "prompts": of_prompts, "logs": logs}
+    values = {"made_on": heading(files), "records": records, "prompts": of_prompts, "logs": logs, "needle": hidden}
     out.with_suffix(".json").write_text(json.dumps(values) + "\n")
     plot_panels([panels(records, logs)], "SmolLM2-135M becomes a MoBA model").savefig(out.with_suffix(".png"))
     print(text)
@@ -293,6 +307,47 @@ def told(records: list[Record], model: str, attention: str) -> str:
     return f"loss {_mean(part, 'loss'):.4f}, last {_mean(part, 'last'):.4f}, copy {_mean(part, 'second'):.4f}"
 
 
+def heading(files: Sequence[Sequence[Record]]) -> dict[str, str]:
+    """Commands and machines of all files, and the settings in which they agree."""
+    made_on, settings = [file[0]["made_on"] for file in files], [file[0]["settings"] for file in files]
+    shared = {k: v for k, v in settings[0].items() if not isinstance(v, dict) and all(s.get(k) == v for s in settings)}
+    several = {key: "; ".join(dict.fromkeys(about[key] for about in made_on)) for key in made_on[0]}
+    return {**several, **{key: str(value) for key, value in shared.items()}}
+
+
+def named(entries: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Name and path of each NAME=PATH.
+
+    Raises:
+        ValueError: if an entry is something else.
+    """
+    parts = [entry.partition("=") for entry in entries or []]
+    if unnamed := [name for name, separator, _ in parts if not separator]:
+        raise ValueError(f"a file must read NAME=PATH, got {unnamed[0]!r}")
+    return [(name, path) for name, _, path in parts]
+
+
+def found_by_reader(hidden: Sequence[Sequence[Any]]) -> dict[str, list[Record]]:
+    """Model and how it reads -> its answers. `hidden`: for each file a name, the first line and the answers."""
+    found: dict[str, list[Record]] = {}
+    for name, _, *answers in hidden:
+        for answer in answers:
+            how = answer["attention"]
+            read = FULL if how == "full" else "MoBA, its answer too" if "decode=moba" in how else "MoBA"
+            found.setdefault(f"{name}: {read}", []).append(answer)
+    return found
+
+
+def needle_table(found: Mapping[str, list[Record]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: how many needles each reader found, by length."""
+    lengths = sorted({answer["length"] for answers in found.values() for answer in answers})
+    cells = []
+    for reader, answers in found.items():
+        by_length = [[a["found"] for a in answers if a["length"] == length] for length in lengths]
+        cells.append([reader, *(f"{sum(part)} of {len(part)}" if part else "" for part in by_length)])
+    return ["needles found", *(length_name(length) for length in lengths)], cells
+
+
 def table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: losses in nats, averaged over rows, the end's also by source."""
     sources = sorted({record["source"] for record in records})
@@ -337,10 +392,10 @@ def panels(records: list[Record], logs: dict[str, list[Record]]) -> list[Panel]:
             curves[model] = ([LAST * (i + 0.5) for i in range(len(means))], means)
         result.append(Panel(curves, "position", "loss (nats)", f"held-out texts, {attention}"))
     if logs:
-        # Colours go by place: the model before training has no curve here, and keeps its colour.
-        training: dict[str, tuple[list[float], list[float]]] = {"before": ([], [])}
-        for name, steps in logs.items():
-            logged = [step for step in steps if "loss" in step]
+        # Colours go by place: a model without a log has an empty curve here, and keeps its colour.
+        training: dict[str, tuple[list[float], list[float]]] = {}
+        for name in dict.fromkeys([*last, *logs]):
+            logged = [step for step in logs.get(name, []) if "loss" in step]
             training[name] = ([step["tokens"] / 1e6 for step in logged], [step["loss"] for step in logged])
         result.append(Panel(training, "million tokens trained", "loss (nats)", "training"))
     return result

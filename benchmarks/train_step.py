@@ -8,7 +8,7 @@ activation checkpointing, the loss without logits, fused AdamW: what `moba train
 layers are compiled and activations kept: training.compile=true, training.checkpoint_activations=false. Dense attention
 is transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the
 whole row must give the loss and the gradients of dense attention. Writes PREFIX.json and .md, by default
-benchmarks/results/train-step-h100; a run that was stopped goes on from there.
+benchmarks/results/train-step-h200; a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(
         bool, typer.Option(help="Compile the layers, and keep activations instead of computing them anew.")
     ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script.")] = "cuda",
-    out: Annotated[Path, typer.Option(help="PREFIX.json and PREFIX.md are written.")] = RESULTS / "train-step-h100",
+    out: Annotated[Path, typer.Option(help="PREFIX.json and PREFIX.md are written.")] = RESULTS / "train-step-h200",
 ) -> None:
     """Check, then measure every length."""
     where = torch.device(device)

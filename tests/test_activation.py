@@ -122,13 +122,33 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
     ]
     assert all(math.isfinite(r["loss"]) and r["read_s"] > 0 for r in records)
     logs = [part for name in ("full", "activation") for part in ("--log", f"{name}={folder / name / 'log.jsonl'}")]
-    printed = run("report", measured, "--prompts", out, *logs, "--out", tmp_path / "result")
+    needle = tmp_path / "needle.jsonl"
+    answers = [
+        {"attention": how, "length": length, "depth": depth, "found": depth == 0 or length == 64}
+        for how in ("full", "8x3 full=1 decode=moba")
+        for length in (64, 1024)
+        for depth in (0.0, 1.0)
+    ]
+    header = {
+        "settings": {"needles": 1, "model": "m"},
+        "made_on": {"device": "a device", "command": "moba eval needle"},
+    }
+    needle.write_text("".join(json.dumps(line) + "\n" for line in (header, *answers)))
+    options = ("--prompts", out, *logs, "--needle", f"dense={needle}", "--note", "Small.")
+    printed = run("report", measured, *options, "--out", tmp_path / "result")
     assert (tmp_path / "result.md").read_text() + "\n" == printed
     assert "| moba 8 | MoBA |" in printed
     assert "| moba | moba | 0K | " in printed
     assert "activation: 2,048 tokens trained" in printed
     assert (tmp_path / "result.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "result.json").read_text())["prompts"] == records
+    assert (tmp_path / "result-needle.png").stat().st_size > 5_000
+    for line in ("- note: Small.", "| needles found | 64 | 1K |", "| dense: MoBA, its answer too | 2 of 2 | 1 of 2 |"):
+        assert line in printed
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["prompts"] == records
+    assert result["needle"] == [["dense", header, *answers]]
+    with pytest.raises(ValueError, match="NAME=PATH"):
+        run("report", measured, "--needle", needle, "--out", tmp_path / "again")
 
 
 def test_texts_that_are_too_short_are_refused(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE_COLOURS = (SHARE_COLOURS[3], OWN_COLOUR, SHARE_COLOURS[2], SHARE_COLOURS[4], FAINT, "#8e5ea2", "#c59b08")
-LINE_MARKERS = "osD^vPX"
+LINE_COLOURS = (SHARE_COLOURS[3], OWN_COLOUR, SHARE_COLOURS[2], SHARE_COLOURS[4], FAINT, "#8e5ea2", "#c59b08", INK)
+LINE_MARKERS = "osD^vPX*"
+# Characters of a panel's title that fit over the panel.
+_TITLE_WIDTH = 46
+_PANELS_IN_A_ROW = 4
 Grid = Mapping[tuple[int, float], float]
 
 
@@ -27,14 +32,12 @@ def plot_needle(grids: Mapping[str, Grid], title: str) -> Figure:
         title: the first line.
     """
     depths = sorted({depth for grid in grids.values() for _, depth in grid})
-    figure, panels = _heat_maps(grids, depths, [f"{depth:.0%}" for depth in depths], title, "found")
-    panels[0].set_ylabel("depth of the needle", fontsize=8, color=INK)
-    return figure
+    return _heat_maps(grids, depths, [f"{depth:.0%}" for depth in depths], title, "found", "depth of the needle")
 
 
 def plot_scores(grids: Mapping[str, Mapping[tuple[int, str], float]], tasks: Sequence[str], title: str) -> Figure:
     """Heat maps of scores: name of a panel -> (length, task) -> score in 0 … 1."""
-    return _heat_maps(grids, tasks, tasks, title, "on average")[0]
+    return _heat_maps(grids, tasks, tasks, title, "on average", "")
 
 
 def _heat_maps(
@@ -43,27 +46,35 @@ def _heat_maps(
     labels: Sequence[str],
     title: str,
     what: str,
-) -> tuple[Figure, list[Axes]]:
+    y_label: str,
+) -> Figure:
     """A panel for each grid: lengths from left to right, rows with their labels from top to bottom."""
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("found", (OWN_COLOUR, "#f4e3c1", SHARE_COLOURS[3]))
-    lengths = sorted({length for grid in grids.values() for length, _ in grid})
-    figure, panels = _figure(len(grids), title, height=1.9 + 0.32 * len(rows))
-    for axes, (name, grid) in zip(panels, grids.items(), strict=True):
+    columns = min(len(grids), _PANELS_IN_A_ROW)
+    num_rows = math.ceil(len(grids) / columns)
+    figure, panels = _figure(columns, title, height=0.4 + (1.5 + 0.32 * len(rows)) * num_rows, rows=num_rows)
+    for axes in panels[len(grids) :]:
+        axes.set_visible(False)
+    for axes, (name, grid) in zip(panels, grids.items(), strict=False):
+        lengths = sorted({length for length, _ in grid})
         values = np.array([[grid.get((length, row), np.nan) for length in lengths] for row in rows])
         image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_xticks(range(len(lengths)), [in_thousands(length) for length in lengths])
         axes.set_yticks(range(len(rows)), labels)
-        axes.set_title(f"{name}: {np.nanmean(values):.0%} {what}", fontsize=10, color=INK, loc="left")
+        heading = textwrap.fill(f"{name}: {np.nanmean(values):.0%} {what}", _TITLE_WIDTH)
+        axes.set_title(heading, fontsize=10, color=INK, loc="left")
         axes.set_xlabel("tokens in the prompt", fontsize=8, color=INK)
         axes.set_xticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
         axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.5)
         axes.tick_params(which="both", length=0, labelsize=8)
         axes.spines[:].set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel(y_label, fontsize=8, color=INK)
     _share_bar(figure, image, panels)
-    return figure, panels
+    return figure
 
 
 class Panel(NamedTuple):

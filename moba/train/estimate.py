@@ -16,9 +16,9 @@ from moba.train.packing import PackedRows
 from moba.train.recipe import Recipe
 
 # Of a large matrix product's rate, how much a whole training step keeps: about what SmolLM2-135M's keeps at 32K tokens
-# on an H100 (benchmarks/results/train-step-h100.md), and with compiled layers on an H200 (activation-h200.md there).
+# on an H200 (benchmarks/results/train-step-h200.md), and with compiled layers (activation-last3-h200.md there).
 # Larger models keep more.
-EFFICIENCY = 0.13
+EFFICIENCY = 0.17
 COMPILED_EFFICIENCY = 0.3
 
 
