@@ -8,7 +8,8 @@
 
 `measure` reads the same held-out rows with every checkpoint of a run and keeps the loss of each row, so that `report`
 can compare two runs row by row. `report` writes PREFIX.md, its pictures and PREFIX.json: all runs, as much of them as
-tables and pictures need. PREFIX.json can be given to `report` again.
+tables and pictures need. PREFIX.json can be given to `report` again. Of a run that was stopped there is the training
+loss to compare: `report … --stopped runs/NAME`.
 
 Measuring is in this file, comparing in from_scratch_report/.
 """
@@ -307,6 +308,18 @@ def read_log(path: Path) -> dict[str, Any]:
     }
 
 
+def read_stopped(run: Path) -> Result:
+    """What `report` compares of a run that did not end: its training loss. `run` is its folder."""
+    saved = json.loads((run / "recipe.json").read_text())
+    recipe = Recipe.from_dict(saved["recipe"])
+    return {
+        "name": run_name(recipe),
+        "recipe": recipe.to_dict(),
+        "data": saved["data"],
+        "log": {"train": read_log(run / "log.jsonl")["train"]},
+    }
+
+
 def attention_name(model: Any) -> str:
     """Of the attention that a model carries."""
     return attention_name_of(get_moba_config(model), model.config.num_hidden_layers)
@@ -347,10 +360,12 @@ def _told(record: Result) -> str:
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files of `measure`, or a PREFIX.json of `report`.")],
     out: Annotated[Path, typer.Option(help="PREFIX.md, PREFIX.json and PREFIX-….png are written.")],
+    stopped: Annotated[list[Path] | None, typer.Option(help="OUT of a `moba train` that did not end.")] = None,
 ) -> None:
     """Compare runs with the dense one of the same recipe and seed: tables and pictures."""
     read = [json.loads(path.read_text()) for path in results]
-    write_report([result for part in read for result in (part if isinstance(part, list) else [part])], out)
+    measured = [result for part in read for result in (part if isinstance(part, list) else [part])]
+    write_report([*measured, *map(read_stopped, stopped or [])], out)
 
 
 if __name__ == "__main__":

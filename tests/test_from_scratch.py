@@ -184,7 +184,60 @@ def test_a_report_is_made_again_from_its_own_file(results, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text()) == kept
 
 
-def test_report_needs_a_dense_run_and_each_run_once(results, tmp_path):
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """What is read of a run with MoBA 8/2 that was stopped after step 14, 0.5 behind the dense run at every step."""
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    saved = json.loads((runs["throughout"] / "recipe.json").read_text())
+    saved["recipe"]["attention"]["topk"] = 2
+    (folder / "recipe.json").write_text(json.dumps(saved))
+    lines = [json.loads(line) for line in (runs["full"] / "log.jsonl").read_text().splitlines()]
+    kept = [{**line, "loss": line["loss"] + 0.5} for line in lines if "loss" in line and line["step"] <= 14]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return script.read_stopped(folder)
+
+
+def test_a_stopped_run_is_compared_up_to_its_last_step(results, stopped, tmp_path):
+    assert stopped["name"] == "MoBA 8/2"
+    noted = {**stopped, "note": "for lack of time"}
+    write_report([noted, *results.values()], tmp_path / "proof")
+    text = (tmp_path / "proof.md").read_text()
+    assert "- MoBA 8/2: stopped at step 14, not measured; for lack of time\n" in text
+    assert "| MoBA 8/2 | +0.5000 | +0.5000 | +0.5000 | +0.5000 |\n" in text
+    logs = {name: [line for line in result["log"]["train"] if line[0] <= 14] for name, result in results.items()}
+    gaps = [ours[2] - theirs[2] for ours, theirs in zip(logs["throughout"], logs["full"], strict=True)]
+    parts = [statistics.mean(gaps[:5]), statistics.mean(gaps[5:]), min(gaps), max(gaps)]
+    assert len(gaps) == 7
+    assert f"| MoBA 8/3 | {' | '.join(f'{part:+.4f}' for part in parts)} |\n" in text
+    kept = json.loads((tmp_path / "proof.json").read_text())
+    assert kept[-1] == noted
+    write_report(kept, tmp_path / "again")
+    assert (tmp_path / "again.md").read_text() == text
+
+
+def test_where_a_run_differs_is_told_and_an_unknown_rate_is_not(results, tmp_path):
+    other = results["throughout"]
+    other = {
+        **other,
+        "header": {**other["header"], "commit": "another"},
+        "note": "beside another",
+        "log": {**other["log"], "tokens_per_s": None},
+    }
+    write_report([results["full"], other], tmp_path / "proof")
+    lines = (tmp_path / "proof.md").read_text().splitlines()
+    commands = {name: results[name]["header"]["command"] for name in ("full", "throughout")}
+    assert f"- dense: `{commands['full']}`" in lines
+    assert f"- MoBA 8/3: `{commands['throughout']}`; commit another; beside another" in lines
+    rates = [line.split(" | ")[-1] for line in lines if line.startswith(("| dense | ", "| MoBA 8/3 | "))][:2]
+    assert rates == [f"{results['full']['log']['tokens_per_s']:,.0f} |", " |"]
+
+
+def test_report_needs_a_dense_run_and_each_run_once(results, stopped, tmp_path):
+    with pytest.raises(ValueError, match="no dense run"):
+        write_report([stopped], tmp_path / "proof")
+    with pytest.raises(ValueError, match="give each once"):
+        write_report([results["full"], stopped, stopped], tmp_path / "proof")
     with pytest.raises(ValueError, match="no dense run"):
         write_report([results["throughout"]], tmp_path / "proof")
     with pytest.raises(ValueError, match="give each once"):

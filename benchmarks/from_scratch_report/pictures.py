@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from from_scratch_report.runs import ROUTING_PARTS, Result, difference, own_positions, routing_curves
+from from_scratch_report.runs import ROUTING_PARTS, Result, difference, own_positions, routing_curves, training_gaps
 from moba.evals.pictures import Panel, plot_panels
 
 MILLION = 1e6
@@ -17,8 +17,11 @@ NO_CURVE: tuple[list[float], list[float]] = ([], [])
 AT_ZERO = {"dense": 0.0}
 
 
-def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
-    """Name -> matplotlib figure: training loss, held-out loss, both over tokens; loss by position; routing."""
+def pictures(runs: Mapping[str, Result], stopped: Mapping[str, Result]) -> dict[str, Any]:
+    """Name -> matplotlib figure: training loss, held-out loss, both over tokens; loss by position; routing.
+
+    Runs that did not end are in the first of them.
+    """
     dense = runs["dense"]
     size = f"{dense['parameters'] / MILLION:.0f}M parameters, rows of {dense['recipe']['data']['context']:,} tokens"
     middle = [(start + stop) / 2 for start, stop in pairwise(dense["bins"])]
@@ -32,7 +35,7 @@ def pictures(runs: Mapping[str, Result]) -> dict[str, Any]:
         runs, "position", lambda run: middle, lambda run, source: own_positions(run)[source]["bins"]
     )
     return {
-        "training": plot_panels([_training(runs)], f"Training loss · {size}"),
+        "training": plot_panels([_training(runs, stopped)], f"Training loss · {size}"),
         "loss": plot_panels(loss, f"Held-out loss over training · {size}"),
         "positions": plot_panels(positions, f"Loss by position · {size}"),
         "routing": plot_panels([_routing(runs)], f"What routing covers over training · {size}"),
@@ -89,19 +92,21 @@ def _routing(runs: Mapping[str, Result]) -> list[Panel]:
     ]  # fmt: skip
 
 
-def _training(runs: Mapping[str, Result]) -> list[Panel]:
+def _training(runs: Mapping[str, Result], stopped: Mapping[str, Result]) -> list[Panel]:
     """The training loss, and the differences from the dense run."""
-    logs = {name: run["log"]["train"] for name, run in runs.items()}
+    shown = {**runs, **{f"{name}, stopped": run for name, run in stopped.items()}}
+    logs = {name: run["log"]["train"] for name, run in shown.items()}
     losses = {name: ([step[1] / MILLION for step in log], [step[2] for step in log]) for name, log in logs.items()}
-    gaps = {name: training_gap(log, logs["dense"]) for name, log in logs.items() if name != "dense"}
+    gaps = {name: smooth_gaps(run, runs["dense"]) for name, run in shown.items() if name != "dense"}
     return [
         Panel(losses, TOKENS_READ, "training loss (nats)"),
         Panel({"dense": NO_CURVE, **gaps}, TOKENS_READ, "minus dense, mean of 5 logged", marks=AT_ZERO),
     ]
 
 
-def training_gap(log: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+def smooth_gaps(run: Result, dense: Result) -> tuple[list[float], list[float]]:
     """Million tokens read, and the mean difference of five logged losses, of which it is the middle one's."""
-    gaps = [a[2] - b[2] for a, b in zip(log, dense, strict=True)]
+    gaps = training_gaps(run, dense)
     middle = range(2, len(gaps) - 2)
-    return [log[i][1] / MILLION for i in middle], [statistics.mean(gaps[i - 2 : i + 3]) for i in middle]
+    means = [statistics.mean(gap for _, _, gap in gaps[i - 2 : i + 3]) for i in middle]
+    return [gaps[i][1] / MILLION for i in middle], means

@@ -1,6 +1,8 @@
 """Results of `measure` beside each other: which belong together, what is kept of them, how they differ.
 
-A `Result` is what `from_scratch.measure_run` returns. Runs are told apart by their names, one of which is "dense".
+A `Result` is what `from_scratch.measure_run` returns, or `from_scratch.read_stopped` of a run that did not end. It may
+have a "note", which is told with the run; a rate of None is not told. Runs are told apart by their names, one of which
+is "dense".
 """
 
 from __future__ import annotations
@@ -26,25 +28,36 @@ ROUTING_PARTS = {
 class Family:
     """Runs that differ in their attention and seed only.
 
+    Attributes:
+        runs: seed -> name -> result of a run that ended.
+        stopped: seed -> name -> result of a run that did not.
+
     Raises:
         ValueError: as `write_report`.
     """
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self.runs: dict[int, dict[str, Result]] = {}
+        seeds = dict.fromkeys(result["recipe"]["training"]["seed"] for result in results)
+        self.runs: dict[int, dict[str, Result]] = {seed: {} for seed in seeds}
+        self.stopped: dict[int, dict[str, Result]] = {seed: {} for seed in seeds}
         for result in results:
-            of_seed = self.runs.setdefault(result["recipe"]["training"]["seed"], {})
-            if result["name"] in of_seed:
-                raise ValueError(f"two results are of the run {result['name']!r}: give each once")
-            of_seed[result["name"]] = result
-        for seed, of_seed in self.runs.items():
-            if "dense" not in of_seed:
-                raise ValueError(f"there is no dense run of seed {seed} beside {', '.join(of_seed)}")
+            seed, name = result["recipe"]["training"]["seed"], result["name"]
+            if name in self.runs[seed] or name in self.stopped[seed]:
+                raise ValueError(f"two results are of the run {name!r}: give each once")
+            (self.runs if "final" in result else self.stopped)[seed][name] = result
+        for seed in seeds:
+            if "dense" not in self.runs[seed]:
+                others = ", ".join([*self.runs[seed], *self.stopped[seed]])
+                raise ValueError(f"there is no dense run of seed {seed} that ended beside {others}")
 
     def of_first_seed(self) -> dict[str, Result]:
         """Name -> run, the dense one first."""
         runs = self.runs[min(self.runs)]
         return {"dense": runs["dense"], **runs}
+
+    def stopped_of_first_seed(self) -> dict[str, Result]:
+        """Name -> run that did not end."""
+        return self.stopped[min(self.runs)]
 
     def size(self) -> int:
         """Parameters times tokens of the dense run."""
@@ -65,7 +78,7 @@ def families(results: Sequence[Result]) -> list[Family]:
 
 
 def compact(result: Result, is_large: bool) -> Result:
-    """What tables and pictures need of a result; only the losses where the run is small.
+    """What tables and pictures need of the result of a run that ended; only the losses where the run is small.
 
     Of attentions that are not the run's own, the mean loss of each source is kept as that of one row.
     """
@@ -110,6 +123,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """The mean of the rows' differences and its standard error."""
     return mean_and_error([a - b for a, b in zip(values, others, strict=True)])
+
+
+def training_gaps(run: Result, dense: Result) -> list[tuple[int, int, float]]:
+    """Step, tokens read, and the training loss minus that of the dense run, at the steps that both logged.
+
+    All runs read the same rows at the same step.
+    """
+    theirs = {step: loss for step, _, loss, _ in dense["log"]["train"]}
+    return [(step, tokens, loss - theirs[step]) for step, tokens, loss, _ in run["log"]["train"] if step in theirs]
 
 
 def own_positions(result: Result) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from from_scratch_report.runs import (
     mean_and_error,
     own_positions,
     routing_curves,
+    training_gaps,
 )
 from moba.bench.report import to_markdown
 
@@ -24,7 +25,7 @@ from moba.bench.report import to_markdown
 def tables(families: Sequence[Family]) -> str:
     """Markdown: every table of the first family's first seed, the losses of the others."""
     lines = ["# MoBA beside full attention, from scratch", "", *_heading(families[0])]
-    lines += _all_tables(families[0].of_first_seed())
+    lines += _all_tables(families[0].of_first_seed(), families[0].stopped_of_first_seed())
     for family in families[1:]:
         lines += [*_heading(family), *_losses(family)]
     return "\n".join(lines).rstrip() + "\n"
@@ -43,7 +44,8 @@ def _heading(family: Family) -> list[str]:
         "",
         f"- {dense['unique_tokens'] / 1e6:.3g}M different tokens are read, as often as it takes",
         *(f"- {name}: {header[name]}" for name in ("device", "versions", "commit", "date")),
-        *(f"- {name}: `{run['header']['command']}`" for name, run in first.items()),
+        *(_origin(name, run, header) for name, run in first.items()),
+        *(_origin_of_stopped(name, run) for name, run in family.stopped_of_first_seed().items()),
         f"- evaluated in {dense['precision']}, seeds {', '.join(map(str, family.runs))}",
         f"- held-out rows: {sources}",
         "- ±: standard error over rows; differences are taken row by row",
@@ -51,7 +53,22 @@ def _heading(family: Family) -> list[str]:
     ]
 
 
-def _all_tables(runs: Mapping[str, Result]) -> list[str]:
+def _origin(name: str, run: Result, header: Mapping[str, str]) -> str:
+    """The command that measured a run, where that differs from `header`, and the run's note."""
+    own = run["header"]
+    differing = [f"{key} {own[key]}" for key in ("device", "versions", "commit") if own[key] != header[key]]
+    return f"- {name}: " + "; ".join([f"`{own['command']}`", *differing, *_note(run)])
+
+
+def _origin_of_stopped(name: str, run: Result) -> str:
+    return f"- {name}: " + "; ".join([f"stopped at step {run['log']['train'][-1][0]:,}, not measured", *_note(run)])
+
+
+def _note(run: Result) -> list[str]:
+    return [run["note"]] if "note" in run else []
+
+
+def _all_tables(runs: Mapping[str, Result], stopped: Mapping[str, Result]) -> list[str]:
     return [
         *_summary(runs),
         *_losses(Family(list(runs.values()))),
@@ -60,6 +77,7 @@ def _all_tables(runs: Mapping[str, Result]) -> list[str]:
         *_copying(runs),
         *_routing_tables(runs),
         *_training(runs),
+        *_until_stopped(runs, stopped),
     ]
 
 
@@ -83,7 +101,8 @@ def _summary(runs: Mapping[str, Result]) -> list[str]:
         line.append(
             f"{statistics.mean(ours):.4f}" if name == "dense" else _with_error(*difference(ours, theirs), sign="+")
         )
-        lines.append([*line, f"{run['log']['tokens_per_s']:,.0f}"])
+        rate = run["log"]["tokens_per_s"]
+        lines.append([*line, "" if rate is None else f"{rate:,.0f}"])
     columns = ["run", "held-out loss", "its last eighth of a row", "training loss, last tenth of the steps", "tokens/s"]
     return _table("Dense, and the others' difference (nats; held-out: the mean of the sources)", columns, lines)
 
@@ -220,24 +239,47 @@ def _routing_tables(runs: Mapping[str, Result]) -> list[str]:
 
 
 def _training(runs: Mapping[str, Result]) -> list[str]:
-    """All runs read the same rows at the same step."""
     dense = runs["dense"]
     steps = [0, *(point["step"] for point in dense["checkpoints"])]
     columns = [f"… {point['tokens'] / 1e6:.0f}M" for point in dense["checkpoints"]]
-    lines = []
-    for name, run in runs.items():
-        values = [
-            (a, loss, b)
-            for (a, _, loss, _), (_, _, b, _) in zip(run["log"]["train"], dense["log"]["train"], strict=True)
-        ]
-        parts = [[v for v in values if start < v[0] <= stop] for start, stop in pairwise(steps)]
-        if name == "dense":
-            lines.append([name, *(f"{statistics.mean(b for _, _, b in part):.4f}" for part in parts)])
-        else:
-            lines.append([name, *(f"{statistics.mean(a - b for _, a, b in part):+.4f}" for part in parts)])
+    losses = [(step, loss) for step, _, loss, _ in dense["log"]["train"]]
+    lines = [["dense", *(f"{mean:.4f}" for mean in _means_between(losses, steps))]]
+    lines += [[name, *_gaps_between(run, dense, steps)] for name, run in runs.items() if name != "dense"]
     return _table(
         "Training loss between checkpoints: dense, and each run's difference", ["tokens read", *columns], lines
     )
+
+
+def _until_stopped(runs: Mapping[str, Result], stopped: Mapping[str, Result]) -> list[str]:
+    """For each run that did not end, its differences from the dense run, and those of the others up to that step."""
+    dense, result = runs["dense"], []
+    for title, short in stopped.items():
+        last, tokens, *_ = short["log"]["train"][-1]
+        before = [point for point in dense["checkpoints"] if point["step"] < last]
+        steps = [0, *(point["step"] for point in before), last]
+        columns = [f"… {count / 1e6:.0f}M" for count in [*(point["tokens"] for point in before), tokens]]
+        lines = []
+        for name, run in {title: short, **runs}.items():
+            if name != "dense":
+                gaps = [gap for step, _, gap in training_gaps(run, dense) if step <= last]
+                extremes = [f"{min(gaps):+.4f}", f"{max(gaps):+.4f}"]
+                lines.append([name, *_gaps_between(run, dense, steps), *extremes])
+        result += _table(
+            f"Training loss minus dense until {title} was stopped: between checkpoints, and the least and most logged",
+            ["tokens read", *columns, "least", "most"],
+            lines,
+        )
+    return result
+
+
+def _gaps_between(run: Result, dense: Result, steps: Sequence[int]) -> list[str]:
+    gaps = [(step, gap) for step, _, gap in training_gaps(run, dense)]
+    return [f"{mean:+.4f}" for mean in _means_between(gaps, steps)]
+
+
+def _means_between(values: Sequence[tuple[int, float]], steps: Sequence[int]) -> list[float]:
+    """The mean of what was logged after each step, until and with the next."""
+    return [statistics.mean(value for step, value in values if start < step <= stop) for start, stop in pairwise(steps)]
 
 
 def _last_tenth(run: Result) -> list[float]:
