@@ -326,6 +326,14 @@ def test_nothing_to_do():
     assert (out.shape, lse.shape, indices.shape) == ((2, 0, 2, 16), (2, 0, 2), (2, 0, 2, 3))
 
 
+def test_more_rows_than_a_grid_takes_are_refused():
+    rows = 33_000
+    q, k = torch.zeros(rows, 1, 2, 16, device=DEVICE), torch.zeros(rows, 4, 2, 16, device=DEVICE)
+    means = torch.zeros(page_means_shape(k, 4), device=DEVICE)
+    with pytest.raises(ValueError, match=r"at most 65,535 rows x key/value heads in a call, got 66,000; split"):
+        _decode(q, k, k, means, None, None, None, 4, 1, 0, 0, SCALE)
+
+
 def test_repeats_bit_for_bit():
     q, k, v = make_qkv(1, 2, 100, 4, 2, 16, dtype=torch.bfloat16, device=DEVICE)
     arguments = (q, k, v, means_of(k, 8), Sequences(1, 2, 100), Selection.of(8, 4, 0, 0, "mean"))

@@ -17,6 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Buffers begin at multiples of this many bytes.
 ALIGNMENT = 256
+# Thread blocks that CUDA takes along a grid's second and third axis, where rows x heads are.
+MAX_GROUPS = 65535
 # Plans that are kept; the oldest makes room.
 MAX_PLANS = 1024
 
@@ -104,7 +106,16 @@ class Plan:
         self._steps.append(_Step(None, (), {"tensor": self._place(tensor)}))
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        """Run a kernel on a grid. Tensors among its arguments are tensors or buffers of the plan, or views of them."""
+        """Run a kernel on a grid. Tensors among its arguments are tensors or buffers of the plan, or views of them.
+
+        Raises:
+            ValueError: if the grid is larger than CUDA takes.
+        """
+        if (most := max(grid[1:], default=0)) > MAX_GROUPS:
+            raise ValueError(
+                f"the triton backend takes at most {MAX_GROUPS:,} rows x key/value heads in a call, got {most:,}; "
+                "split the batch"
+            )
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         arguments = {name: self._place(x) if isinstance(x, (Tensor, Tiles)) else x for name, x in named.items()}
         for parameter in getattr(kernel, "params", ()):
