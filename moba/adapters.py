@@ -18,26 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ENDING = ".safetensors"
-# The adapter that comes with the package: SmolLM2-135M-Instruct, trained with MoBA.
+# The adapter that comes with the package: SmolLM2-135M-Instruct, trained with MoBA (NOTICE says on what).
 ACTIVATED = Path(__file__).parent / f"activated{ENDING}"
 
 _PEFT_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _CARRIED = ("moba", "rope_parameters", "max_position_embeddings")
-
-
-def activated_file() -> Path:
-    """The adapter that comes with the package.
-
-    Raises:
-        ValueError: if this version comes without one.
-    """
-    if not ACTIVATED.is_file():
-        raise ValueError(
-            f"this version of moba comes without a trained adapter ({ACTIVATED.name}): train one with "
-            "`moba train recipes/lora.toml` and name its adapter.safetensors with --model"
-        )
-    return ACTIVATED
 
 
 def is_adapter(model: str | None) -> bool:

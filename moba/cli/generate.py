@@ -133,9 +133,9 @@ def generate(
     if activated:
         if model is not None:
             raise ValueError(f"--activated names the model; leave out --model, got {model!r}")
-        from moba.adapters import activated_file
+        from moba.adapters import ACTIVATED
 
-        model = str(activated_file())
+        model = str(ACTIVATED)
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,
