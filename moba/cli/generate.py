@@ -103,7 +103,7 @@ def generate(
         bool,
         typer.Option(
             "--activated", rich_help_panel="Model",
-            help="The embedded model, trained with MoBA: routing has no first block that is kept by rule.",
+            help="The same as --model activated: routing has no first block that is kept by rule.",
         ),
     ] = False,
     demo: Annotated[

