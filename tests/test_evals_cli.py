@@ -17,6 +17,7 @@ from moba.cli import main
 from moba.cli.eval_setup import parse_lengths, parse_settings, setting_name
 from moba.cli.options import Choice
 from moba.data.build import Text, Unit, build
+from moba.evals.pictures import plot_needle
 from moba.evals.reader import Reader
 from moba.evals.texts import haystack_text, long_documents
 from moba.generation import num_keys_read
@@ -336,3 +337,15 @@ def test_settings_and_their_names(text, config, name):
     assert read == (config and replace(config, backend="pytorch"))
     assert setting_name(read) == name
     assert parse_settings(name, Choice(MoBAConfig(32, 3), kept_by_default=False)) == [config]
+
+
+def test_many_heat_maps_stand_in_rows_each_with_its_own_lengths():
+    lengths = {"a": (4096, 8192), "b": (4096,), "c": (4096,), "d": (4096,), "e": (131072,)}
+    grids = {name: {(n, depth): depth for n in of for depth in (0.0, 1.0)} for name, of in lengths.items()}
+    *panels, bar = plot_needle(grids, "title").axes
+    assert [axes.get_visible() for axes in panels] == [True] * 5 + [False] * 3
+    shown = [[label.get_text() for label in axes.get_xticklabels()] for axes in panels[:5]]
+    assert shown == [["4K", "8K"], ["4K"], ["4K"], ["4K"], ["128K"]]
+    assert [axes.get_title(loc="left") for axes in panels[:5]] == [f"{name}: 50% found" for name in "abcde"]
+    assert [axes.get_ylabel() for axes in panels[:5]] == ["depth of the needle", "", "", "", "depth of the needle"]
+    assert bar.get_ylim() == (0, 1)

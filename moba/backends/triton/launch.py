@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Buffers begin at multiples of this many bytes.
 ALIGNMENT = 256
 # Thread blocks that CUDA takes along a grid's second and third axis, where rows x heads are.
-MAX_GROUPS = 65535
+MAX_GRID_YZ = 65535
 # Plans that are kept; the oldest makes room.
 MAX_PLANS = 1024
 
@@ -111,9 +111,9 @@ class Plan:
         Raises:
             ValueError: if the grid is larger than CUDA takes.
         """
-        if (most := max(grid[1:], default=0)) > MAX_GROUPS:
+        if (most := max(grid[1:], default=0)) > MAX_GRID_YZ:
             raise ValueError(
-                f"the triton backend takes at most {MAX_GROUPS:,} rows x key/value heads in a call, got {most:,}; "
+                f"the triton backend takes at most {MAX_GRID_YZ:,} rows x key/value heads in a call, got {most:,}; "
                 "split the batch"
             )
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
