@@ -7,7 +7,7 @@
     python benchmarks/activation.py lengthen runs/needle/model runs/needle-1m --length 1048576
     python benchmarks/activation.py prompts runs/needle-1m --lengths 256K,1M --out prompts.jsonl
     python benchmarks/activation.py report activation.jsonl --prompts prompts.jsonl --log dense=runs/dense/log.jsonl \
-        --needle dense=evals/dense/needle.jsonl --out benchmarks/results/activation-h100
+        --needle dense=evals/dense/needle.jsonl --out benchmarks/results/activation-h200
 
 `measure` reads the same held-out rows with every checkpoint: the loss of their last tokens, and of a passage that comes
 a second time, with full attention and with MoBA. `prompts` hides a needle in long prompts and says what reading took.
@@ -212,9 +212,10 @@ def report(
     records = [record for file in files for record in file[1:]]
     parts = [read_lines(path) for path in prompts or []]
     of_prompts = [record for part in parts for record in part[1:]]
-    logs = {name: read_lines(Path(path)) for name, path in named(log)}
-    hidden = [(name, *read_lines(Path(path))) for name, path in named(needle)]
-    text = to_markdown({**heading(files), **({"note": note} if note else {})}, records, table)
+    logs = {name: read_lines(Path(path)) for name, path in map(named, log or [])}
+    hidden = [(name, *read_lines(Path(path))) for name, path in map(named, needle or [])]
+    made_on = heading(files) | ({"note": note} if note else {})
+    text = to_markdown(made_on, records, table)
     if parts:
         text += "\n" + to_markdown(heading(parts), of_prompts, prompts_table)
     if hidden:
@@ -226,7 +227,7 @@ def report(
         rate = statistics.median([step["tokens_per_s"] for step in steps if "tokens_per_s" in step][1:] or [math.nan])
         text += f"\n- {name}: {steps[-1]['tokens']:,} tokens trained, {rate:,.0f} a second (median)\n"
     out.with_suffix(".md").write_text(text)
-    values = {"made_on": heading(files), "records": records, "prompts": of_prompts, "logs": logs, "needle": hidden}
+    values = {"made_on": made_on, "records": records, "prompts": of_prompts, "logs": logs, "needle": hidden}
     out.with_suffix(".json").write_text(json.dumps(values) + "\n")
     plot_panels([panels(records, logs)], "SmolLM2-135M becomes a MoBA model").savefig(out.with_suffix(".png"))
     print(text)
@@ -236,11 +237,9 @@ def find_models(entry: str) -> list[tuple[str, str]]:
     """Names and paths of NAME=PATH: of a run's every checkpoint, else of the one model.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if the entry is something else, or there is no such model.
     """
-    name, separator, path = entry.partition("=")
-    if not separator:
-        raise ValueError(f"a model must read NAME=PATH, got {entry!r}")
+    name, path = named(entry)
     if path == EMBEDDED:
         return [(name, path)]
     if found := checkpoints(Path(path)):
@@ -308,23 +307,23 @@ def told(records: list[Record], model: str, attention: str) -> str:
 
 
 def heading(files: Sequence[Sequence[Record]]) -> dict[str, str]:
-    """Commands and machines of all files, and the settings in which they agree."""
+    """Of the first lines of files: what made each, and the settings in which all agree, but for tables of settings."""
     made_on, settings = [file[0]["made_on"] for file in files], [file[0]["settings"] for file in files]
     shared = {k: v for k, v in settings[0].items() if not isinstance(v, dict) and all(s.get(k) == v for s in settings)}
     several = {key: "; ".join(dict.fromkeys(about[key] for about in made_on)) for key in made_on[0]}
     return {**several, **{key: str(value) for key, value in shared.items()}}
 
 
-def named(entries: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Name and path of each NAME=PATH.
+def named(entry: str) -> tuple[str, str]:
+    """Name and path of NAME=PATH.
 
     Raises:
-        ValueError: if an entry is something else.
+        ValueError: if the entry is something else.
     """
-    parts = [entry.partition("=") for entry in entries or []]
-    if unnamed := [name for name, separator, _ in parts if not separator]:
-        raise ValueError(f"a file must read NAME=PATH, got {unnamed[0]!r}")
-    return [(name, path) for name, _, path in parts]
+    name, separator, path = entry.partition("=")
+    if not separator:
+        raise ValueError(f"a model or file must read NAME=PATH, got {entry!r}")
+    return name, path
 
 
 def found_by_reader(hidden: Sequence[Sequence[Any]]) -> dict[str, list[Record]]:
@@ -333,8 +332,8 @@ def found_by_reader(hidden: Sequence[Sequence[Any]]) -> dict[str, list[Record]]:
     for name, _, *answers in hidden:
         for answer in answers:
             how = answer["attention"]
-            read = FULL if how == "full" else "MoBA, its answer too" if "decode=moba" in how else "MoBA"
-            found.setdefault(f"{name}: {read}", []).append(answer)
+            moba = "MoBA, its answer too" if "decode=moba" in how else "MoBA"
+            found.setdefault(f"{name}: {FULL if how == 'full' else moba}", []).append(answer)
     return found
 
 

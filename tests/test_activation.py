@@ -145,6 +145,7 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
     for line in ("- note: Small.", "| needles found | 64 | 1K |", "| dense: MoBA, its answer too | 2 of 2 | 1 of 2 |"):
         assert line in printed
     result = json.loads((tmp_path / "result.json").read_text())
+    assert result["made_on"]["note"] == "Small."
     assert result["prompts"] == records
     assert result["needle"] == [["dense", header, *answers]]
     with pytest.raises(ValueError, match="NAME=PATH"):
