@@ -18,17 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ENDING = ".safetensors"
-# The adapter that comes with the package: SmolLM2-135M-Instruct, trained with MoBA (NOTICE says on what).
-ACTIVATED = Path(__file__).parent / f"activated{ENDING}"
+# The adapter that comes with the package (NOTICE says what it is made from), by the name that stands for it as a model.
+ACTIVATED = "activated"
+ACTIVATED_FILE = Path(__file__).parent / f"{ACTIVATED}{ENDING}"
 
 _PEFT_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _CARRIED = ("moba", "rope_parameters", "max_position_embeddings")
 
 
-def is_adapter(model: str | None) -> bool:
-    """Whether a model's name is that of an adapter's file."""
-    return model is not None and model.endswith(ENDING)
+def adapter_file(model: str | None) -> Path | None:
+    """The file of a model that is an adapter, None of every other model."""
+    if model == ACTIVATED:
+        return ACTIVATED_FILE
+    return Path(model).expanduser() if model is not None and model.endswith(ENDING) else None
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -97,8 +100,7 @@ def write_adapter(trained: Path, config: Any, base: str, scale: float, out: Path
             raise ValueError(f"{trained} holds {name}, which is no factor of a linear layer")
         else:
             tensors[name] = value
-    if is_adapter(base):
-        path = Path(base).expanduser()
+    if (path := adapter_file(base)) is not None:
         base = read_about(path)["base"]
         for name, value in load_file(path).items():
             if name not in tensors:

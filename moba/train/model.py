@@ -36,7 +36,7 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
         # Reading GGUF draws a progress bar of its own that cannot be turned off.
         with redirect_stderr(io.StringIO()):
             model, tokenizer = load_model(_source(part.base))
-        if part.base == EMBEDDED or part.base.endswith((".gguf", adapters.ENDING)):
+        if part.base == EMBEDDED or part.base.endswith(".gguf") or adapters.adapter_file(part.base) is not None:
             model = _plain(model)
     stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
     model.set_attn_implementation("moba")

