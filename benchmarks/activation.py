@@ -11,8 +11,8 @@
 
 `measure` reads the same held-out rows with every checkpoint: the loss of their last tokens, and of a passage that comes
 a second time, with full attention and with MoBA. `prompts` hides a needle in long prompts and says what reading took.
-Both go on where they were stopped. `report` writes PREFIX.json, PREFIX.md, PREFIX.png and, of what `moba eval needle`
-found, PREFIX-needle.png.
+Both go on where they were stopped. `report` reads these files (not the PREFIX.json of another report) and writes
+PREFIX.json, PREFIX.md, PREFIX.png and, of what `moba eval needle` found, PREFIX-needle.png.
 """
 
 from __future__ import annotations
@@ -208,12 +208,12 @@ def report(
     note: Annotated[str, typer.Option(help="What a reader must know of how this was made.")] = "",
 ) -> None:
     """Tables and pictures of what was measured."""
-    files = [read_lines(path) for path in measured]
+    files = [read_measured(path) for path in measured]
     records = [record for file in files for record in file[1:]]
-    parts = [read_lines(path) for path in prompts or []]
+    parts = [read_measured(path) for path in prompts or []]
     of_prompts = [record for part in parts for record in part[1:]]
     logs = {name: read_lines(Path(path)) for name, path in map(named, log or [])}
-    hidden = [(name, *read_lines(Path(path))) for name, path in map(named, needle or [])]
+    hidden = [(name, *read_measured(Path(path))) for name, path in map(named, needle or [])]
     made_on = heading(files) | ({"note": note} if note else {})
     text = to_markdown(made_on, records, table)
     if parts:
@@ -398,6 +398,18 @@ def panels(records: list[Record], logs: dict[str, list[Record]]) -> list[Panel]:
             training[name] = ([step["tokens"] / 1e6 for step in logged], [step["loss"] for step in logged])
         result.append(Panel(training, "million tokens trained", "loss (nats)", "training"))
     return result
+
+
+def read_measured(path: Path) -> list[Record]:
+    """A first line of settings, and the records below it.
+
+    Raises:
+        ValueError: if the file is another, such as what `report` wrote.
+    """
+    lines = read_lines(path)
+    if not lines or not {"settings", "made_on"} <= lines[0].keys():
+        raise ValueError(f"{path} must be JSON lines as measure, prompts or `moba eval needle` wrote them")
+    return lines
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -150,6 +150,8 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
     assert result["needle"] == [["dense", header, *answers]]
     with pytest.raises(ValueError, match="NAME=PATH"):
         run("report", measured, "--needle", needle, "--out", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"result\.json must be JSON lines as measure, prompts"):
+        run("report", tmp_path / "result.json", "--out", tmp_path / "again")
 
 
 def test_texts_that_are_too_short_are_refused(folder):
