@@ -15,6 +15,9 @@ from moba.checks import first_line
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_FILE = f"{EMBEDDED}.Q4_1.gguf"
 
+# One of them is in every folder of a model, or of peft's adapter, which transformers reads too.
+_CONFIGS = ("config.json", "adapter_config.json")
+
 
 def load_model(
     model: str | None = None, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
@@ -37,6 +40,9 @@ def load_model(
     if (adapter := adapter_file(model)) is not None:
         return _adapted(adapter, dtype, attn_implementation)
     transformers, source, options = _locate(model)
+    folder = Path(source)
+    if folder.is_dir() and not options and not any((folder / name).is_file() for name in _CONFIGS):
+        raise ValueError(f"model: the folder {model!r} holds no model: it has no config.json")
     settings = {}
     if "gguf_file" in options:
         # Newer transformers would leave weights packed: that needs kernels to download, and rules out training.

@@ -140,7 +140,7 @@ BINARY, EMPTY, MISSING = "binary.txt", "empty.txt", "missing.txt"
         (["-p", words(250), "-n", "10"], "context is 256 tokens"),
         (["-p", "w1", "-m", "./nowhere"], "nowhere"),
         (["-p", "w1", "-m", EMPTY], EMPTY),
-        (["-p", "w1", "-m", "."], "cannot be loaded"),
+        (["-p", "w1", "-m", "."], "'.' holds no model"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line(moba, folder, tmp_path, monkeypatch, args, said):

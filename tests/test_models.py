@@ -122,7 +122,7 @@ def test_a_broken_gguf_file(tmp_path, content):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(ValueError, match=r"holds no model: it has no config\.json"):
         load_model(str(tmp_path))
 
 
