@@ -253,8 +253,12 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
     assert code == 0
     assert not (tmp_path / "out").exists()
     values = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert set(values) == {"model", "tokens", "memory", "compute", "time", "disk"}
+    assert set(values) == {"model", "attention", "tokens", "memory", "compute", "time", "disk"}
+    assert values["attention"].startswith("MoBA: block size ")
     assert values["tokens"].startswith("3,072 in 24 steps of 2 × 64; the data has 605")
+    changes = ("-s", "attention.schedule=activation", "-s", "attention.at=0.125", "-s", "attention.full_layers=[0]")
+    _, out, _ = moba("train", file, "--dry-run", *changes)
+    assert re.search(r"^attention +full attention; from 12\.5% of the steps MoBA: .*full layers \(0,\)$", out, re.M)
 
 
 def test_paths_may_hold_quotes(moba, file, tmp_path):

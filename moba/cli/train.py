@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moba.cli.session import choose_device, messages, quieten, say
+from moba.cli.options import Attention
+from moba.cli.session import choose_device, describe, messages, quieten, say
 
 if TYPE_CHECKING:
     from moba.train.recipe import Recipe
+    from moba.train.schedule import Schedule
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A .toml file; recipes/ has some.")]
 SetOption = Annotated[
@@ -85,6 +87,7 @@ def _dry_run(recipe: Recipe) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     lines = {
         "model": f"{total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained",
+        "attention": _told(recipe.schedule),
         "tokens": f"{result.num_tokens:,} in {recipe.num_steps:,} steps of {training.rows_per_step} × "
         f"{recipe.data.context:,}; the data has {result.unique_tokens:,}, read "
         f"{result.num_tokens / (result.unique_tokens / (1 - result.padding)):.2f} times; {result.padding:.1%} padding",
@@ -94,11 +97,21 @@ def _dry_run(recipe: Recipe) -> None:
         f"TFLOP/s on {name}",
         "time": f"{_duration(seconds)} on one such device, if a step keeps {result.efficiency:.0%} of that; "
         f"{result.num_tokens / seconds:,.0f} tokens/s",
-        "disk": f"{(training.keep + 1) * (4 * total + 8 * trained) / 2**30:.1f} GiB for {training.keep} checkpoints "
-        "and one being written",
+        # Checkpoints hold what is trained and its two moments; the model is written whole at the end.
+        "disk": f"{((training.keep + 1) * 12 * trained + 4 * total) / 2**30:.1f} GiB for {training.keep} checkpoints, "
+        "one being written, and the model",
     }  # fmt: skip
     for what, text in lines.items():
-        typer.echo(f"{what:8}{text}")
+        typer.echo(f"{what:10}{text}")
+
+
+def _told(schedule: Schedule) -> str:
+    """The stages in words."""
+    told = [
+        (start, "full attention" if config is None else describe(config, Attention.moba))
+        for start, config in schedule.stages
+    ]
+    return "; ".join(f"from {start:.1%} of the steps {how}" if start else how for start, how in told)
 
 
 def _duration(seconds: float) -> str:
