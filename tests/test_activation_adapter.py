@@ -18,6 +18,7 @@ from moba import adapters
 from moba.data.shards import tokenizer_hash
 from moba.hf import get_moba_config, register_moba, set_moba_config
 from moba.models import load_model, load_tokenizer
+from moba.train.model import tokenizer_of
 from moba.train.recipe import read_recipe
 from moba.train.run import train
 
@@ -108,6 +109,7 @@ def test_activated_is_the_packages_own(trained, moba, monkeypatch, tmp_path):
     changes = [f'data.folder="{trained / "data"}"', f'out="{tmp_path}"', "model.base=activated", "lora.rank=2"]
     train(read_recipe(trained / "recipe.toml", [*changes, "training.tokens=320"]), say=lambda text: None)
     assert adapters.read_about(tmp_path / "adapter.safetensors")["base"] == str(trained / "base")
+    assert tokenizer_hash(tokenizer_of("activated")) == tokenizer_hash(load_tokenizer(str(trained / "base")))
 
 
 def test_files_that_are_none_are_refused(trained, moba, tmp_path):

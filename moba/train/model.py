@@ -124,7 +124,8 @@ def stretch_positions(
 def tokenizer_of(name: str) -> Any:
     """The tokenizer that a manifest names, or None if it cannot be loaded here."""
     is_hub_name = name.count("/") == 1
-    if name != EMBEDDED and not Path(name).expanduser().exists() and not is_hub_name:
+    is_ours = name in (EMBEDDED, adapters.ACTIVATED)
+    if not is_ours and not Path(name).expanduser().exists() and not is_hub_name:
         return None
     try:
         return load_tokenizer(_source(name))
