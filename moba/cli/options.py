@@ -77,8 +77,6 @@ ChatOption = Annotated[
     bool,
     typer.Option("--chat/--no-chat", help="Wrap the prompt in the model's chat template.", rich_help_panel=_PROMPT),
 ]
-
-
 ModelOption = Annotated[
     str | None,
     typer.Option(

@@ -16,8 +16,8 @@ from moba.train.packing import PackedRows
 from moba.train.recipe import Recipe
 
 # Of a large matrix product's rate, how much a whole training step keeps: about what SmolLM2-135M's keeps at 32K tokens
-# on an H200 (benchmarks/results/train-step-h200.md), and with compiled layers (activation-last3-h200.md there).
-# Larger models keep more.
+# on an H200 (benchmarks/results/train-step-h200.md), and with compiled layers (activation-last3-h200.md there), if a
+# product runs at 790 TFLOP/s there, which no result holds. Larger models keep more.
 EFFICIENCY = 0.17
 COMPILED_EFFICIENCY = 0.3
 
