@@ -201,7 +201,9 @@ def report(
     measured: Annotated[list[Path], typer.Argument(help="What `measure` wrote.")],
     out: Annotated[Path, typer.Option(help="PREFIX.json, PREFIX.md and PREFIX.png are written.")],
     prompts: Annotated[list[Path] | None, typer.Option(help="What `prompts` wrote.")] = None,
-    log: Annotated[list[str] | None, typer.Option(help="NAME=log.jsonl of a run.")] = None,
+    log: Annotated[
+        list[str] | None, typer.Option(help="NAME=log.jsonl of a run; drawn beside a model of that NAME.")
+    ] = None,
     needle: Annotated[
         list[str] | None, typer.Option(help="NAME=needle.jsonl of `moba eval needle`; a name may have several.")
     ] = None,
@@ -391,9 +393,10 @@ def panels(records: list[Record], logs: dict[str, list[Record]]) -> list[Panel]:
             curves[model] = ([LAST * (i + 0.5) for i in range(len(means))], means)
         result.append(Panel(curves, "position", "loss (nats)", f"held-out texts, {attention}"))
     if logs:
-        # Colours go by place: a model without a log has an empty curve here, and keeps its colour.
+        # Colours go by place: a model without a log has an empty curve here, and keeps its colour. A log of no measured
+        # model, such as a retrieval training's, is of other texts.
         training: dict[str, tuple[list[float], list[float]]] = {}
-        for name in dict.fromkeys([*last, *logs]):
+        for name in last:
             logged = [step for step in logs.get(name, []) if "loss" in step]
             training[name] = ([step["tokens"] / 1e6 for step in logged], [step["loss"] for step in logged])
         result.append(Panel(training, "million tokens trained", "loss (nats)", "training"))
