@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/context_parallel.py --tokens 4096      # an
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -49,5 +50,6 @@ if first < behind:
     blocks = routing.indices[0, -1, 0]
     said = f"tokens {first} to {behind - 1} of {options.tokens}; its last query, head 0, reads blocks "
     said += f"{blocks[blocks >= 0].tolist()}"
-print(f"rank {rank}: {said}", flush=True)
+# A whole line in one write: torchrun's processes share a terminal, and do not buffer.
+sys.stdout.write(f"rank {rank}: {said}\n")
 end_process()  # in the place of dist.destroy_process_group(), after which gloo's threads may abort a process

@@ -84,7 +84,8 @@ def main(args: list[str] | None = None) -> None:
             time.sleep(_FIRST_SPEAKS)
         if "--debug" in args:
             traceback.print_exc()
-        print(f"moba: error: {'' if rank == '0' else f'rank {rank}: '}{one_line(error)}", file=sys.stderr)
+        # A whole line in one write: torchrun's processes share a terminal, and do not buffer.
+        sys.stderr.write(f"moba: error: {'' if rank == '0' else f'rank {rank}: '}{one_line(error)}\n")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
