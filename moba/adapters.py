@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 ENDING = ".safetensors"
@@ -44,9 +44,15 @@ def read_about(path: Path) -> dict[str, Any]:
         raise ValueError(f"model: there is no {str(path)!r}")
     try:
         with safe_open(path, "pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["adapter"])
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is cut short or no safetensors file: copy it again from where it is whole ({error})"
+        ) from None
+    try:
+        about: dict[str, Any] = json.loads(metadata["adapter"])
         about["base"], about["config"]["moba"]
-    except Exception as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an adapter that `moba train` wrote: {error!r}") from None
     return about
 
@@ -111,5 +117,6 @@ def write_adapter(trained: Path, config: Any, base: str, scale: float, out: Path
     about = json.dumps({"base": base, "config": carried})
     draft = out.with_name(out.name + ".unfinished")
     values = {k: (v.to(torch.bfloat16) if k.endswith((".A", ".B")) else v).contiguous() for k, v in tensors.items()}
-    save_file(values, draft, metadata={"adapter": about})
+    # Not by save_file, whose files nobody else can read, whatever the umask says.
+    draft.write_bytes(save(values, metadata={"adapter": about}))
     draft.replace(out)

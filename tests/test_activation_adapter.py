@@ -117,8 +117,13 @@ def test_files_that_are_none_are_refused(trained, moba, tmp_path):
     assert (nowhere[0], "there is no" in nowhere[2]) == (2, True)
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert "is not an adapter" in moba("generate", "-m", tmp_path / "a.safetensors", "-p", "w1")[2]
-    (tmp_path / "b.safetensors").write_bytes(b"no")
-    assert "is not an adapter" in moba("generate", "-m", tmp_path / "b.safetensors", "-p", "w1")[2]
+    whole = (trained / "one" / "adapter.safetensors").read_bytes()
+    for content in (b"", b"no", whole[:1000], whole[:-1]):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        code, _, said = moba("generate", "-m", tmp_path / "b.safetensors", "-p", "w1")
+        assert code == 2
+        assert said.startswith(f"moba: error: {tmp_path}/b.safetensors is cut short or no safetensors file: copy it")
+        assert said.count("\n") == 1
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(ValueError, match="does not fit this model"):
         adapters.apply_adapter(other, trained / "one" / "adapter.safetensors")

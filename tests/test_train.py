@@ -218,7 +218,15 @@ def test_ways_of_computing_a_step_agree(file, tmp_path, change):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2 if "bf16" in change else 1e-5)
 
 
-def test_adapters(file, tiny, tmp_path):
+@pytest.fixture
+def umask():
+    """Files are for the user and the group."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_adapters(file, tiny, tmp_path, umask):
     recipe = from_base(file, tiny, "lora.rank=4", "training.tokens=6400", "training.learning_rate=1e-2")
     said = []
     train(recipe, say=said.append)
@@ -233,6 +241,7 @@ def test_adapters(file, tiny, tmp_path):
     transformers.AutoTokenizer.from_pretrained(out / "model")
     saved = torch.load(out / "checkpoint-50" / "optimizer.pt")["state"]
     assert sum(state["exp_avg"].numel() for state in saved.values()) < 0.5 * base.num_parameters()
+    assert {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()} == {"640"}, "as the umask says"
 
 
 def test_positions_are_stretched(file, tiny, tmp_path):

@@ -36,11 +36,15 @@ def last_checkpoint(out: Path) -> Path | None:
 def move_into_place(draft: Path, target: Path) -> None:
     """Bring a folder's files to the disk and give it the name it shall have.
 
+    Its files become as readable as the folder: safetensors' own nobody else could read, whatever the umask says.
+
     Raises:
         OSError: if the disk is full or the folder cannot be moved; `target` is then what it was.
     """
+    mode = draft.stat().st_mode & 0o666
     for path in draft.rglob("*"):
         if path.is_file():
+            path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     old = draft.with_name(draft.name + ".old")
