@@ -161,7 +161,10 @@ def test_a_finished_run_is_not_repeated(moba, file, tmp_path):
 
 def test_one_run_at_a_time_writes_a_folder(moba, file, tmp_path):
     with locked(tmp_path / "out"):
+        # What the other run is about to write is not yet looked at.
+        (tmp_path / "out" / "checkpoint-4").mkdir()
         code, _, err = moba("train", file)
+        (tmp_path / "out" / "checkpoint-4").rmdir()
     assert code == 2
     assert err.splitlines()[-1] == f"moba: error: {tmp_path}/out is being written by another run"
     assert moba("train", file)[0] == 0

@@ -68,12 +68,14 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     shards = open_shards(recipe.data.folder)
     rows = training_rows(recipe, shards)
     held_out = _held_out(recipe)
-    checkpoint = _check_run(recipe, out, shards)
-    model, tokenizer = build_model(recipe, shards.manifest)
-    check_tokenizer(shards, model, tokenizer)
-    if checkpoint is not None:
-        check_architecture(checkpoint, model)
-    with _entered(recipe, out, shards, state):
+    require_folder("out", out)
+    with _alone(out, state):
+        checkpoint = _check_run(recipe, out, shards)
+        model, tokenizer = build_model(recipe, shards.manifest)
+        check_tokenizer(shards, model, tokenizer)
+        if checkpoint is not None:
+            check_architecture(checkpoint, model)
+        _begin(recipe, out, shards, state)
         with _enough_memory(recipe):
             loss = use_fused_loss(model.to(state.device), recipe.training.loss)
         trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
@@ -195,7 +197,6 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
     Raises:
         ValueError: if the run in `out` is of another recipe or other data, or not ours.
     """
-    require_folder("out", out)
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
         return None
@@ -216,20 +217,25 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
 
 
 @contextmanager
-def _entered(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> Iterator[None]:
-    """The run's folder, for this run alone, without what a killed run or this one left half written.
+def _alone(out: Path, state: PartialState) -> Iterator[None]:
+    """The run's folder, for this run alone, whose processes all go on once the first has it.
 
     Raises:
         ValueError: if another run is writing to it.
     """
     with locked(out) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-            write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
         state.wait_for_everyone()
         yield
         if state.is_main_process:
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+
+
+def _begin(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> None:
+    """Say whose folder it is, and take away what a killed run left half written."""
+    if state.is_main_process:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
+    state.wait_for_everyone()
 
 
 def _arguments(
