@@ -273,6 +273,21 @@ def test_dry_run_writes_nothing(moba, file, tmp_path):
     assert re.search(r"^attention +full attention; from 12\.5% of the steps MoBA: .*full layers \(0,\)$", out, re.M)
 
 
+@pytest.mark.parametrize(("recipe", "first"), [("needle", "activation"), ("needle-lora", "lora")])
+def test_a_base_that_another_recipe_makes(moba, tmp_path, monkeypatch, recipe, first):
+    shutil.copytree(Path(__file__).parent.parent / "recipes", tmp_path / "recipes")
+    (tmp_path / "recipes" / "another.toml").write_text("out = [")
+    monkeypatch.chdir(tmp_path)
+    for dry in (["--dry-run"], []):
+        code, out, err = moba("train", f"recipes/{recipe}.toml", *dry)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"there is no runs/{first}/" in err
+        assert err.endswith(f" yet: `moba train recipes/{first}.toml` makes it\n")
+    base = read_recipe(f"recipes/{recipe}.toml").model.base
+    Path(base).mkdir(parents=True)
+    assert "there is no folder data/needle" in moba("train", f"recipes/{recipe}.toml", "--dry-run")[2]
+
+
 def test_paths_may_hold_quotes(moba, file, tmp_path):
     out = tmp_path / 'my "run" \\ one'
     assert moba("train", file, "--out", out)[0] == 0

@@ -62,6 +62,7 @@ def train(
     changes = [*change, *(f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path)]
     changes += [f"training.context_parallel={context_parallel}"] if context_parallel is not None else []
     settings = read_recipe(recipe, changes)
+    _require_base(settings, recipe)
     quieten()
     if dry_run:
         _dry_run(settings)
@@ -74,6 +75,26 @@ def train(
     run(settings, say=say, callbacks=[_progress()])
     if dist.is_initialized():
         end_process()
+
+
+def _require_base(recipe: Recipe, file: Path) -> None:
+    """Refuse a base that another recipe beside this one makes, as long as it has not.
+
+    Raises:
+        ValueError: naming that recipe.
+    """
+    from moba.train.recipe import read_recipe
+
+    base = Path(recipe.model.base or "").expanduser()
+    if base.exists():
+        return
+    for other in sorted(file.expanduser().parent.glob("*.toml")):
+        try:
+            out = read_recipe(other).out
+        except (ValueError, OSError):
+            continue
+        if Path(out).expanduser() in base.parents:
+            raise ValueError(f"model.base: there is no {base} yet: `moba train {other}` makes it")
 
 
 def _dry_run(recipe: Recipe) -> None:
