@@ -376,7 +376,7 @@ def prompts_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
             peak = max(r.get("peak_bytes", 0) for r in read) / 2**30
             values = [f"{sum(r['found'] for r in read)} of {len(read)}", f"{_mean(read, 'loss'):.2f}",
                       f"{min(r['read_s'] for r in read):.1f}", f"{peak:.1f}"]  # fmt: skip
-        cells.append([name, attention, f"{length // 1024}K", *values])
+        cells.append([name, attention, length_name(length), *values])
     return ["model", "attention", "tokens", "found", "loss of the answer", "seconds to read", "peak GiB"], cells
 
 

@@ -138,7 +138,7 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
     printed = run("report", measured, *options, "--out", tmp_path / "result")
     assert (tmp_path / "result.md").read_text() + "\n" == printed
     assert "| moba 8 | MoBA |" in printed
-    assert "| moba | moba | 0K | " in printed
+    assert "| moba | moba | 100 | " in printed
     assert "activation: 2,048 tokens trained" in printed
     assert (tmp_path / "result.png").stat().st_size > 10_000
     assert (tmp_path / "result-needle.png").stat().st_size > 5_000
@@ -152,6 +152,11 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
         run("report", measured, "--needle", needle, "--out", tmp_path / "again")
     with pytest.raises(ValueError, match=r"result\.json must be JSON lines as measure, prompts"):
         run("report", tmp_path / "result.json", "--out", tmp_path / "again")
+
+
+def test_lengths_are_named_as_everywhere():
+    _, cells = script.prompts_table([{"model": "m", "attention": "moba", "length": 1 << 20, "failed": "out of memory"}])
+    assert cells == [["m", "moba", "1M", "", "", "", "out of memory"]]
 
 
 def test_texts_that_are_too_short_are_refused(folder):
