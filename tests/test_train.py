@@ -260,6 +260,23 @@ def test_positions_are_stretched(file, tiny, tmp_path):
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequency)
 
 
+def test_short_rows_teach_far_positions(file, tiny, tmp_path):
+    changes = ("data.span=4096", "model.rope_theta=50000", "training.tokens=1024", "training.save_every=4")
+    read = []
+
+    class Positions(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.register_forward_pre_hook(
+                lambda _, args, kwargs: read.append(kwargs["position_ids"].max().item()), with_kwargs=True
+            )
+
+    train(from_base(file, tiny, *changes), say=lambda text: None, callbacks=[Positions()])
+    assert len(read) == 16
+    assert max(read) > 2048
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.max_position_embeddings == 4096
+
+
 def test_dry_run_writes_nothing(moba, file, tmp_path):
     code, out, _ = moba("train", file, "--dry-run")
     assert code == 0
@@ -333,6 +350,9 @@ def test_a_folder_is_no_recipe(moba, tmp_path):
         ("model.shape.hidden_size=33", "model.architecture='llama', shape={'hidden_size': 33"),
         ("training.compile=flase", "training.compile must be true or false, got 'flase'"),
         ("data.whole_rows=1", "data.whole_rows must be true or false, got 1"),
+        ("data.span=63", "data.span must be an integer >= 64, got 63"),
+        ("data.span=true", "data.span must be an integer"),
+        ("data.whole_rows=true\\ndata.span=99\\ntraining.transport=selective", "set data.whole_rows and no data.span"),
         ("data.sources=python", "data.sources must be a list of names, got 'python'"),
         ("lora.targets=3", "lora.targets must be a name or a list of names, got 3"),
         ("data.folder=3", "data.folder must be text, got 3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
@@ -17,7 +18,7 @@ from moba import MoBAConfig, register_moba
 from moba.data import open_shards
 from moba.hf import set_moba_config
 from moba.train.loss import use_fused_loss
-from moba.train.packing import PackedRows, by_source, collate, pack
+from moba.train.packing import MOST_SKIPS, PackedRows, by_source, collate, pack, skipped_positions
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(2, 128))
@@ -86,11 +87,48 @@ def test_whole_rows_are_not_packed(tmp_path):
     assert batch["input_ids"].shape == (3, 64)
 
 
+@given(st.integers(2, 300), st.integers(1, 5000), st.integers(0, 99))
+def test_positions_skip_within_the_span(length, span, seed):
+    positions = skipped_positions(length, span, np.random.default_rng(seed))
+    assert (positions.dtype, positions.shape, positions[0]) == (np.int64, (length,), 0)
+    steps = np.diff(positions)
+    assert steps.min() >= 1
+    assert (steps > 1).sum() <= MOST_SKIPS
+    assert positions[-1] < max(length, span)
+
+
+def test_skips_bring_every_distance():
+    generator = np.random.default_rng(0)
+    drawn = np.stack([skipped_positions(256, 8192, generator) for _ in range(400)])
+    distances = (drawn[:, -1:] - drawn).flatten()
+    seen = np.histogram(distances, bins=32, range=(0, 8192))[0]
+    assert seen.min() > 0.001 * distances.size, "also the farthest"
+    assert seen[:2].sum() > 0.1 * distances.size, "and the near ones all the time"
+    ends = drawn[:, -1]
+    assert abs(ends.mean() - (255 + 8191) / 2) < 5 * (8192 / 12**0.5) / 400**0.5, "evenly from no skip to the span"
+
+
+def test_a_span_changes_positions_only(tmp_path):
+    shards = open_shards(save_shards(tmp_path))
+    plain, spread, again = (PackedRows(shards, 64, num_rows=30, span=span) for span in (None, 4096, 4096))
+    for i in (17, 3, 29):
+        row = spread[i]
+        positions = row.pop("position_ids")
+        assert {k: str(v) for k, v in row.items()} == {k: str(v) for k, v in plain[i].items()}
+        assert torch.equal(positions, again[i]["position_ids"]), "a resumed run finds the same ones"
+        for part in positions.split([*row["lengths"], row["num_padding"]]):
+            assert not len(part) or part[0] == 0
+    # A row that comes again comes with other skips.
+    (first, second) = [i for i in range(30) if torch.equal(plain[i]["input_ids"], plain[0]["input_ids"])][:2]
+    assert not torch.equal(spread[first]["position_ids"], spread[second]["position_ids"])
+
+
+@pytest.mark.parametrize("span", [None, 512])
 @pytest.mark.parametrize("full_layers", [0, 3])
-def test_a_packed_batch_has_the_loss_of_its_documents_alone(tmp_path, full_layers):
+def test_a_packed_batch_has_the_loss_of_its_documents_alone(tmp_path, full_layers, span):
     register_moba(None)
     shards = open_shards(save_shards(tmp_path))
-    data = PackedRows(shards, 64, seed=None)
+    data = PackedRows(shards, 64, seed=None, span=span)
     model = tiny_model(initializer_range=0.1).double()
     set_moba_config(model, MoBAConfig(8, 2, full_layers=full_layers))
     model.set_attn_implementation("moba")
@@ -101,10 +139,18 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone(tmp_path, full_layer
     assert data[len(data) - 1]["num_padding"]
     with torch.no_grad():
         loss = model(**batch, use_cache=False).loss
-        total, count = 0.0, 0
-        for document, start, length in (piece for i in chosen for piece in data.rows[i]):
-            tokens = torch.tensor(shards[document][start : start + length].astype("int64"))[None]
-            total += model(tokens, labels=tokens, use_cache=False).loss * (length - 1)
-            count += length - 1
+        total, count, begin = 0.0, 0, 0
+        for i in chosen:
+            for document, start, length in data.rows[i]:
+                tokens = torch.tensor(shards[document][start : start + length].astype("int64"))[None]
+                positions = batch["position_ids"][:, begin : begin + length]
+                cu = torch.tensor([0, length], dtype=torch.int32)
+                alone = {"position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu} if span else {}
+                total += model(tokens, labels=tokens, **alone, use_cache=False).loss * (length - 1)
+                count += length - 1
+                begin += length
+            begin += data[i]["num_padding"]
+        plain = collate([PackedRows(shards, 64, seed=None)[i] for i in chosen])
+        assert torch.equal(loss, model(**plain, use_cache=False).loss) == (span is None), "far positions are seen"
     assert (batch["labels"][:, 1:] != -100).sum() == count
     assert_close(loss, total / count, 1e-10)

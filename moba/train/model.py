@@ -38,7 +38,7 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
             model, tokenizer = load_model(_source(part.base))
         if part.base == EMBEDDED or part.base.endswith(".gguf") or adapters.adapter_file(part.base) is not None:
             model = _plain(model)
-    stretch_positions(model, recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
+    stretch_positions(model, recipe.data.span or recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
     model.set_attn_implementation("moba")
     if part.key_convolution is not None:
         add_key_convolution(model, part.key_convolution)

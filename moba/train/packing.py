@@ -3,6 +3,9 @@
 A document longer than a row is cut into rows of its own; what is left of it, and every shorter document, shares a row
 with others of fitting length. In a shared row each piece is a sequence of its own: positions count from 0, no token
 attends into another piece, and none is predicted from one. A T × T mask never exists: attention gets the boundaries.
+
+The positions of a sequence may be spread over more than it has tokens ("positional skip-wise training", Zhu et al.,
+arXiv 2309.10400): short rows then teach a rotary embedding the distances of long texts.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from torch.utils.data import Dataset
 from moba.config import require_int
 from moba.data import Shards
 from moba.train.loss import IGNORED
+
+# Where the positions of a sequence are spread: they skip so often at most.
+MOST_SKIPS = 8
 
 
 class Piece(NamedTuple):
@@ -57,6 +63,23 @@ def pack(lengths: Sequence[int], context: int) -> list[list[Piece]]:
     return rows
 
 
+def skipped_positions(length: int, span: int, generator: np.random.Generator) -> np.ndarray:
+    """Positions of 2 or more tokens: from 0 on by one, but for 1 to 8 skips at random places.
+
+    How far all skips reach together is drawn evenly from 0 to what `span` leaves, and shared out at random: over many
+    sequences every distance below `span` comes up, and the near ones in each.
+
+    Returns:
+        int64 [length], ascending, each below the larger of `span` and `length`.
+    """
+    reach = generator.integers(0, max(0, span - length), endpoint=True)
+    count = generator.integers(1, MOST_SKIPS, endpoint=True)
+    places = np.sort(generator.integers(1, length, size=count))
+    skipped_there = np.sort([*generator.integers(0, reach, size=count - 1, endpoint=True), reach])
+    skipped = np.concatenate([[0], skipped_there])[np.searchsorted(places, np.arange(length), side="right")]
+    return np.arange(length) + skipped
+
+
 class PackedRows(Dataset):
     """The rows that training reads, in the order it reads them: all rows shuffled, then again, until there are enough.
 
@@ -71,6 +94,7 @@ class PackedRows(Dataset):
         sources: only documents of these; None: of all.
         min_length: documents shorter than this are left out.
         whole_rows: only rows that one document fills; what is left of documents is not read.
+        span: spread the positions of each sequence over up to so many; None: they count its tokens.
 
     Raises:
         ValueError: if no document or row is left, or a source is unknown.
@@ -86,8 +110,9 @@ class PackedRows(Dataset):
         sources: Sequence[str] | None = None,
         min_length: int = 0,
         whole_rows: bool = False,
+        span: int | None = None,
     ) -> None:
-        self.shards, self.context, self.seed = shards, context, seed
+        self.shards, self.context, self.seed, self.span = shards, context, seed, span
         present = {document.source for document in shards.documents}
         if unknown := sorted(set(sources or ()) - present):
             raise ValueError(f"sources: {shards.folder} has no documents of {unknown}, but of {sorted(present)}")
@@ -126,7 +151,7 @@ class PackedRows(Dataset):
 
         Returns:
             input_ids int64 [context], padded with 0; labels, the same with -100 for what is not learned; the lengths of
-            its sequences; num_padding.
+            its sequences; num_padding; with a span also position_ids, int64 [context].
         """
         epoch, place = divmod(index, len(self.rows))
         pieces = self.rows[self._row(epoch, place)]
@@ -141,12 +166,19 @@ class PackedRows(Dataset):
                 labels[part] = tokens[part]
             lengths.append(length)
             end += length
-        return {
+        row = {
             "input_ids": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
             "lengths": lengths,
             "num_padding": self.context - end,
         }
+        return row if self.span is None else {**row, "position_ids": self._spread(index, lengths, self.span)}
+
+    def _spread(self, index: int, lengths: list[int], span: int) -> Tensor:
+        """Positions of a row, which depend on the seed and the row's place in the order alone: int64 [context]."""
+        generator = np.random.default_rng([self.seed or 0, index])
+        parts = [skipped_positions(length, span, generator) for length in lengths]
+        return torch.from_numpy(np.concatenate([*parts, np.arange(self.context - sum(lengths))]))
 
     def _row(self, epoch: int, place: int) -> int:
         if self.seed is None:
@@ -181,7 +213,7 @@ class SharedRows(Dataset):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What a causal language model reads: rows side by side if each is one sequence, else all packed into one.
+    """What a causal language model reads: rows side by side if each is one plain sequence, else all packed into one.
 
     Returns:
         input_ids and labels, int64 [B, T]. If packed: [1, B·T], labels -100 where a sequence starts, too, and
@@ -189,7 +221,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """
     input_ids = torch.stack([row["input_ids"] for row in rows])
     labels = torch.stack([row["labels"] for row in rows])
-    if all(len(row["lengths"]) == 1 and not row["num_padding"] for row in rows):
+    spread = "position_ids" in rows[0]
+    if not spread and all(len(row["lengths"]) == 1 and not row["num_padding"] for row in rows):
         return {"input_ids": input_ids, "labels": labels}
     lengths: list[int] = []
     for row in rows:
@@ -200,7 +233,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     starts = ends - torch.tensor(lengths)
     labels = labels.flatten()
     labels[starts] = IGNORED
-    positions = torch.arange(input_ids.numel()) - torch.repeat_interleave(starts, torch.tensor(lengths))
+    if spread:
+        positions = torch.cat([row["position_ids"] for row in rows])
+    else:
+        positions = torch.arange(input_ids.numel()) - torch.repeat_interleave(starts, torch.tensor(lengths))
     # A few different sizes only, so that few graphs are compiled under torch.compile.
     size = max(8, 1 << len(lengths).bit_length())
     bounds = torch.full((size + 1,), input_ids.numel(), dtype=torch.int32)

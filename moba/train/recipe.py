@@ -37,6 +37,8 @@ class DataPart:
         min_length: documents of fewer tokens are left out.
         whole_rows: only rows that one document fills are read, not what is left of documents.
         held_out_rows: rows of each source's held-out documents that an evaluation reads.
+        span: spread each sequence's positions over up to so many, by skips at random places, so that rows of `context`
+            tokens teach the positions of texts of `span` tokens; None: positions count tokens. Evaluations do not skip.
     """
 
     folder: str
@@ -45,11 +47,14 @@ class DataPart:
     min_length: int = 0
     whole_rows: bool = False
     held_out_rows: int = 32
+    span: int | None = None
 
     def __post_init__(self) -> None:
         require_int("data.context", self.context, 2)
         require_int("data.min_length", self.min_length, 0)
         require_int("data.held_out_rows", self.held_out_rows, 1)
+        if self.span is not None:
+            require_int("data.span", self.span, self.context)
         object.__setattr__(self, "sources", tuple(self.sources))
 
 
@@ -255,8 +260,11 @@ class Recipe:
                 f"training.context_parallel must divide data.context = {self.data.context}, "
                 f"got {self.training.context_parallel}"
             )
-        if self.training.transport == "selective" and not self.data.whole_rows:
-            raise ValueError('training.transport="selective" serves no packed documents: set data.whole_rows')
+        if self.training.transport == "selective" and not (self.data.whole_rows and self.data.span is None):
+            raise ValueError(
+                'training.transport="selective" serves no packed documents and no skipped positions: set '
+                "data.whole_rows and no data.span"
+            )
 
     @property
     def schedule(self) -> Schedule:
