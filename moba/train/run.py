@@ -171,7 +171,7 @@ def training_rows(recipe: Recipe, shards: Shards) -> PackedRows:
     data = recipe.data
     return PackedRows(
         shards, data.context, num_rows=recipe.num_steps * recipe.training.rows_per_step, seed=recipe.training.seed,
-        sources=data.sources or None, min_length=data.min_length, whole_rows=data.whole_rows,
+        sources=data.sources or None, min_length=data.min_length, whole_rows=data.whole_rows, span=data.span,
     )  # fmt: skip
 
 
