@@ -152,6 +152,12 @@ class MoBAConfig:
             return layer in self.full_layers
         return layer >= num_layers - self.full_layers
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raise a ValueError if `full_layers` names layers that a model of `num_layers` does not have."""
+        layers = self.full_layers
+        if (max(layers, default=-1) >= num_layers) if isinstance(layers, tuple) else layers > num_layers:
+            raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dict; `from_dict` restores an equal config.
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_folder import save_tiny_model, words
 
 from moba import MoBAConfig
 from moba.cli import options
+from moba.models import num_layers_of
 
 PROGRAM = [sys.executable, "-m", "moba"]
 LICENSE = Path(__file__).parent.parent / "LICENSE"
@@ -154,6 +158,47 @@ def test_a_users_mistake_is_one_line(moba, folder, tmp_path, monkeypatch, args, 
     assert said in last
     assert "Traceback" not in err
     assert sum("error" in line for line in err.splitlines()) == 1
+
+
+@pytest.fixture
+def models(folder, tmp_path):
+    """A model of three layers, by the kind of file that says so."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("general.languages", ["en", "la"])
+    writer.add_bool("general.quick", True)
+    writer.add_block_count(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    about = json.dumps({"base": folder, "config": {"moba": MoBAConfig(8, 2).to_dict()}})
+    save_file({"norm.weight": torch.zeros(1)}, tmp_path / "adapter.safetensors", {"adapter": about})
+    return {"folder": folder, "gguf": path, "adapter": tmp_path / "adapter.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf", "adapter", "embedded"])
+@pytest.mark.parametrize("layers", ["40", "40,"])
+def test_layers_that_a_model_does_not_have_are_refused_before_it_is_loaded(
+    moba, models, monkeypatch, tmp_path, kind, layers
+):
+    monkeypatch.setattr("moba.models.load_model", None)
+    model, num_layers = (["-m", models[kind]], 3) if kind in models else ([], 30)
+    said = f"moba: error: full_layers must fit the model's {num_layers} layers, got {layers.replace('40,', '(40,)')}\n"
+    for command in (["generate", "-p", "w1"], ["inspect", "-p", "w1", "-o", tmp_path / "out"], ["eval", "loss"]):
+        assert moba(*command, *model, "--full-layers", layers) == (2, "", said)
+    settings = f"8x2, 8x2 full={layers.replace(',', '+')}"
+    assert moba("eval", "loss", *model, "--settings", settings) == (2, "", said)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 99, bytes(range(256))])
+def test_files_that_do_not_say_how_many_layers(tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert num_layers_of(str(tmp_path / "model.gguf")) is None
+    assert num_layers_of(str(tmp_path)) is None
+    assert num_layers_of("some/name") is None
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"its config\.json is no JSON object"):
+        num_layers_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["T5", "Bert"])

@@ -277,7 +277,7 @@ def _parse_setting(text: str, choice: Choice) -> MoBAConfig | None:
         values["full_layers"] = options.parse_layers(layers.replace("+", ",") if "+" in layers else layers)
     if choice.kept_by_default and values.get("router") in ("recent", "sink"):
         values.setdefault("keep_first", 0)
-    return replace(choice.with_blocks(size, topk), **values)
+    return choice.with_blocks(size, topk, **values)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -158,32 +157,49 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Choice:
-    """The MoBA settings of a run and whether keeping the first block was our choice, not the user's or the model's."""
+    """The MoBA settings of a run.
+
+    Attributes:
+        config: the settings.
+        kept_by_default: whether keeping the first block was our choice, not the user's or the model's.
+        num_layers: of the model; None where they are not known before it is loaded.
+
+    Raises:
+        ValueError: if the settings name layers that the model does not have.
+    """
 
     config: MoBAConfig
     kept_by_default: bool
+    num_layers: int | None = None
 
-    def with_blocks(self, block_size: int, topk: int) -> MoBAConfig:
-        """The same settings with other blocks.
+    def __post_init__(self) -> None:
+        if self.num_layers is not None:
+            self.config.check_layers(self.num_layers)
+
+    def with_blocks(self, block_size: int, topk: int, **others: Any) -> MoBAConfig:
+        """The same settings with other blocks, and other values of MoBAConfig's fields.
 
         Raises:
-            ValueError: if they do not fit together.
+            ValueError: if they do not fit together, or the model.
         """
         keep_first = int(topk > 1 + self.config.keep_recent) if self.kept_by_default else self.config.keep_first
-        return replace(self.config, block_size=block_size, topk=topk, keep_first=keep_first)
+        values = {"block_size": block_size, "topk": topk, "keep_first": keep_first, **others}
+        return replace(self, config=replace(self.config, **values)).config
 
 
 def choose_config(model: str | None, backend: Backend, full_layers: str | None, **given: Any) -> Choice:
     """Settings from the command line over those that the model carries, over the defaults.
 
     Args:
-        model: the model's path or name; only a folder's config.json is looked at.
+        model: the model's path or name; of its files, only those are looked at that hold its settings.
         backend, full_layers: as given.
         given: fields of MoBAConfig, None where the user did not say.
 
     Raises:
         ValueError: naming the option, what it was, and what is valid.
     """
+    from moba.models import num_layers_of
+
     values = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     values = {name: value for name, value in values.items() if value is not None}
     if full_layers is not None:
@@ -197,7 +213,7 @@ def choose_config(model: str | None, backend: Backend, full_layers: str | None, 
     if kept_by_default and values["topk"] > 1 + values.get("keep_recent", 0):
         values["keep_first"] = 1
     config = MoBAConfig.from_dict(values)
-    return Choice(config, kept_by_default and config.keep_first == 1)
+    return Choice(config, kept_by_default and config.keep_first == 1, num_layers_of(model))
 
 
 def parse_layers(text: str) -> int | tuple[int, ...]:
@@ -221,16 +237,11 @@ def carried_config(model: str | None) -> dict[str, Any] | None:
         ValueError: if the file is not JSON, or no adapter.
     """
     from moba.adapters import adapter_file, read_about
+    from moba.models import read_config
 
     if (adapter := adapter_file(model)) is not None:
         return read_about(adapter)["config"]["moba"]
-    path = Path(model or "").expanduser() / "config.json"
-    if model is None or not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model={model!r}: its config.json is not JSON: {error}") from None
+    values = (None if model is None else read_config(Path(model).expanduser())) or {}
     return values.get("moba") or values.get("text_config", {}).get("moba")
 
 

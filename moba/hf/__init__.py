@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import MoBAConfig
-from moba.hf.attention import check_full_layers, moba_attention_forward, read_config
+from moba.hf.attention import moba_attention_forward, read_config
 from moba.hf.convolution import add_key_convolution, load_key_convolution
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
@@ -68,7 +68,7 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
         return
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
-    check_full_layers(config, model_config.num_hidden_layers)
+    config.check_layers(model_config.num_hidden_layers)
     if config.router == "unrotated":
         watch_projections(model)
     model_config.moba = config.to_dict()

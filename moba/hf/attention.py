@@ -179,13 +179,6 @@ def read_config(model_config: Any) -> MoBAConfig | None:
     return MoBAConfig.from_dict(values)
 
 
-def check_full_layers(config: MoBAConfig, num_layers: int) -> None:
-    """Raise a ValueError if the config names layers that a model of `num_layers` does not have."""
-    layers = config.full_layers
-    if (max(layers, default=-1) >= num_layers) if isinstance(layers, tuple) else layers > num_layers:
-        raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
-
-
 def is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
     """Whether a layer's attention is full by its config."""
     if not config.full_layers:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba.config import MODEL_ROUTERS, MoBAConfig
-from moba.hf.attention import check_full_layers, read_config
+from moba.hf.attention import read_config
 from moba.hf.paged_step import PagedMoBA, paged_attention_forward
 from moba.hf.pages import PageBook, find_page_book
 
@@ -60,7 +60,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
     chosen = config or read_config(text_config)
     if chosen is None:
         raise ValueError("no MoBA config: give enable_paged one, or write it to the model with set_moba_config")
-    check_full_layers(chosen, text_config.num_hidden_layers)
+    chosen.check_layers(text_config.num_hidden_layers)
     if chosen.router in MODEL_ROUTERS or getattr(text_config, "moba_key_convolution", None) is not None:
         raise ValueError(
             f"continuous batching keeps nothing beside keys and values in its pages, which router={chosen.router!r} or "

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moba.config import require_one_of
 from moba.hf import get_moba_config
-from moba.hf.attention import check_full_layers, is_full_layer, layer_config, refuse_unknown
+from moba.hf.attention import is_full_layer, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
@@ -68,7 +68,7 @@ def parallelize(
     if config is None:
         raise ValueError("the model has no MoBA config of its own: call set_moba_config(model, config) first")
     text_config: Any = model.config.get_text_config(decoder=True)
-    check_full_layers(config, text_config.num_hidden_layers)
+    config.check_layers(text_config.num_hidden_layers)
     across = _Across(group, transport)
     for module in attentions(model):
         if hasattr(module, "key_convolution"):
