@@ -368,6 +368,14 @@ def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
     assert not checkpoints(tmp_path / "out")
 
 
+@pytest.mark.parametrize(("base", "num_layers"), [("tiny", 3), ("SmolLM2-135M-Instruct", 30)])
+def test_layers_that_a_base_does_not_have_are_refused_before_it_is_loaded(file, tiny, monkeypatch, base, num_layers):
+    monkeypatch.setattr("moba.train.model.load_model", None)
+    recipe = from_base(file, tiny, *([f"model.base={base}"] if base != "tiny" else []), "attention.full_layers=40")
+    with pytest.raises(ValueError, match=f"full_layers must fit the model's {num_layers} layers, got 40"):
+        train(recipe, say=lambda text: None)
+
+
 def test_recipes_that_cannot_be_read(moba, file, tmp_path):
     assert "nowhere.toml" in moba("train", tmp_path / "nowhere.toml")[2]
     file.write_bytes(b"\xff")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from moba import adapters
 from moba.hf import register_moba, set_moba_config
 from moba.hf.convolution import add_key_convolution
-from moba.models import EMBEDDED, load_model, load_tokenizer, renew_rotary
+from moba.models import EMBEDDED, load_model, load_tokenizer, num_layers_of, renew_rotary
 from moba.train.recipe import LoraPart, ModelPart, Recipe
 
 
@@ -33,6 +33,10 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
     if part.base is None:
         model, tokenizer = _from_scratch(part, manifest, recipe.data.context, recipe.training.seed)
     else:
+        if (known := num_layers_of(_source(part.base))) is not None:
+            for _, config in recipe.schedule.stages:
+                if config is not None:
+                    config.check_layers(known)
         # Reading GGUF draws a progress bar of its own that cannot be turned off.
         with redirect_stderr(io.StringIO()):
             model, tokenizer = load_model(_source(part.base))
