@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from moba.attention import moba_attention, moba_attention_varlen
-from moba.block_means import append_block_means, moba_attention_paged, moba_route
-from moba.combine import combine
-from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
-from moba.config import MoBAConfig
-from moba.module import MoBAttention
-from moba.retrieval import snr
-from moba.routing import Routing
+import os
+import sys
+
+try:
+    from moba.attention import moba_attention, moba_attention_varlen
+    from moba.block_means import append_block_means, moba_attention_paged, moba_route
+    from moba.combine import combine
+    from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
+    from moba.config import MoBAConfig
+    from moba.module import MoBAttention
+    from moba.retrieval import snr
+    from moba.routing import Routing
+except KeyboardInterrupt:
+    # torch takes seconds to import, and the command line (`moba`, `python -m moba`) cannot run a line before this file.
+    if os.path.basename(sys.argv[0]) in ("moba", "-m"):
+        sys.exit(130)
+    raise
 
 __all__ = [
     "MoBAConfig",

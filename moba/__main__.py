@@ -12,6 +12,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(f"moba: error: the command line needs {error.name}: pip install 'moba[cli]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     run()
 
 

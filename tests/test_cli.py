@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,21 @@ def test_control_c_says_nothing(moba, monkeypatch):
     monkeypatch.setattr(options, "choose_config", interrupt)
     code, _, err = moba("generate", "-p", "w1")
     assert (code, err) == (130, "")
+
+
+@pytest.mark.parametrize("package", ["torch", "typer"])
+def test_control_c_says_nothing_while_packages_are_imported(tmp_path, package):
+    (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "moba").write_text("from moba.__main__ import main\nmain()")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{LICENSE.parent}"}
+
+    def started(*command):
+        result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        return result.returncode, result.stdout, result.stderr
+
+    assert started("-m", "moba", "doctor") == (130, "", "")
+    assert started(tmp_path / "moba", "doctor") == (130, "", "")
+    assert "Traceback" in started("-c", "import moba, typer")[2], "another program decides for itself"
 
 
 @pytest.mark.parametrize(
