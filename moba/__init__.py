@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 try:
+    with suppress(ImportError):
+        import numpy  # noqa: F401  # torch imports it too, and would swallow a Ctrl-C that comes meanwhile
+
     from moba.attention import moba_attention, moba_attention_varlen
     from moba.block_means import append_block_means, moba_attention_paged, moba_route
     from moba.combine import combine

@@ -260,7 +260,7 @@ def test_control_c_says_nothing(moba, monkeypatch):
     assert (code, err) == (130, "")
 
 
-@pytest.mark.parametrize("package", ["torch", "typer"])
+@pytest.mark.parametrize("package", ["numpy", "torch", "typer"])
 def test_control_c_says_nothing_while_packages_are_imported(tmp_path, package):
     (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
     (tmp_path / "moba").write_text("from moba.__main__ import main\nmain()")
