@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import suppress
-
-try:
-    with suppress(ImportError):
-        import numpy  # noqa: F401  # torch imports it too, and would swallow a Ctrl-C that comes meanwhile
-
-    from moba.attention import moba_attention, moba_attention_varlen
-    from moba.block_means import append_block_means, moba_attention_paged, moba_route
-    from moba.combine import combine
-    from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
-    from moba.config import MoBAConfig
-    from moba.module import MoBAttention
-    from moba.retrieval import snr
-    from moba.routing import Routing
-except KeyboardInterrupt:
-    # torch takes seconds to import, and the command line (`moba`, `python -m moba`) cannot run a line before this file.
-    if os.path.basename(sys.argv[0]) in ("moba", "-m"):
-        sys.exit(130)
-    raise
+import moba.interrupt  # noqa: F401  # before anything that takes long to import
+from moba.attention import moba_attention, moba_attention_varlen
+from moba.block_means import append_block_means, moba_attention_paged, moba_route
+from moba.combine import combine
+from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
+from moba.config import MoBAConfig
+from moba.module import MoBAttention
+from moba.retrieval import snr
+from moba.routing import Routing
 
 __all__ = [
     "MoBAConfig",

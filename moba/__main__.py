@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from moba import interrupt
+
 
 def main() -> None:
     """Run the command line."""
     try:
         from moba.cli import main as run
     except ModuleNotFoundError as error:
-        print(f"moba: error: the command line needs {error.name}: pip install 'moba[cli]'", file=sys.stderr)
+        sys.stderr.write(f"moba: error: the command line needs {error.name}: pip install 'moba[cli]'\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    interrupt.restore()
     run()
 
 
