@@ -7,11 +7,20 @@ import os
 import interpreter
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("kernels", max_examples=60, deadline=None)
+# The same examples in every run, and no limit that a busy machine could reach. Other examples, in every run others:
+# --hypothesis-profile search.
+settings.register_profile(
+    "kernels",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 # A kernel takes a hundred times longer in the interpreter.
-settings.register_profile("interpreter", max_examples=12, deadline=None)
+settings.register_profile("interpreter", settings.get_profile("kernels"), max_examples=12)
+settings.register_profile("search", settings.get_profile("kernels"), max_examples=1000, derandomize=False)
 settings.load_profile("kernels")
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import traceback
 from datetime import timedelta
+from queue import Empty
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 60
+# Far more than ranks need which do not wait for each other forever.
+COLLECTIVE_S, RESULT_S = 120, 600
 
 
-def _serve(rank, num_ranks, store, tasks, results):
+def _serve(rank, num_ranks, store, tasks, results, together):
     torch.set_num_threads(1)
+    together.wait()  # imports may end many seconds apart
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=TIMEOUT_S)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=COLLECTIVE_S)
     )
-    while (task := tasks.get()) is not None:
+    while (task := tasks.get()) is not None:  # getting a file's first function imports that file
+        together.wait()
         function, arguments = task
         try:
             results.put((True, function(rank, *arguments)))
@@ -35,10 +39,11 @@ class Ranks:
         self.num_ranks = num_ranks
         self._tasks = [context.Queue() for _ in range(num_ranks)]
         self._results = [context.Queue() for _ in range(num_ranks)]
+        self._together = context.Barrier(num_ranks)  # held: its semaphores end with it
         self._processes = [
             context.Process(
                 target=_serve,
-                args=(rank, num_ranks, folder / "store", self._tasks[rank], self._results[rank]),
+                args=(rank, num_ranks, folder / "store", self._tasks[rank], self._results[rank], self._together),
                 daemon=True,
             )
             for rank in range(num_ranks)
@@ -57,7 +62,15 @@ class Ranks:
         """For each rank whether the function returned, and its value or what it raised."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        return [results.get(timeout=2 * TIMEOUT_S) for results in self._results]
+        return [self._result(results) for results in self._results]
+
+    def _result(self, results):
+        for _ in range(RESULT_S):
+            try:
+                return results.get(timeout=1)
+            except Empty:
+                assert all(process.is_alive() for process in self._processes), "a rank has died"
+        raise AssertionError(f"no result for {RESULT_S} s")
 
     def stop(self):
         for tasks in self._tasks:

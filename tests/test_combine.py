@@ -12,7 +12,7 @@ def attend(q, k, v):
     return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 1000))
 def test_parts_of_the_keys_make_the_whole(lengths, seed):
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import LSE_TOLERANCE, TOLERANCE, LargestNewTensor, assert_close, make_qkv
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attend_batch
 
@@ -122,7 +122,6 @@ def test_means_are_those_that_routing_scores(backend, device):
     assert_close(actual[0], expected[0], 2e-6)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     starts=st.lists(st.integers(0, 9), min_size=3, max_size=3),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, make_qkv
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attend_batch, attend_sequence
 
@@ -384,7 +384,6 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes, kept=st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_routing_properties(backend, device, shape, kept):
     """Causal, ascending, unique, own block last, min(topk, b + 1) of them, kept ones present; the oracle's if exact."""

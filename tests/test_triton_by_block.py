@@ -96,7 +96,7 @@ def test_a_slice_of_heads():
         assert torch.equal(entries[head, :end], whole_entries[1 + head, :end])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 150), st.integers(1, 20), st.integers(1, 6), st.integers(0, 1000))
 def test_any_routing_given_by_a_user(length, block_size, topk, seed):
     """Numbers outside 0 ... own block - 1 are left out wherever they stand."""

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, make_qkv, relative_error
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.backends import reference
@@ -463,7 +463,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(shape=shapes)
 def test_any_shape(shape):
     torch.manual_seed(shape["seed"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import make_qkv
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.backends import reference
@@ -212,7 +212,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(shape=shapes)
 def test_packed_sequences_of_any_shape(shape):
     torch.manual_seed(shape["seed"])
