@@ -18,7 +18,7 @@ SMALL = ["--tokens", "512", "--heads", "2", "--head-dim", "16", "--block-size", 
 def launched(out, *options):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "moba", "bench", "parallel", *SMALL, *options, "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def in_subprocess(*args, **options):
-    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=900, **options)
 
 
 def test_generate_reads_a_file_with_the_embedded_model(tmp_path):
@@ -329,7 +329,7 @@ def test_a_reader_that_leaves_is_no_error():
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    process.wait(timeout=120)
+    process.wait(timeout=900)
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
 

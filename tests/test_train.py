@@ -127,7 +127,7 @@ def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
     command = [sys.executable, "-m", "moba", "train", str(file), "-s", "attention.schedule=activation"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment, timeout=200)
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment, timeout=900)
     killing = [
         sys.executable,
         "-c",
@@ -136,11 +136,11 @@ def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
         "attention.schedule=activation",
         f"out={json.dumps(str(killed))}",
     ]
-    result = subprocess.run(killing, capture_output=True, text=True, env=environment, timeout=200)
+    result = subprocess.run(killing, capture_output=True, text=True, env=environment, timeout=900)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "model").exists(), "it was killed before the end"
     resumed = subprocess.run(
-        [*command, "--out", str(killed)], capture_output=True, text=True, env=environment, timeout=200
+        [*command, "--out", str(killed)], capture_output=True, text=True, env=environment, timeout=900
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from" in resumed.stderr
