@@ -54,6 +54,37 @@ def test_a_failure_is_named_by_its_first_cause():
     assert in_one_line(MemoryError()) == "MemoryError: "
 
 
+ALONE = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from moba.bench.parallel import _on_first
+from moba.parallel.process import end_process
+
+folder, rank, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+(folder / f"{rank}").touch()
+while not (folder / f"{1 - rank}").exists():
+    time.sleep(0.01)
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=5)
+)
+_on_first(lambda: None)
+print(_on_first(lambda: os._exit(3) if what == "end" else time.sleep(8) or "measured"))
+end_process()
+"""
+
+
+@pytest.mark.parametrize(("what", "codes"), [("take long", [0, 0]), ("end", [3, 1])])
+def test_a_rank_that_measures_alone_is_waited_for_as_long_as_it_lives(tmp_path, what, codes):
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), what], **pipes) for rank in (0, 1)]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == codes, said
+    assert [out for out, _ in said] == ["measured\n" if what == "take long" else ""] * 2
+
+
 @pytest.fixture
 def as_rank(monkeypatch):
     """Make this process a rank of two, as torchrun would."""

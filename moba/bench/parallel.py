@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +51,8 @@ from moba.routing import Routing
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
 BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.4e-2}
 UNFINISHED = "the run ended in this case"
-# What a rank waits for another, which may be measuring alone.
-TIMEOUT = timedelta(seconds=60)
+# What a rank waits for another that does the same, and for one that measures alone.
+TIMEOUT, PATIENCE = timedelta(seconds=60), timedelta(days=1)
 
 
 def parallel(
@@ -370,10 +370,18 @@ def _needed_bytes(case: ParallelCase, routing: Routing, rank: int, num_ranks: in
 
 
 def _on_first(run: Callable[[], Any]) -> Any:
-    """What `run` returns on the first rank, on all of them."""
+    """What `run` returns on the first rank, on all of them, which wait for it as long as it takes."""
+    group = _patient_group()
     result = [run() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, group=group)
     return result[0]
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks again, over gloo, where those that wait for one see at once when its process ends."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
 def _gathered(mine: Any) -> list[Any]:
