@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import moba.interrupt  # noqa: F401  # before anything that takes long to import
+from moba import interrupt  # noqa: F401  # before anything that takes long to import
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.block_means import append_block_means, moba_attention_paged, moba_route
 from moba.combine import combine
