@@ -47,8 +47,8 @@ from moba.evals.records import open_records, record_of
 from moba.evals.texts import haystack_text
 from moba.hf import get_moba_config, set_moba_config
 from moba.models import EMBEDDED, load_model
+from moba.rope import stretch_positions
 from moba.train.checkpoints import checkpoints, step_of
-from moba.train.model import stretch_positions
 from moba.train.packing import PackedRows
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -146,6 +146,7 @@ def prompts(
     depths: Annotated[int, typer.Option(help="Prompts of each length, by the needle's depth.")] = 3,
     attentions: Annotated[str, typer.Option(help="moba, full, in the order to measure.")] = "moba,full",
     config: ConfigOption = "128x16 full=3",
+    yarn: Annotated[float | None, typer.Option(help="Stretch the model's positions so many times, by YaRN.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens read at once.")] = None,
     seconds: Annotated[float, typer.Option(help="No prompt is begun after so many seconds.")] = 1e9,
     device: DeviceOption = "cuda",
@@ -155,6 +156,7 @@ def prompts(
     register_moba(None)
     begin, where = time.perf_counter(), torch.device(device)
     loaded, tokenizer = load_model(model, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
+    stretch_positions(loaded, factor=yarn, scaling="yarn")
     loaded.set_attn_implementation("moba")
     loaded.to(where)
     haystack = Haystack(tokenizer, haystack_text())
@@ -167,7 +169,7 @@ def prompts(
         for how in attentions.split(",")
         for depth in places
     ]
-    with open_records(out, {"config": config}, describe(where)) as lines:
+    with open_records(out, {"config": config} | ({"yarn": yarn} if yarn else {}), describe(where)) as lines:
         for cell in cells:
             if record_of(lines, cell) is None and time.perf_counter() - begin < seconds:
                 prompt = haystack.prompt(TASKS["needle"], length=cell["length"], depth=cell["depth"])

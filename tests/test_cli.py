@@ -109,6 +109,24 @@ def test_keep_first_depends_on_the_model(moba, folder, tmp_path):
     assert "block size 8, top-k 2" in moba("generate", "-m", tmp_path, *asked, "--block-size", 8)[2]
 
 
+def test_positions_are_stretched(moba, folder, tmp_path):
+    args = ("-m", folder, "-p", words(300), "--block-size", 8, "--topk", 3, "--yarn", 2)
+    code, out, err = moba("generate", *args, "-n", 5)
+    assert code == 0, err
+    assert "300 tokens read" in err
+    assert moba("inspect", *args, "--out", tmp_path)[0] == 0
+    model = save_tiny_model(tmp_path / "yarn")
+    model.config.rope_parameters = {
+        **model.config.rope_parameters, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256
+    }  # fmt: skip
+    model.config.max_position_embeddings = 512
+    model.config.save_pretrained(tmp_path / "yarn")
+    args = ("-m", tmp_path / "yarn", *args[2:-2])
+    assert moba("generate", *args, "-n", 5)[1] == out, "as transformers stretches it"
+    err = moba("generate", *args, "-n", 500)[2]
+    assert err.endswith("context is 512 tokens\n"), "a stretched model is not stretched again"
+
+
 def test_inspect_records_only_layers_with_moba(moba, folder, tmp_path):
     args = ("inspect", "-m", folder, "-p", words(50), "--block-size", 8, "--topk", 3, "--out", tmp_path)
     assert moba(*args, "--full-layers", "1,")[0] == 0
@@ -142,7 +160,9 @@ BINARY, EMPTY, MISSING = "binary.txt", "empty.txt", "missing.txt"
         (["-f", "."], "directory"),
         (["-f", BINARY], "not"),
         (["-f", EMPTY], "the prompt is empty"),
-        (["-p", words(300)], "context is 256 tokens"),
+        (["-p", words(300)], "context is 256 tokens; --yarn 3 stretches it far enough"),
+        (["-p", words(300), "--yarn", "2"], "context is 512 tokens; --yarn 3 stretches it far enough"),
+        (["-p", "w1", "--yarn", "0.5"], "'--yarn': Input should be greater than or equal to 1"),
         (["-p", words(250), "-n", "10"], "context is 256 tokens"),
         (["-p", "w1", "-m", "./nowhere"], "nowhere"),
         (["-p", "w1", "-m", EMPTY], EMPTY),

@@ -209,7 +209,7 @@ BINARY, EMPTY = "binary.txt", "empty.txt"
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("needle", "--lengths", "8K"), "context is 256"),
+        (("needle", "--lengths", "8K"), "context is 256 tokens; --yarn 32 stretches it far enough"),
         (("needle", "--lengths", "no"), "a number of tokens such as 8K or 100000, got 'no'"),
         (("loss", "--length", 250), "short.txt has 100 tokens, 250 are needed"),
         (

@@ -247,7 +247,8 @@ def test_adapters(file, tiny, tmp_path, umask):
     assert {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()} == {"640"}, "as the umask says"
 
 
-def test_positions_are_stretched(file, tiny, tmp_path):
+def test_positions_are_stretched(file, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train(
         from_base(
             file, tiny, "model.rope_theta=50000", "model.rope_factor=4", "data.context=512", "training.tokens=1024"
@@ -258,6 +259,12 @@ def test_positions_are_stretched(file, tiny, tmp_path):
     assert model.config.max_position_embeddings == 512
     frequency = 50000 ** (-torch.arange(0, 8, 2) / 8) / 4
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequency)
+    train(
+        from_base(file, tiny, "model.rope_factor=4", "model.rope_scaling=yarn", "training.tokens=64", "out=yarn"),
+        say=lambda text: None,
+    )
+    rope = transformers.AutoConfig.from_pretrained("yarn/model").rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("yarn", 4)
 
 
 def test_short_rows_teach_far_positions(file, tiny, tmp_path):
@@ -350,6 +357,7 @@ def test_a_folder_is_no_recipe(moba, tmp_path):
         ("model.shape.hidden_size=33", "model.architecture='llama', shape={'hidden_size': 33"),
         ("training.compile=flase", "training.compile must be true or false, got 'flase'"),
         ("data.whole_rows=1", "data.whole_rows must be true or false, got 1"),
+        ("model.rope_scaling=longrope", "model.rope_scaling must be one of 'linear', 'yarn', got 'longrope'"),
         ("data.span=63", "data.span must be an integer >= 64, got 63"),
         ("data.span=true", "data.span must be an integer"),
         ("data.whole_rows=true\\ndata.span=99\\ntraining.transport=selective", "set data.whole_rows and no data.span"),

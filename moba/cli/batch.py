@@ -48,6 +48,7 @@ def run_batch(
     attention: Attention,
     dtype: Dtype,
     device: str,
+    yarn: float | None,
     chat: bool,
     drawing: Drawing,
 ) -> None:
@@ -62,6 +63,7 @@ def run_batch(
     prompts = read_batch(batch_file)
     settings = {
         "model": model,
+        **({} if yarn is None else {"yarn": yarn}),
         "attention": attention.value,
         "dtype": dtype.value,
         "chat": chat,
@@ -79,7 +81,7 @@ def run_batch(
         say(f"{len(done)} of {len(prompts)} prompts answered in {answers.path}")
         if not left:
             return
-        session = open_session(model, choice, attention, dtype, device)
+        session = open_session(model, choice, attention, dtype, device, yarn)
         encoded = [_encode(session, prompt, chat, drawing) for prompt in left]
         for num_done, (prompt, ids) in enumerate(zip(left, encoded, strict=True), start=len(done) + 1):
             record = _answer(session, prompt, ids, drawing)

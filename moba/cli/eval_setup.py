@@ -111,6 +111,7 @@ class Setup:
     choice: Choice
     dtype: Dtype
     device: str
+    yarn: float | None
     out: Path | None
     compare: bool
     listed: str | None
@@ -125,10 +126,10 @@ class Setup:
         """
         from moba.cli.session import open_session
 
-        session = open_session(self.model, self.choice, Attention.moba, self.dtype, self.device)
+        session = open_session(self.model, self.choice, Attention.moba, self.dtype, self.device, self.yarn)
         limit = session.context_length
         if limit is not None and length > limit:
-            raise ValueError(f"prompts of {length:,} tokens are asked for, but the model's context is {limit:,} tokens")
+            raise ValueError(f"prompts of {length:,} tokens are asked for, but {session.too_short(length)}")
         return session
 
     def attentions(self, default: str | None = None) -> dict[str, MoBAConfig | None]:
@@ -147,7 +148,8 @@ class Setup:
     def settings(self, session: Session, **own: Any) -> dict[str, Any]:
         """What changes all records: what differs only by rounding may change between the runs of one evaluation."""
         given = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
-        return {"model": self.model, "dtype": str(session.model.dtype), **given}
+        stretched = {} if self.yarn is None else {"yarn": self.yarn}
+        return {"model": self.model, **stretched, "dtype": str(session.model.dtype), **given}
 
     @property
     def model_name(self) -> str:
@@ -177,6 +179,7 @@ def _setup(
     model: options.ModelOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
+    yarn: options.YarnOption = None,
     backend: options.BackendOption = options.Backend.auto,
     prefill_chunk: Annotated[
         int | None,
@@ -209,7 +212,7 @@ def _setup(
         router=router, decode=decode,
     )  # fmt: skip
     has_blocks = block_size is not None or topk is not None
-    return Setup(model, choice, dtype, device, out, compare, settings, has_blocks, prefill_chunk)
+    return Setup(model, choice, dtype, device, yarn, out, compare, settings, has_blocks, prefill_chunk)
 
 
 def evaluation(function: Callable[..., None]) -> Callable[..., None]:

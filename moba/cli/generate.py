@@ -55,6 +55,7 @@ def generate(
     model: options.ModelOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
+    yarn: options.YarnOption = None,
     backend: options.BackendOption = options.Backend.auto,
     attn: Annotated[
         Attention,
@@ -152,14 +153,14 @@ def generate(
             raise ValueError("--batch-file brings the prompts; leave out --prompt, --prompt-file, --compare and --demo")
         from moba.cli.batch import run_batch
 
-        run_batch(batch_file, batch_output, model, choice, attn, dtype, device, chat, drawing)
+        run_batch(batch_file, batch_output, model, choice, attn, dtype, device, yarn, chat, drawing)
         return
     text = demo_prompt() if demo else options.read_prompt(prompt, prompt_file)
 
     from moba.cli.session import open_session, say
     from moba.record import record_routings
 
-    session = open_session(model, choice, attn, dtype, device)
+    session = open_session(model, choice, attn, dtype, device, yarn)
     ids = session.encode(text, chat=chat, max_new_tokens=max_new_tokens)
     if demo:
         say(f"reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}")

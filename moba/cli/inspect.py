@@ -19,6 +19,7 @@ def inspect(
     model: options.ModelOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
+    yarn: options.YarnOption = None,
     backend: options.BackendOption = options.Backend.auto,
     block_size: options.BlockSizeOption = None,
     topk: options.TopkOption = None,
@@ -50,7 +51,7 @@ def inspect(
     from moba.generation import num_keys_read, prefill
     from moba.record import record_routings
 
-    session = open_session(model, choice, Attention.moba, dtype, device)
+    session = open_session(model, choice, Attention.moba, dtype, device, yarn)
     ids = session.encode(text, chat=chat, max_new_tokens=0)
     with record_routings(session.model) as record, reading_progress() as progress:
         task = progress.add_task("reading", total=ids.numel())

@@ -90,6 +90,13 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, …", rich_help_panel=_MODEL)
 ]
+YarnOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", min=1.0, rich_help_panel=_MODEL, show_default="not at all",
+        help="Read texts up to so many times longer than the model's context: its positions are stretched by YaRN.",
+    ),
+]  # fmt: skip
 BackendOption = Annotated[Backend, typer.Option(help="What computes MoBA.", rich_help_panel=_MODEL)]
 BlockSizeOption = Annotated[
     int | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moba.cli.options import Attention, Choice, Dtype
 from moba.config import MoBAConfig
+from moba.rope import can_stretch, stretch_positions
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
@@ -31,11 +33,14 @@ def say(text: str) -> None:
 
 @dataclass
 class Session:
-    """A model, its tokenizer and the MoBA settings it runs with (None: full attention)."""
+    """A model, its tokenizer, the MoBA settings it runs with (None: full attention), how often its positions were
+    stretched.
+    """
 
     model: Any
     tokenizer: Any
     config: MoBAConfig | None
+    yarn: float | None = None
 
     @property
     def context_length(self) -> int | None:
@@ -67,13 +72,23 @@ class Session:
         if limit is not None and ids.numel() + max_new_tokens > limit:
             raise ValueError(
                 f"the prompt has {ids.numel():,} tokens and {max_new_tokens:,} new ones are asked for, "
-                f"but the model's context is {limit:,} tokens"
+                f"but {self.too_short(ids.numel() + max_new_tokens)}"
             )
         return ids
 
+    def too_short(self, length: int) -> str:
+        """Says that the model cannot read `length` tokens, and what to do."""
+        assert self.context_length is not None
+        said = f"the model's context is {self.context_length:,} tokens"
+        if self.yarn is None and not can_stretch(self.model):
+            return said
+        return f"{said}; --yarn {math.ceil(length / self.context_length * (self.yarn or 1))} stretches it far enough"
 
-def open_session(model: str | None, choice: Choice, attention: Attention, dtype: Dtype, device: str) -> Session:
-    """Load a model with the given attention.
+
+def open_session(
+    model: str | None, choice: Choice, attention: Attention, dtype: Dtype, device: str, yarn: float | None = None
+) -> Session:
+    """Load a model with the given attention, its positions stretched `yarn` times.
 
     Raises:
         ValueError: if it is not a causal language model or does not fit the settings.
@@ -93,8 +108,9 @@ def open_session(model: str | None, choice: Choice, attention: Attention, dtype:
         register_moba(None)
         loaded, tokenizer = load_model(model, dtype=DTYPES.get(dtype, narrow))
         set_moba_config(loaded, choice.config)
+        stretch_positions(loaded, factor=yarn, scaling="yarn")
         loaded.to(where)
-    session = Session(loaded, tokenizer, choice.config)
+    session = Session(loaded, tokenizer, choice.config, yarn)
     session.use(attention)
     precision = str(loaded.dtype).removeprefix("torch.")
     say(f"{name} · {precision} on {where} · {describe(choice.config, attention)}")

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from moba import adapters
 from moba.hf import register_moba, set_moba_config
 from moba.hf.convolution import add_key_convolution
-from moba.models import EMBEDDED, load_model, load_tokenizer, num_layers_of, renew_rotary
+from moba.models import EMBEDDED, load_model, load_tokenizer, num_layers_of
+from moba.rope import stretch_positions
 from moba.train.recipe import LoraPart, ModelPart, Recipe
 
 
@@ -42,7 +43,8 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
             model, tokenizer = load_model(_source(part.base))
         if part.base == EMBEDDED or part.base.endswith(".gguf") or adapters.adapter_file(part.base) is not None:
             model = _plain(model)
-    stretch_positions(model, recipe.data.span or recipe.data.context, theta=part.rope_theta, factor=part.rope_factor)
+    length = recipe.data.span or recipe.data.context
+    stretch_positions(model, length, theta=part.rope_theta, factor=part.rope_factor, scaling=part.rope_scaling)
     model.set_attn_implementation("moba")
     if part.key_convolution is not None:
         add_key_convolution(model, part.key_convolution)
@@ -94,35 +96,6 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
         if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
             for layer in layers:
                 layer.compile(backend=backend)
-
-
-def stretch_positions(
-    model: PreTrainedModel, context: int, *, theta: float | None = None, factor: float | None = None
-) -> None:
-    """Prepare a model's rotary embedding for sequences of `context` tokens.
-
-    Args:
-        model: changed in place; its config, which is saved with it, says so.
-        context: becomes the config's longest sequence, if it was shorter.
-        theta: new base. A larger one turns more slowly, so that far positions look like those that were trained.
-        factor: positions are divided by it ("position interpolation").
-
-    Raises:
-        ValueError: if the model has no rotary embedding of the plain or interpolated kind.
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    if getattr(config, "max_position_embeddings", context) < context:
-        config.max_position_embeddings = context
-    if theta is None and factor is None:
-        return
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") not in ("default", "linear"):
-        raise ValueError(f"rope_theta, rope_factor: {type(model).__name__} has no plain rotary embedding, but {rope!r}")
-    changed = dict(rope) if theta is None else {**rope, "rope_theta": float(theta)}
-    if factor is not None:
-        changed |= {"rope_type": "linear", "factor": float(factor)}
-    config.rope_parameters = changed
-    renew_rotary(model)
 
 
 def tokenizer_of(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moba.config import MoBAConfig, require_int, require_one_of, require_seed
 from moba.parallel import TRANSPORTS
+from moba.rope import SCALINGS
 from moba.train.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
 
 SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")
@@ -68,7 +69,8 @@ class ModelPart:
         architecture: transformers' model type ("llama", …) of a model with random weights.
         shape: of the architecture's config: hidden_size, num_hidden_layers, …; the vocabulary is the data's.
         rope_theta: the rotary embedding's base; None leaves it.
-        rope_factor: positions are divided by it (position interpolation); None leaves them.
+        rope_factor: how many times longer texts become; None leaves positions as they are.
+        rope_scaling: what the factor does: "linear" (position interpolation) or "yarn"; see `moba.rope`.
         key_convolution: width of a short convolution of every layer's keys, 3 or 5; None has none.
     """
 
@@ -77,6 +79,7 @@ class ModelPart:
     shape: dict[str, Any] = field(default_factory=dict)
     rope_theta: float | None = None
     rope_factor: float | None = None
+    rope_scaling: str = "linear"
     key_convolution: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class ModelPart:
             )
         if self.shape and self.architecture is None:
             raise ValueError("model.shape belongs to model.architecture; a base model has its shape")
+        require_one_of("model.rope_scaling", self.rope_scaling, SCALINGS)
         for name in ("rope_theta", "rope_factor"):
             if (value := getattr(self, name)) is not None:
                 _require_number(f"model.{name}", value, 1.0, float("inf"))
