@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import logits, positions_of, random_tokens, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from moba import MoBAConfig, register_moba
+from moba.cache import MoBACache
 from moba.hf import get_moba_config, set_moba_config
+from moba.hf.layout import layout_mask
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,33 @@ def test_masks_of_the_wrong_shape(llama):
         logits(llama, random_tokens(2, 20), attention_mask=torch.ones(2, 20, 20))
     with pytest.raises(ValueError, match="attention_mask must cover"):
         logits(llama, random_tokens(2, 20), attention_mask=torch.ones(2, 19))
+
+
+@pytest.mark.parametrize("decode", ["full", "moba"])
+@pytest.mark.parametrize("make", [StaticCache, MoBACache])
+def test_a_static_cache_without_room(llama, make, decode):
+    register_moba(MoBAConfig(8, 3, backend="pytorch", decode=decode))
+    llama.set_attn_implementation("moba")
+    tokens = random_tokens(2, 17)
+    said = r"room for max_cache_len=16 tokens, so 1 cannot follow the 16 it holds: make it with a larger max_cache_len"
+    cache = make(llama.config, max_cache_len=16)
+    with torch.no_grad():
+        llama(tokens[:, :16], past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=said):
+        llama(tokens[:, 16:], past_key_values=cache)
+    with pytest.raises(ValueError, match=said):
+        llama.generate(tokens[:, :14], max_new_tokens=4, past_key_values=make(llama.config, max_cache_len=16))
+    with torch.no_grad(), pytest.raises(ValueError, match="so 17 cannot follow the 0 it holds"):
+        llama(tokens, past_key_values=make(llama.config, max_cache_len=16))
+
+
+def test_a_static_cache_on_a_gpu_is_not_waited_for():
+    """A tensor on the device "meta" has no value to wait for."""
+    offset = torch.tensor(16, device="meta")
+    layout = {"batch_size": 1, "kv_length": 16, "q_length": 1, "device": "meta"}
+    assert layout_mask(**layout, q_offset=offset).shape == (1, 1, 3, 1)
+    with pytest.raises(ValueError, match="so 1 cannot follow the 16 it holds"):
+        layout_mask(**layout, q_offset=offset, attention_mask=torch.ones(1, 17, dtype=torch.bool))
 
 
 def test_a_float_mask_of_the_user(llama):

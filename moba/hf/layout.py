@@ -96,7 +96,7 @@ def layout_mask(
 
     Raises:
         ValueError: for what MoBA cannot honour: sliding windows and chunks, masks of the user's own making,
-            bidirectional attention, padding between real tokens.
+            bidirectional attention, padding between real tokens; or if a static cache has too little room.
     """
     if local_size is not None or kv_offset:
         raise ValueError(
@@ -111,6 +111,7 @@ def layout_mask(
         if not torch.compiler.is_compiling():
             q_offset = int(q_offset)
     assert q_length is not None
+    _check_room(kv_length, q_length, q_offset, attention_mask)
     if mask_function is not causal_mask_function:
         if attention_mask is not None or q_length != kv_length:
             raise ValueError(
@@ -133,6 +134,26 @@ def require(condition: Tensor, message: str) -> None:
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)
+
+
+def _check_room(kv_length: int, q_length: int, q_offset: int | Tensor, mask: Tensor | None) -> None:
+    """Raise a ValueError if the queries' own keys would lie behind the last of `kv_length` places, a static cache's.
+
+    A GPU, which may hold `q_offset`, is not waited for: there a padding mask tells, with its column for each token.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(q_offset, int) or q_offset.device.type == "cpu":
+        num_before = int(q_offset)
+    elif mask is not None:
+        num_before = mask.shape[-1] - q_length
+    else:
+        return
+    if num_before + q_length > kv_length:
+        raise ValueError(
+            f"the cache has room for max_cache_len={kv_length} tokens, so {q_length} cannot follow the {num_before} it "
+            "holds: make it with a larger max_cache_len, or take a MoBACache without one, which grows"
+        )
 
 
 def _static_cache(batch_size: int, q_length: int, q_offset: int | Tensor, device: Any) -> PaddedRows:
