@@ -102,7 +102,8 @@ def test_causal(backend, device):
 
 
 def test_ties_go_to_the_lower_block(backend, device):
-    q, k, v = make_qkv(1, 64, 64, 2, 1, 16, device=device)
+    # Exact: a matrix product may round equal columns to different numbers.
+    q, k, v = make_qkv(1, 64, 64, 2, 1, 16, device=device, exact_for=8)
     k = torch.ones_like(k)
     _, routing = moba_attention(q, k, v, block_size=8, topk=3, backend=backend, return_routing=True)
     assert routing.indices[0, 63].tolist() == [[0, 1, 7]] * 2
