@@ -29,12 +29,13 @@ def _registered():
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3"])
 def model(request):
-    return tiny_model(request.param)
+    """In fp64, as in test_hf_generate.py."""
+    return tiny_model(request.param).double()
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return tiny_model()
+    return tiny_model().double()
 
 
 @pytest.fixture(params=["dynamic", "static"])
@@ -162,7 +163,7 @@ def test_beam_search_matches_the_reference(model, new_cache, decode):
 def test_assisted_generation_is_greedy(llama, kind):
     tokens = random_tokens(1, 12).repeat(1, 4)
     expected = greedy_without_cache(llama, tokens, 30)
-    draft = tiny_model(num_hidden_layers=1)
+    draft = tiny_model(num_hidden_layers=1).double()
     options = {"prompt_lookup_num_tokens": 5} if kind == "prompt lookup" else {"assistant_model": use(draft)}
     cache = MoBACache(llama.config)
     assert torch.equal(generate(llama, tokens, past_key_values=cache, max_new_tokens=30, **options), expected)

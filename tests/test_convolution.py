@@ -25,8 +25,8 @@ def registered():
 
 
 def convolved_model(family="Llama", width=3, seed=5, **changes):
-    """A tiny model whose convolutions do something."""
-    model = tiny_model(family, **changes)
+    """A tiny model whose convolutions do something, in fp64 as in test_hf_generate.py."""
+    model = tiny_model(family, **changes).double()
     add_key_convolution(model, width)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_decoding_is_prefill(family, width, kind):
     model = convolved_model(family, width)
     tokens = random_tokens(2, 24)
     expected = logits(model, tokens)
-    assert (expected - logits(tiny_model(family), tokens)).abs().max() > 0.01  # it does something
+    assert (expected - logits(tiny_model(family).double(), tokens)).abs().max() > 0.01  # it does something
     cache = {
         "dynamic": lambda: DynamicCache(config=model.config),
         "dynamic without config": DynamicCache,

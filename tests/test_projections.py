@@ -23,7 +23,8 @@ def registered():
 
 
 def unrotated_model(family="Llama", **changes):
-    model = tiny_model(family, **changes)
+    """In fp64, as in test_hf_generate.py."""
+    model = tiny_model(family, **changes).double()
     set_moba_config(model, CONFIG)
     model.set_attn_implementation("moba")
     return model

@@ -146,7 +146,7 @@ def test_page_needs_a_text_for_each_token(tmp_path, routings):
 @pytest.fixture
 def model():
     register_moba(None)
-    model = tiny_model()
+    model = tiny_model().double()
     set_moba_config(model, MoBAConfig(BLOCK, TOPK, full_layers=(1,)))
     model.set_attn_implementation("moba")
     return model
@@ -158,7 +158,7 @@ def test_recorded_chunks_are_the_routing_of_the_whole(model):
         expected = model(tokens).logits
     with record_routings(model) as parts:
         logits, _ = prefill(model, tokens[0], chunk_tokens=8)  # the last chunk is one token
-    assert torch.allclose(logits, expected[0, -1], atol=1e-4)
+    assert torch.allclose(logits, expected[0, -1].float(), atol=1e-4)
     assert sorted(whole) == sorted(parts) == [0, 2]
     assert len(parts[0]) == 6
     for layer, routing in parts.joined().items():
@@ -168,7 +168,7 @@ def test_recorded_chunks_are_the_routing_of_the_whole(model):
 
 
 def test_recording_ends_with_its_block_and_sees_one_model(model):
-    other = tiny_model()
+    other = tiny_model().double()
     set_moba_config(other, MoBAConfig(BLOCK, TOPK))
     other.set_attn_implementation("moba")
     with record_routings(model) as record:
