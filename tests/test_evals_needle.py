@@ -25,7 +25,7 @@ def loaded(tmp_path_factory):
     register_moba(None)
     model, tokenizer = load_model(str(folder))
     set_moba_config(model, MoBAConfig(8, 3))
-    return model, tokenizer
+    return model.double(), tokenizer
 
 
 @pytest.fixture(scope="module")

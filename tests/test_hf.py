@@ -33,12 +33,12 @@ def differ(a, b):
 
 @pytest.fixture(scope="module")
 def llama():
-    return tiny_model()
+    return tiny_model().double()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_match_the_reference(family):
-    model = tiny_model(family)
+    model = tiny_model(family).double()
     tokens = random_tokens(2, LENGTH)
     sparse = logits(model, tokens)
     assert_close(sparse, logits(model, tokens, "moba_naive"), CLOSE)
@@ -47,7 +47,7 @@ def test_families_match_the_reference(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_enough_blocks_are_dense_attention(family):
-    model = tiny_model(family)
+    model = tiny_model(family).double()
     register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), backend="pytorch"))
     tokens = random_tokens(2, LENGTH)
     assert_close(logits(model, tokens), logits(model, tokens, "sdpa"), CLOSE)
@@ -56,7 +56,7 @@ def test_enough_blocks_are_dense_attention(family):
 @pytest.mark.parametrize("full_layers", [0, 3])
 @pytest.mark.parametrize("how", ["plain", "padded", "positions", "cu_seqlens", "chunks", "steps", "padded steps"])
 def test_the_models_scaling_is_honoured_on_every_path(how, full_layers):
-    model, tokens = tiny_model("Granite", attention_multiplier=0.7), random_tokens(1, LENGTH)
+    model, tokens = tiny_model("Granite", attention_multiplier=0.7).double(), random_tokens(1, LENGTH)
     assert model.model.layers[0].self_attn.scaling == 0.7
     register_moba(MoBAConfig(BLOCK, -(-LENGTH // BLOCK), full_layers=full_layers, backend="pytorch", decode="full"))
     mask = torch.ones_like(tokens)
@@ -268,7 +268,7 @@ def test_training_matches_the_reference(checkpointing):
     tokens = random_tokens(2, LENGTH)
     gradients = {}
     for name in NAMES:
-        model = tiny_model()
+        model = tiny_model().double()
         model.set_attn_implementation(name)
         model.train()
         if checkpointing:

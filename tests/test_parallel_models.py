@@ -51,7 +51,7 @@ def batch_of(kind):
 
 def model_of(settings):
     register_moba(None)
-    model = tiny_model(settings.get("family", "Llama"))
+    model = tiny_model(settings.get("family", "Llama")).double()  # as in test_hf_generate.py
     set_moba_config(model, CONFIG)
     model.set_attn_implementation("moba")
     if settings.get("fused"):
