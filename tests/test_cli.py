@@ -113,6 +113,7 @@ def test_positions_are_stretched(moba, folder, tmp_path):
     code, out, err = moba("generate", *args, "-n", 5)
     assert code == 0, err
     assert "300 tokens read" in err
+    assert "top-k 3, keep first 1 · positions stretched 2 times\n" in err
     assert moba("inspect", *args, "--out", tmp_path)[0] == 0
     model = save_tiny_model(tmp_path / "yarn")
     model.config.rope_parameters = {

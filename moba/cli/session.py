@@ -113,7 +113,8 @@ def open_session(
     session = Session(loaded, tokenizer, choice.config, yarn)
     session.use(attention)
     precision = str(loaded.dtype).removeprefix("torch.")
-    say(f"{name} · {precision} on {where} · {describe(choice.config, attention)}")
+    stretched = f" · positions stretched {yarn:g} times" if yarn else ""
+    say(f"{name} · {precision} on {where} · {describe(choice.config, attention)}{stretched}")
     if choice.kept_by_default and attention is not Attention.sdpa:
         say(
             "This model was not trained with MoBA, so its first block, where untrained attention rests, is always "
