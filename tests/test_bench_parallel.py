@@ -126,7 +126,7 @@ def test_the_other_ranks_let_the_first_one_speak(moba, as_rank, monkeypatch):
     as_rank(1)
     code, _, err = moba("bench", "parallel", *SMALL, "--topk", "0")
     assert code == 2
-    assert waited == [30]
+    assert waited == [15]
     assert err.startswith("moba: error: rank 1: Invalid value for '--topk'")
 
 

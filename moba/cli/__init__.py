@@ -45,9 +45,9 @@ _EXTRAS = {
     "peft": "train",
 }
 
-# Seconds in which the first of several processes says what all were given wrong; torchrun then ends the others. The
-# first one's imports may end many seconds after theirs, on a busy machine.
-_FIRST_SPEAKS = 30
+# Seconds in which the first of several processes says what all were given wrong; torchrun then ends the others. On a
+# busy machine its imports may end seconds after theirs.
+_FIRST_SPEAKS = 15
 
 # typer has no public name for the class of all usage errors, and has moved it between packages.
 _UsageError = typer.BadParameter.__mro__[1]
