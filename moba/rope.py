@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moba.config import require_one_of
+
 # How positions can be stretched: all frequencies alike, or the slow ones alone.
 SCALINGS = ("linear", "yarn")
 
@@ -33,44 +35,41 @@ def stretch_positions(
     Raises:
         ValueError: if the model has no rotary embedding of the plain or interpolated kind, or a value does not serve.
     """
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+    require_one_of("scaling", scaling, SCALINGS)
     if factor is not None and not 1 <= factor < float("inf"):
         raise ValueError(f"factor must be a finite number >= 1, got {factor!r}")
-    whole: Any = model.config
-    config = whole.get_text_config(decoder=True)
+    config, rope = _config(model), _rope(model)
     trained = getattr(config, "max_position_embeddings", None)
-    if theta is None and factor is None:
-        _read(config, length, trained)
-        return
-    rope: Any = getattr(config, "rope_parameters", None)
-    if not can_stretch(model):
-        raise ValueError(f"{type(model).__name__} has no plain rotary embedding to stretch, but {rope!r}")
-    changed = dict(rope) if theta is None else {**rope, "rope_theta": float(theta)}
-    if factor is not None and scaling == "linear":
-        changed |= {"rope_type": "linear", "factor": float(factor)}
-    elif factor is not None:
-        if trained is None or rope.get("rope_type") == "linear":
-            raise ValueError(
-                f"YaRN needs a plain rotary embedding and max_position_embeddings, got {rope!r}, {trained}"
-            )
-        changed |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": trained}
-        length = length or int(factor * trained)
-    config.rope_parameters = changed
-    _read(config, length, trained)
-    renew_rotary(model)
+    turns_anew = theta is not None or factor is not None
+    if turns_anew:
+        if not can_stretch(model):
+            raise ValueError(f"{type(model).__name__} has no plain rotary embedding to stretch, but {rope!r}")
+        changed = dict(rope) if theta is None else {**rope, "rope_theta": float(theta)}
+        if factor is not None and scaling == "linear":
+            changed |= {"rope_type": "linear", "factor": float(factor)}
+        elif factor is not None:
+            if trained is None or rope.get("rope_type") == "linear":
+                raise ValueError(
+                    f"YaRN needs a plain rotary embedding and max_position_embeddings, got {rope!r}, {trained}"
+                )
+            changed |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": trained}
+            length = length or int(factor * trained)
+        config.rope_parameters = changed
+    if length is not None and trained is not None and length > trained:
+        config.max_position_embeddings = length
+    if turns_anew:
+        renew_rotary(model)
 
 
 def can_stretch(model: torch.nn.Module) -> bool:
     """Whether a transformers model has a rotary embedding of the plain or interpolated kind."""
-    whole: Any = model.config
-    rope = getattr(whole.get_text_config(decoder=True), "rope_parameters", None)
+    rope = _rope(model)
     return isinstance(rope, dict) and rope.get("rope_type", "default") in ("default", "linear")
 
 
 def renew_rotary(model: torch.nn.Module) -> None:
     """Make a model's rotary embeddings anew after its config has changed."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config = _config(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "inv_freq"):
@@ -78,6 +77,10 @@ def renew_rotary(model: torch.nn.Module) -> None:
                 setattr(parent, name, make(config=config).to(child.inv_freq.device))
 
 
-def _read(config: Any, length: int | None, trained: int | None) -> None:
-    if length is not None and trained is not None and length > trained:
-        config.max_position_embeddings = length
+def _config(model: torch.nn.Module) -> Any:
+    whole: Any = model.config
+    return whole.get_text_config(decoder=True)
+
+
+def _rope(model: torch.nn.Module) -> Any:
+    return getattr(_config(model), "rope_parameters", None)

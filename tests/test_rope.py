@@ -84,7 +84,7 @@ def test_nothing_asked_for_changes_nothing():
     [
         ({"factor": 0.5}, "factor must be a finite number >= 1, got 0.5"),
         ({"factor": float("nan")}, "factor must be a finite number >= 1, got nan"),
-        ({"factor": 2.0, "scaling": "longrope"}, "scaling must be one of linear, yarn, got 'longrope'"),
+        ({"factor": 2.0, "scaling": "longrope"}, "scaling must be one of 'linear', 'yarn', got 'longrope'"),
     ],
 )
 def test_bad_values(options, said):

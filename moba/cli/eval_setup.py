@@ -127,9 +127,7 @@ class Setup:
         from moba.cli.session import open_session
 
         session = open_session(self.model, self.choice, Attention.moba, self.dtype, self.device, self.yarn)
-        limit = session.context_length
-        if limit is not None and length > limit:
-            raise ValueError(f"prompts of {length:,} tokens are asked for, but {session.too_short(length)}")
+        session.require_context(length, f"prompts of {length:,} tokens are asked for")
         return session
 
     def attentions(self, default: str | None = None) -> dict[str, MoBAConfig | None]:

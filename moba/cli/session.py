@@ -68,21 +68,18 @@ class Session:
         else:
             encoded = self.tokenizer(text)
         ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-        limit = self.context_length
-        if limit is not None and ids.numel() + max_new_tokens > limit:
-            raise ValueError(
-                f"the prompt has {ids.numel():,} tokens and {max_new_tokens:,} new ones are asked for, "
-                f"but {self.too_short(ids.numel() + max_new_tokens)}"
-            )
+        asked = f"the prompt has {ids.numel():,} tokens and {max_new_tokens:,} new ones are asked for"
+        self.require_context(ids.numel() + max_new_tokens, asked)
         return ids
 
-    def too_short(self, length: int) -> str:
-        """Says that the model cannot read `length` tokens, and what to do."""
-        assert self.context_length is not None
-        said = f"the model's context is {self.context_length:,} tokens"
-        if self.yarn is None and not can_stretch(self.model):
-            return said
-        return f"{said}; --yarn {math.ceil(length / self.context_length * (self.yarn or 1))} stretches it far enough"
+    def require_context(self, length: int, asked: str) -> None:
+        """Raise a ValueError, which begins with what was `asked`, if the model cannot read `length` tokens."""
+        limit = self.context_length
+        if limit is None or length <= limit:
+            return
+        can = self.yarn is not None or can_stretch(self.model)
+        advice = f"; --yarn {math.ceil(length / limit * (self.yarn or 1))} stretches it far enough" if can else ""
+        raise ValueError(f"{asked}, but the model's context is {limit:,} tokens{advice}")
 
 
 def open_session(
