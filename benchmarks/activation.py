@@ -7,7 +7,7 @@
     python benchmarks/activation.py lengthen runs/needle/model runs/needle-1m --length 1048576
     python benchmarks/activation.py prompts runs/needle-1m --lengths 256K,1M --out prompts.jsonl
     python benchmarks/activation.py report activation.jsonl --prompts prompts.jsonl --log dense=runs/dense/log.jsonl \
-        --needle dense=evals/dense/needle.jsonl --out benchmarks/results/activation-h200
+        --needle dense=evals/dense/needle.jsonl --against "dense 256" --out benchmarks/results/activation-h200
 
 `measure` reads the same held-out rows with every checkpoint: the loss of their last tokens, and of a passage that comes
 a second time, with full attention and with MoBA. `prompts` hides a needle in long prompts and says what reading took.
@@ -170,12 +170,15 @@ def prompts(
         for depth in places
     ]
     with open_records(out, {"config": config} | ({"yarn": yarn} if yarn else {}), describe(where)) as lines:
+        warm = set()
         for cell in cells:
             if record_of(lines, cell) is None and time.perf_counter() - begin < seconds:
+                how = cell["attention"]
                 prompt = haystack.prompt(TASKS["needle"], length=cell["length"], depth=cell["depth"])
-                lines.add(
-                    {**cell, **read_prompt(reader_with(loaded, reads[cell["attention"]], chunk), prompt, tokenizer)}
-                )
+                if how not in warm:  # kernels are compiled at their first use
+                    reader_with(loaded, reads[how], chunk).read(prompt.tokens[: cells[0]["length"]])
+                    warm.add(how)
+                lines.add({**cell, **read_prompt(reader_with(loaded, reads[how], chunk), prompt, tokenizer)})
                 print(json.dumps(lines.rows[-1]), flush=True)
 
 
@@ -209,6 +212,9 @@ def report(
     needle: Annotated[
         list[str] | None, typer.Option(help="NAME=needle.jsonl of `moba eval needle`; a name may have several.")
     ] = None,
+    against: Annotated[
+        str, typer.Option(help="A measured model: how far the others are from it, read with full attention.")
+    ] = "",
     note: Annotated[str, typer.Option(help="What a reader must know of how this was made.")] = "",
 ) -> None:
     """Tables and pictures of what was measured."""
@@ -220,6 +226,8 @@ def report(
     hidden = [(name, *read_measured(Path(path))) for name, path in map(named, needle or [])]
     made_on = heading(files) | ({"note": note} if note else {})
     text = to_markdown(made_on, records, table)
+    if against:
+        text += "\n" + to_markdown({}, records, lambda records: distance_table(records, against))
     if parts:
         text += "\n" + to_markdown(heading(parts), of_prompts, prompts_table)
     if hidden:
@@ -364,6 +372,30 @@ def table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
         values += [_mean(part, "first"), _mean(part, "second")]
         cells.append([model, attention, *(f"{value:.4f}" for value in values)])
     return titles, cells
+
+
+def distance_table(records: list[Record], against: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: mean difference over the rows that both read, ± its standard error, and in percent.
+
+    Raises:
+        ValueError: if the other model's rows were not read with full attention.
+    """
+    columns = {"loss": "loss", "last": f"last {LAST:,} tokens", "first": "passage read first", "second": "read again"}
+    readings: dict[tuple[str, str], dict[tuple[str, int], Record]] = {}
+    for record in records:
+        readings.setdefault((record["model"], record["attention"]), {})[record["source"], record["row"]] = record
+    other = readings.pop((against, FULL), {})
+    cells = []
+    for (model, attention), rows in readings.items():
+        if rows.keys() - other.keys():
+            raise ValueError(f"against must be a model of which the same rows were measured, got {against!r}")
+        cells.append([model, attention])
+        for key in columns:
+            apart = [record[key] - other[row][key] for row, record in rows.items()]
+            mean, base = statistics.mean(apart), statistics.mean(other[row][key] for row in rows)
+            error = f" ± {statistics.stdev(apart) / math.sqrt(len(apart)):.4f}" if len(apart) > 1 else ""
+            cells[-1].append(f"{mean:+.4f}{error} ({mean / base:+.1%})")
+    return [f"above {against}", "attention", *columns.values()], cells
 
 
 def prompts_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:

@@ -138,7 +138,7 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
         "made_on": {"device": "a device", "command": "moba eval needle"},
     }
     needle.write_text("".join(json.dumps(line) + "\n" for line in (header, *answers)))
-    options = ("--prompts", out, *logs, "--needle", f"dense={needle}", "--note", "Small.")
+    options = ("--prompts", out, *logs, "--needle", f"dense={needle}", "--note", "Small.", "--against", "dense 8")
     printed = run("report", measured, *options, "--out", tmp_path / "result")
     assert (tmp_path / "result.md").read_text() + "\n" == printed
     assert "| moba 8 | MoBA |" in printed
@@ -152,6 +152,18 @@ def test_prompts_and_the_report(folder, measured, tmp_path, monkeypatch):
     assert result["made_on"]["note"] == "Small."
     assert result["prompts"] == records
     assert result["needle"] == [["dense", header, *answers]]
+    rows = [json.loads(line) for line in measured.read_text().splitlines()[1:]]
+    moba, dense = (
+        [r["last"] for r in rows if (r["model"], r["attention"]) == key]
+        for key in (("moba 8", "MoBA"), ("dense 8", script.FULL))
+    )
+    apart = torch.tensor(moba) - torch.tensor(dense)
+    mean, error = apart.mean().item(), apart.std().item() / math.sqrt(len(moba))
+    share = mean * len(dense) / sum(dense)
+    row = next(line for line in printed.split("above dense 8")[1].splitlines() if line.startswith("| moba 8 | MoBA"))
+    assert f"| {mean:+.4f} ± {error:.4f} ({share:+.1%}) |" in row
+    with pytest.raises(ValueError, match="against must be a model of which the same rows"):
+        run("report", measured, "--against", "dense", "--out", tmp_path / "again")
     with pytest.raises(ValueError, match="NAME=PATH"):
         run("report", measured, "--needle", needle, "--out", tmp_path / "again")
     with pytest.raises(ValueError, match=r"result\.json must be JSON lines as measure, prompts"):
