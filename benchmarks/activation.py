@@ -227,7 +227,7 @@ def report(
     made_on = heading(files) | ({"note": note} if note else {})
     text = to_markdown(made_on, records, table)
     if against:
-        text += "\n" + to_markdown({}, records, lambda records: distance_table(records, against))
+        text += to_markdown({}, records, lambda records: distance_table(records, against))
     if parts:
         text += "\n" + to_markdown(heading(parts), of_prompts, prompts_table)
     if hidden:
