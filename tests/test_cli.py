@@ -272,6 +272,15 @@ def test_control_c_says_nothing(moba, monkeypatch):
     assert (code, err) == (130, "")
 
 
+@pytest.fixture
+def control_c():
+    """Commands started by a test receive Ctrl-C; those of a shell's background job would ignore it, as it does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
 @pytest.mark.parametrize("package", ["torch", "typer"])
 def test_control_c_says_nothing_while_packages_are_imported(tmp_path, package):
     # torch swallows the exception while it imports numpy, so that none must be raised.
@@ -291,16 +300,23 @@ def test_control_c_says_nothing_while_packages_are_imported(tmp_path, package):
     assert "swallowed" in started("-c", "import moba, typer")[1], "another program decides for itself"
 
 
+@pytest.mark.usefixtures("control_c")
 def test_control_c_is_an_exception_once_the_command_has_begun(tmp_path):
     (tmp_path / "moba").write_text(
-        "import signal\nimport moba.__main__\nassert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
+        "import signal\nimport moba.__main__\nprint(signal.getsignal(signal.SIGINT))\n"
         "import moba.cli\nmoba.cli.main = lambda: print(signal.getsignal(signal.SIGINT))\nmoba.__main__.main()\n"
     )
-    result = subprocess.run(
-        [sys.executable, tmp_path / "moba"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
-        cwd=LICENSE.parent,
-    )  # fmt: skip
-    assert "default_int_handler" in result.stdout, result.stderr
+
+    def handlers():
+        environment = {**os.environ, "PYTHONPATH": str(LICENSE.parent)}
+        command = [sys.executable, tmp_path / "moba"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split("\n")
+
+    first, then, _ = handlers()
+    assert first == str(signal.SIG_DFL)
+    assert "default_int_handler" in then
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert handlers() == [str(signal.SIG_IGN)] * 2 + [""], "a background job goes on ignoring it"
 
 
 @pytest.mark.parametrize(
