@@ -55,6 +55,8 @@ app = typer.Typer(add_completion=False, help=__doc__)
 Record = dict[str, Any]
 FULL = "full attention"
 LAST = 1024
+# What a record says of a row, in nats, and a table's title of it.
+LOSSES = {"loss": "loss", "last": f"last {LAST:,} tokens", "first": "passage read first", "second": "read again"}
 
 DeviceOption = Annotated[str, typer.Option(help="cuda, or cpu to try the script.")]
 ConfigOption = Annotated[
@@ -170,13 +172,13 @@ def prompts(
         for depth in places
     ]
     with open_records(out, {"config": config} | ({"yarn": yarn} if yarn else {}), describe(where)) as lines:
-        warm = set()
+        warm = set() if where.type == "cuda" else set(reads)
         for cell in cells:
             if record_of(lines, cell) is None and time.perf_counter() - begin < seconds:
                 how = cell["attention"]
                 prompt = haystack.prompt(TASKS["needle"], length=cell["length"], depth=cell["depth"])
                 if how not in warm:  # kernels are compiled at their first use
-                    reader_with(loaded, reads[how], chunk).read(prompt.tokens[: cells[0]["length"]])
+                    read_prompt(reader_with(loaded, reads[how], chunk), prompt, tokenizer)
                     warm.add(how)
                 lines.add({**cell, **read_prompt(reader_with(loaded, reads[how], chunk), prompt, tokenizer)})
                 print(json.dumps(lines.rows[-1]), flush=True)
@@ -362,8 +364,8 @@ def needle_table(found: Mapping[str, list[Record]]) -> tuple[list[str], list[lis
 def table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: losses in nats, averaged over rows, the end's also by source."""
     sources = sorted({record["source"] for record in records})
-    titles = ["model", "attention", "loss", f"last {LAST:,} tokens", *(f"last, {source}" for source in sources)]
-    titles += ["passage read first", "read again"]
+    titles = ["model", "attention", LOSSES["loss"], LOSSES["last"], *(f"last, {source}" for source in sources)]
+    titles += [LOSSES["first"], LOSSES["second"]]
     cells = []
     for model, attention in dict.fromkeys((record["model"], record["attention"]) for record in records):
         part = [r for r in records if (r["model"], r["attention"]) == (model, attention)]
@@ -378,9 +380,8 @@ def distance_table(records: list[Record], against: str) -> tuple[list[str], list
     """Columns and rows: mean difference over the rows that both read, ± its standard error, and in percent.
 
     Raises:
-        ValueError: if the other model's rows were not read with full attention.
+        ValueError: if not all of the rows were read by that model with full attention.
     """
-    columns = {"loss": "loss", "last": f"last {LAST:,} tokens", "first": "passage read first", "second": "read again"}
     readings: dict[tuple[str, str], dict[tuple[str, int], Record]] = {}
     for record in records:
         readings.setdefault((record["model"], record["attention"]), {})[record["source"], record["row"]] = record
@@ -390,12 +391,12 @@ def distance_table(records: list[Record], against: str) -> tuple[list[str], list
         if rows.keys() - other.keys():
             raise ValueError(f"against must be a model of which the same rows were measured, got {against!r}")
         cells.append([model, attention])
-        for key in columns:
+        for key in LOSSES:
             apart = [record[key] - other[row][key] for row, record in rows.items()]
             mean, base = statistics.mean(apart), statistics.mean(other[row][key] for row in rows)
             error = f" ± {statistics.stdev(apart) / math.sqrt(len(apart)):.4f}" if len(apart) > 1 else ""
             cells[-1].append(f"{mean:+.4f}{error} ({mean / base:+.1%})")
-    return [f"above {against}", "attention", *columns.values()], cells
+    return [f"above {against}", "attention", *LOSSES.values()], cells
 
 
 def prompts_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
