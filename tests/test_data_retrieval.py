@@ -14,7 +14,7 @@ from tiny_folder import save_tiny_model, words
 from moba.data import ShardWriter, open_shards, tokenizer_hash
 from moba.data.build import build
 from moba.data.folder import folder_units
-from moba.data.retrieval import _FACTS, LEARNED_TEXT, Maker, Plan, documents, draw_facts
+from moba.data.retrieval import _FACTS, Maker, Plan, documents, draw_facts
 from moba.data.shards import write_manifest
 from moba.evals.needle import TASKS
 from moba.models import load_tokenizer
@@ -40,7 +40,7 @@ def texts(tmp_path_factory, smollm2):
 
 @pytest.fixture(scope="module")
 def maker(texts, smollm2):
-    return Maker(open_shards(texts), smollm2)
+    return Maker(open_shards(texts), smollm2, Plan())
 
 
 @pytest.mark.parametrize("length", [400, 2048, 8192])
@@ -60,7 +60,7 @@ def test_a_document_is_a_conversation_of_its_length(maker, smollm2, length):
     for answer in answers:
         assert answer.removesuffix("<|im_end|>").strip() in " ".join([hay, hay.replace("\n", " ")])
     first, stop = learned[0]
-    assert stop - first == min(LEARNED_TEXT, stop - first) > 0
+    assert stop - first == min(Plan().learned_text, stop - first) > 0
     assert stop <= learned[1][0]
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(learned))
 
@@ -71,6 +71,23 @@ def test_facts_stand_behind_sentences(maker, smollm2):
     for answer in re.findall(r"The access code for [^.]*\.", hay):
         before = hay[: hay.index(answer)].rstrip()
         assert before.endswith((".", "!", "?")), "and not inside of 1.5"
+
+
+def test_more_facts_all_learned_in_the_tail(texts, smollm2):
+    plan = Plan(facts=90, learned_text=64, tail=4096)
+    maker = Maker(open_shards(texts), smollm2, plan)
+    counts, places = [], []
+    for seed in range(12):
+        tokens, learned = maker.document(32768, random.Random(seed))
+        assert tokens.shape == (32767,)
+        assert all(32768 - 4096 <= first < stop <= 32768 for first, stop in learned)
+        assert learned[0][1] - learned[0][0] == 64
+        counts.append(len(learned))
+        places.append(learned[0][0])
+    assert max(counts) > 30 > 10 > min(counts), "many, and few"
+    assert max(places) - min(places) > 1000
+    plain = Maker(open_shards(texts), smollm2, Plan(learned_text=0)).document(2048, random.Random(0))[1]
+    assert all(first < stop for first, stop in plain)
 
 
 def test_the_same_plan_gives_the_same_documents(texts, smollm2):
@@ -155,7 +172,7 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_questions(tmp_path):
     write_manifest(
         tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": [], "sources": sources}
     )
-    tokens, learned = Maker(open_shards(tmp_path), tokenizer).document(300, random.Random(0))
+    tokens, learned = Maker(open_shards(tmp_path), tokenizer, Plan()).document(300, random.Random(0))
     assert tokens.shape == (299,)
     assert len(learned) >= 2
 

@@ -18,16 +18,20 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers import assert_close
 from tiny_folder import save_tiny_model
+from tiny_models import tiny_model
 from tiny_shards import save_shards
 
-from moba import register_moba
+from moba import MoBAConfig, register_moba
 from moba.data import tokenizer_hash
-from moba.hf import get_moba_config
+from moba.hf import get_moba_config, set_moba_config
 from moba.lines import locked
 from moba.train.checkpoints import checkpoints
+from moba.train.loss import use_fused_loss
 from moba.train.recipe import Recipe, read_recipe
 from moba.train.run import train
+from moba.train.trainer import read_before
 
 SHAPE = "hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2"
 RECIPE = f"""
@@ -284,6 +288,46 @@ def test_short_rows_teach_far_positions(file, tiny, tmp_path):
     assert model.config.max_position_embeddings == 4096
 
 
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_a_tails_loss_and_gradients_are_those_of_whole_rows(full_layers):
+    register_moba(None)
+    model = tiny_model(num_hidden_layers=1, initializer_range=0.1).double().train()
+    set_moba_config(model, MoBAConfig(16, 2, full_layers=full_layers))
+    model.set_attn_implementation("moba")
+    use_fused_loss(model)  # which keeps fp64
+    tokens = torch.randint(3, 60, (2, 96), generator=torch.Generator().manual_seed(0))
+    row = {"input_ids": tokens, "labels": torch.where(torch.arange(96) > 64, tokens, -100)}
+    gradients = []
+    for inputs in (row, read_before(model, row, 32)):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, whole, tail in zip(names, *gradients, strict=True):
+        # Through the keys and values of the text before it, which a tail does without, these learn in whole rows.
+        if any(part in name for part in ("k_proj", "v_proj", "input_layernorm", "embed_tokens")):
+            assert not torch.allclose(tail, whole)
+        else:
+            assert_close(tail, whole, 1e-10)
+
+
+def test_tails_of_long_rows_are_trained(moba, file, tmp_path):
+    changes = ("data.whole_rows=true", "data.span=512", "training.tail=24", "training.evaluate_every=8")
+    losses = []
+    for precision, rows_at_once in (("fp32", 1), ("fp32", 2), ("bf16", 1)):
+        out = tmp_path / f"{precision}{rows_at_once}"
+        more = (f"training.precision={precision}", f"training.rows_at_once={rows_at_once}", f"out={out}")
+        train(read_recipe(file, [*changes, *more]), say=lambda text: None)
+        losses.append(torch.tensor(log_of(out, "loss")))
+    assert losses[0][-4:].mean() < 0.9 * losses[0][:4].mean()
+    assert_close(losses[1], losses[0], 1e-4)
+    assert_close(losses[2], losses[0], 2e-2)
+    code, printed, _ = moba("train", file, "--dry-run", *(part for change in changes for part in ("-s", change)))
+    assert code == 0
+    assert "24 steps of 2 × 64" in printed
+
+
 def test_dry_run_writes_nothing(moba, file, tmp_path):
     code, out, _ = moba("train", file, "--dry-run")
     assert code == 0
@@ -361,6 +405,9 @@ def test_a_folder_is_no_recipe(moba, tmp_path):
         ("data.span=63", "data.span must be an integer >= 64, got 63"),
         ("data.span=true", "data.span must be an integer"),
         ("data.whole_rows=true\\ndata.span=99\\ntraining.transport=selective", "set data.whole_rows and no data.span"),
+        ("training.tail=8", "training.tail is the end of rows that one document fills: set data.whole_rows"),
+        ("data.whole_rows=true\\ntraining.tail=64", "a tail below data.context = 64, got 64"),
+        ("data.whole_rows=true\\ntraining.tail=8\\ntraining.compile=true", "cannot be combined with compile"),
         ("data.sources=python", "data.sources must be a list of names, got 'python'"),
         ("lora.targets=3", "lora.targets must be a name or a list of names, got 3"),
         ("data.folder=3", "data.folder must be text, got 3"),

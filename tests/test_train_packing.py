@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 from tiny_shards import save_shards
 
 from moba import MoBAConfig, register_moba
-from moba.data import open_shards
+from moba.data import ShardWriter, open_shards
+from moba.data.shards import read_manifest, write_manifest
 from moba.hf import set_moba_config
 from moba.train.loss import use_fused_loss
 from moba.train.packing import MOST_SKIPS, PackedRows, by_source, collate, pack, skipped_positions
@@ -121,6 +122,36 @@ def test_a_span_changes_positions_only(tmp_path):
     # A row that comes again comes with other skips.
     (first, second) = [i for i in range(30) if torch.equal(plain[i]["input_ids"], plain[0]["input_ids"])][:2]
     assert not torch.equal(spread[first]["position_ids"], spread[second]["position_ids"])
+
+
+def test_a_tail_is_what_is_learned_of_a_row(tmp_path):
+    shards = open_shards(save_shards(tmp_path))
+    rows, whole = (PackedRows(shards, 64, whole_rows=True, tail=tail) for tail in (20, None))
+    for i in range(len(rows)):
+        labels = rows[i]["labels"]
+        assert (labels[:45] == -100).all(), "its first token is predicted by one that is only read"
+        assert torch.equal(labels[45:], whole[i]["labels"][45:])
+    moved = PackedRows(shards, 64, num_rows=200, whole_rows=True, span=4096, tail=20)
+    batch = collate([moved[i] for i in range(200)])
+    assert set(batch) == {"input_ids", "labels", "skipped"}
+    assert batch["skipped"].min() >= 0
+    assert 3800 < batch["skipped"].max() <= 4096 - 64
+    assert moved[7]["skipped"] == PackedRows(shards, 64, num_rows=9, whole_rows=True, span=4096, tail=20)[7]["skipped"]
+
+
+def test_rows_with_nothing_to_learn_in_their_tail_are_left_out(tmp_path):
+    writer = ShardWriter(tmp_path, "train", 0, "uint16")
+    for i, learned in enumerate(([(0, 10)], [(10, 46)], [(44, 45)], [(30, 44), (63, 64)], [(64, 120)])):
+        writer.add(np.arange(128), "a", f"{i}", learned)
+    manifest = read_manifest(save_shards(tmp_path / "other"))
+    write_manifest(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": []})
+    shards = open_shards(tmp_path)
+    rows = PackedRows(shards, 64, seed=None, whole_rows=True, tail=20)
+    learned = [(rows[i]["labels"] != -100).sum().item() for i in range(len(rows))]
+    assert [(row[0].document, row[0].start) for row in rows.rows] == [(1, 0), (3, 0), (4, 64)]
+    assert learned == [1, 1, 11]
+    with pytest.raises(ValueError, match="to learn in its last 3 of 128 tokens"):
+        PackedRows(shards, 128, whole_rows=True, tail=3)
 
 
 @pytest.mark.parametrize("span", [None, 512])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,19 @@ def data(
         ),
     ] = "2K,4K,8K,16K,32K,32K",
     tokens: Annotated[int, typer.Option(metavar="N", help="With --retrieval: tokens in all.")] = 6_000_000,
+    facts: Annotated[
+        int, typer.Option(metavar="N", help="With --retrieval: facts in a document, at most; mostly there are fewer.")
+    ] = 24,
+    learned_text: Annotated[
+        int, typer.Option(metavar="N", help="With --retrieval: tokens of the text that are learned, too.")
+    ] = 128,
+    tail: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --retrieval: all that is learned lies in a document's last N tokens, for training.tail.",
+        ),
+    ] = None,
     list_sources: Annotated[
         bool, typer.Option("--list", help="List the packages and their licences, and stop.")
     ] = False,
@@ -88,7 +101,9 @@ def data(
         raise ValueError(f"--retrieval reads its texts from {retrieval}: choose another folder to write to")
     # What can be wrong without the tokenizer is said before it is loaded.
     if retrieval is not None:
-        plan = _retrieval_plan(retrieval, lengths, tokens, held_out)
+        plan = _retrieval_plan(
+            retrieval, lengths, tokens=tokens, held_out=held_out, facts=facts, learned_text=learned_text, tail=tail
+        )
     else:
         units = _own_units(texts, text_key, held_out, licence) if texts else _package_units(sources)
     quieten()
@@ -127,13 +142,13 @@ def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) 
     ]
 
 
-def _retrieval_plan(folder: Path, lengths: str, tokens: int, held_out: float) -> Plan:
+def _retrieval_plan(folder: Path, lengths: str, **values: Any) -> Plan:
     from moba.cli.eval_setup import parse_lengths
     from moba.data import open_shards
     from moba.data.retrieval import Plan
 
     open_shards(folder)
-    return Plan(tuple(parse_lengths(lengths)), tokens, held_out)
+    return Plan(tuple(parse_lengths(lengths)), **values)
 
 
 def _list() -> None:

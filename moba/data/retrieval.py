@@ -25,12 +25,10 @@ from moba.config import require_int
 from moba.data.build import Tokens, Unit
 from moba.data.shards import Shards, open_shards
 
-# Tokens of the text that are learned as text, so that the language is kept.
-LEARNED_TEXT = 128
 # Of a passage that is asked for: tokens that are quoted in the question, and that the answer goes on with.
 QUOTED, CONTINUED = 24, 48
-# At most one fact in so many tokens, and so many in all.
-TOKENS_PER_FACT, MOST_FACTS = 256, 24
+# At most one fact in so many tokens of a document, and in so many of a tail that holds its question and answer.
+TOKENS_PER_FACT, TOKENS_PER_ANSWER = 256, 80
 
 # fmt: off
 # A fact, its question, its answer: {thing} is what is asked about, {value} what is told of it.
@@ -111,6 +109,9 @@ class Plan:
             named twice gets two.
         tokens: of all documents together; each length has at least one.
         held_out: share of each length's documents to hold out, at least one if there are several.
+        facts: in a document, at most; how many is drawn, fewer more often.
+        learned_text: tokens of the text that are learned as text, so that the language is kept.
+        tail: all that is learned lies in the last so many tokens of a document; None: the learned text anywhere.
         seed: of everything that is drawn.
 
     Raises:
@@ -120,6 +121,9 @@ class Plan:
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 32768)
     tokens: int = 6_000_000
     held_out: float = 0.01
+    facts: int = 24
+    learned_text: int = 128
+    tail: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,6 +134,10 @@ class Plan:
         require_int("tokens", self.tokens, 1)
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be a share, 0 <= held_out < 1, got {self.held_out}")
+        require_int("facts", self.facts, 1)
+        require_int("learned_text", self.learned_text, 0)
+        if self.tail is not None:
+            require_int("tail", self.tail, self.learned_text + 1)
 
 
 def retrieval_unit(folder: Path, tokenizer: Any, plan: Plan) -> Unit:
@@ -160,7 +168,7 @@ def documents(shards: Shards, tokenizer: Any, plan: Plan) -> Iterator[Tokens]:
     Raises:
         ValueError: if a length is too small for a question.
     """
-    maker = Maker(shards, tokenizer)
+    maker = Maker(shards, tokenizer, plan)
     counts = {length: plan.lengths.count(length) for length in sorted(set(plan.lengths))}
     for length, share in counts.items():
         count = max(1, round(plan.tokens * share / len(plan.lengths) / length))
@@ -178,13 +186,14 @@ class Maker:
     Args:
         shards: the texts, of the tokenizer's tokens.
         tokenizer: of transformers.
+        plan: what of a document is learned.
 
     Raises:
         ValueError: if the texts are empty.
     """
 
-    def __init__(self, shards: Shards, tokenizer: Any) -> None:
-        self._shards, self._tokenizer = shards, tokenizer
+    def __init__(self, shards: Shards, tokenizer: Any, plan: Plan) -> None:
+        self._shards, self._tokenizer, self._plan = shards, tokenizer, plan
         # Without the end of text. Documents are drawn by length, so that every token is as likely as any other.
         self._lengths = [document.length - 1 for document in shards.documents]
         if not any(self._lengths):
@@ -203,13 +212,15 @@ class Maker:
         Raises:
             ValueError: if the length is too small for one question.
         """
-        most = max(1, min(MOST_FACTS, length // TOKENS_PER_FACT))
+        num_quotes = min(2, length // 2048)
+        of_quotes = num_quotes * 3 * (QUOTED + CONTINUED)
+        tail = length if self._plan.tail is None else min(self._plan.tail, length)
+        room_to_ask = tail - self._plan.learned_text - of_quotes
+        most = max(1, min(self._plan.facts, length // TOKENS_PER_FACT, room_to_ask // TOKENS_PER_ANSWER))
         facts = draw_facts(round(most ** generator.random()), generator)
         sentences = [self._encode(f" {fact.sentence}") for fact in facts]
         asked = [Asked(generator.choice(_BEFORE) + fact.question, fact.answer, True) for fact in facts]
-        num_quotes = min(2, length // 2048)
-        room = length - 1 - _size(self._conversation(asked)) - num_quotes * 3 * (QUOTED + CONTINUED)
-        room -= sum(map(len, sentences))
+        room = length - 1 - _size(self._conversation(asked)) - of_quotes - sum(map(len, sentences))
         if room < 1:
             raise ValueError(f"lengths: {length} tokens are too few for questions about a text")
         text = self._hidden(self._text(room, generator), sentences, generator)
@@ -220,7 +231,12 @@ class Maker:
         generator.shuffle(asked)
         conversation = self._conversation(asked)
         missing = length - 1 - len(text) - _size(conversation)
-        return _assemble(np.concatenate([self._text(missing, generator), text]), conversation, generator)
+        whole = np.concatenate([self._text(missing, generator), text])
+        # Where the learned stretch may begin: in the tail, which the conversation shares.
+        earliest = 0 if self._plan.tail is None else max(0, len(whole) + _size(conversation) - tail)
+        latest = max(0, len(whole) - self._plan.learned_text)
+        first = generator.randint(min(earliest, latest), latest)
+        return _assemble(whole, conversation, (first, min(first + self._plan.learned_text, len(whole))))
 
     def _text(self, count: int, generator: random.Random) -> np.ndarray:
         """`count` tokens, of one document from any place on if it is long enough, else of several."""
@@ -314,14 +330,14 @@ def _size(conversation: Conversation) -> int:
 
 
 def _assemble(
-    text: np.ndarray, conversation: Conversation, generator: random.Random
+    text: np.ndarray, conversation: Conversation, stretch: tuple[int, int]
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The whole document and what of it is learned: a stretch of the text, and each answer, with the token that ends it
     if it is whole.
     """
     parts = [conversation.opening, text, conversation.between[0]]
-    first = len(conversation.opening) + generator.randrange(max(1, len(text) - LEARNED_TEXT + 1))
-    spans = [(first, first + min(LEARNED_TEXT, len(text)))]
+    first, stop = (len(conversation.opening) + place for place in stretch)
+    spans = [(first, stop)] if first < stop else []
     position = sum(map(len, parts))
     turns = zip(conversation.answers, conversation.between[1:], conversation.is_whole, strict=True)
     for answer, behind, is_whole in turns:

@@ -20,6 +20,7 @@ from moba.config import MoBAConfig
 from moba.hf.convolution import require_convolution
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
 from moba.hf.projections import unrotated
+from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def moba_attention_forward(
     if layout is None:
         if q.shape[1] in (1, k.shape[1]):
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        # The bias calls kernels of its own, which autocast does not reach.
+        query, key, value = to_autocast_dtype(query, key, value)
         last = causal_lower_right(q.shape[1], k.shape[1])
         out = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=q.shape[2] != k.shape[2])
         return out.transpose(1, 2), None

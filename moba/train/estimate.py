@@ -118,16 +118,23 @@ def _flops_per_token(recipe: Recipe, config: Any, total: int, trained: int) -> f
     # The embedding is looked up; the output layer, which may share its matrix, multiplies.
     matrices = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     forward = 2 * matrices + attention
-    again = forward if recipe.training.checkpoint_activations else 0
-    return 2 * forward + attention + 2 * min(trained, matrices) + again
+    again = forward if recipe.training.checkpoint_activations and recipe.training.tail is None else 0
+    # All tokens are read; of those that are learned, backward takes more.
+    learned = (recipe.training.tail or recipe.data.context) / recipe.data.context
+    return forward + learned * (forward + attention + 2 * min(trained, matrices) + again)
 
 
 def _activation_bytes(recipe: Recipe, config: Any) -> int:
-    tokens = recipe.training.rows_at_once * recipe.data.context // recipe.training.context_parallel
+    rows, tail = recipe.training.rows_at_once, recipe.training.tail
+    tokens = rows * (tail or recipe.data.context) // recipe.training.context_parallel
     is_half = recipe.training.precision == "bf16"
     narrow = 2 if is_half else 4
     # What a layer keeps for its backward pass: fp32 inputs of norms, q, k, v, out, and the gated MLP's parts.
     layer = tokens * (4 * 4 * config.hidden_size + narrow * (6 * config.hidden_size + 4 * config.intermediate_size))
-    kept = 4 * tokens * config.hidden_size if recipe.training.checkpoint_activations else layer
+    kept = 4 * tokens * config.hidden_size if recipe.training.checkpoint_activations and tail is None else layer
+    if tail is not None:
+        # The cache, of which a layer whose backward pass is to come holds a copy in the attention's dtype.
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kept += 2 * rows * recipe.data.context * config.num_key_value_heads * head_dim * (4 + narrow)
     loss = min(tokens, CHUNK_TOKENS) * config.vocab_size * (2 * 4 + narrow)
     return int(config.num_hidden_layers * kept + max(2 * layer, loss))

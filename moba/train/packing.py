@@ -6,6 +6,8 @@ attends into another piece, and none is predicted from one. A T × T mask never 
 
 The positions of a sequence may be spread over more than it has tokens ("positional skip-wise training", Zhu et al.,
 arXiv 2309.10400): short rows then teach a rotary embedding the distances of long texts.
+
+Of rows that one document fills only the last tokens, the tail, may be learned: what precedes it is read as a prompt is.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ class PackedRows(Dataset):
         min_length: documents shorter than this are left out.
         whole_rows: only rows that one document fills; what is left of documents is not read.
         span: spread the positions of each sequence over up to so many; None: they count its tokens.
+        tail: only the last so many tokens of a row are learned, of rows that have something to learn there (with
+            `whole_rows` only); a span then moves the tail as a whole. None: all tokens.
 
     Raises:
         ValueError: if no document or row is left, or a source is unknown.
@@ -111,8 +115,9 @@ class PackedRows(Dataset):
         min_length: int = 0,
         whole_rows: bool = False,
         span: int | None = None,
+        tail: int | None = None,
     ) -> None:
-        self.shards, self.context, self.seed, self.span = shards, context, seed, span
+        self.shards, self.context, self.seed, self.span, self.tail = shards, context, seed, span, tail
         present = {document.source for document in shards.documents}
         if unknown := sorted(set(sources or ()) - present):
             raise ValueError(f"sources: {shards.folder} has no documents of {unknown}, but of {sorted(present)}")
@@ -128,6 +133,12 @@ class PackedRows(Dataset):
             rows = [row for row in rows if row[0].length == context]
             if not rows:
                 raise ValueError(f"whole_rows: no document of {shards.folder} fills a row of {context:,} tokens")
+        if tail is not None:
+            rows = [row for row in rows if self._learns(row[0]._replace(document=chosen[row[0].document]), tail)]
+            if not rows:
+                raise ValueError(
+                    f"tail: no row of {shards.folder} has anything to learn in its last {tail:,} of {context:,} tokens"
+                )
         self.rows = [[piece._replace(document=chosen[piece.document]) for piece in row] for row in rows]
         self.num_documents = len(chosen)
         self._num_rows = len(self.rows) if num_rows is None else num_rows
@@ -151,7 +162,8 @@ class PackedRows(Dataset):
 
         Returns:
             input_ids int64 [context], padded with 0; labels, the same with -100 for what is not learned; the lengths of
-            its sequences; num_padding; with a span also position_ids, int64 [context].
+            its sequences; num_padding; with a span also position_ids, int64 [context], or with a tail, too, how many
+            positions are skipped before the tail.
         """
         epoch, place = divmod(index, len(self.rows))
         pieces = self.rows[self._row(epoch, place)]
@@ -166,17 +178,29 @@ class PackedRows(Dataset):
                 labels[part] = tokens[part]
             lengths.append(length)
             end += length
+        if self.tail is not None:
+            # Its first token is predicted by one that is only read.
+            labels[: self.context - self.tail + 1] = IGNORED
         row = {
             "input_ids": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
             "lengths": lengths,
             "num_padding": self.context - end,
         }
-        return row if self.span is None else {**row, "position_ids": self._spread(index, lengths, self.span)}
-
-    def _spread(self, index: int, lengths: list[int], span: int) -> Tensor:
-        """Positions of a row, which depend on the seed and the row's place in the order alone: int64 [context]."""
+        if self.span is None:
+            return row
         generator = np.random.default_rng([self.seed or 0, index])
+        if self.tail is not None:
+            return {**row, "skipped": int(generator.integers(0, self.span - self.context, endpoint=True))}
+        return {**row, "position_ids": self._spread(lengths, self.span, generator)}
+
+    def _learns(self, piece: Piece, tail: int) -> bool:
+        """Whether anything is learned in the tail of a row that a piece fills."""
+        learned, end = self.shards.documents[piece.document].learned, piece.start + piece.length
+        return learned is None or any(first < end and end - tail + 1 < stop for first, stop in learned)
+
+    def _spread(self, lengths: list[int], span: int, generator: np.random.Generator) -> Tensor:
+        """Positions of a row of sequences: int64 [context]."""
         parts = [skipped_positions(length, span, generator) for length in lengths]
         return torch.from_numpy(np.concatenate([*parts, np.arange(self.context - sum(lengths))]))
 
@@ -216,14 +240,16 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What a causal language model reads: rows side by side if each is one plain sequence, else all packed into one.
 
     Returns:
-        input_ids and labels, int64 [B, T]. If packed: [1, B·T], labels -100 where a sequence starts, too, and
-        position_ids of the same shape, cu_seq_lens_q and cu_seq_lens_k int32, which may end in empty sequences.
+        input_ids and labels, int64 [B, T], and of rows with a tail that is moved `skipped`, int64 [B]. If packed:
+        [1, B·T], labels -100 where a sequence starts, too, and position_ids of the same shape, cu_seq_lens_q and
+        cu_seq_lens_k int32, which may end in empty sequences.
     """
     input_ids = torch.stack([row["input_ids"] for row in rows])
     labels = torch.stack([row["labels"] for row in rows])
     spread = "position_ids" in rows[0]
     if not spread and all(len(row["lengths"]) == 1 and not row["num_padding"] for row in rows):
-        return {"input_ids": input_ids, "labels": labels}
+        skipped = {"skipped": torch.tensor([row["skipped"] for row in rows])} if "skipped" in rows[0] else {}
+        return {"input_ids": input_ids, "labels": labels, **skipped}
     lengths: list[int] = []
     for row in rows:
         lengths += row["lengths"]

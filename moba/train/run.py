@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         with _enough_memory(recipe):
             loss = use_fused_loss(model.to(state.device), recipe.training.loss)
         trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
-        if recipe.training.checkpoint_activations:
+        if recipe.training.checkpoint_activations and recipe.training.tail is None:
             checkpoint_activations(model)
         if recipe.training.compile:
             compile_layers(model)
@@ -103,7 +103,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
                 *(callbacks or []),
             ],
         )
-        trainer.tokenizer = tokenizer
+        trainer.tokenizer, trainer.tail = tokenizer, recipe.training.tail
         trainer.remove_callback(PrinterCallback)
         with _enough_memory(recipe):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -172,6 +172,7 @@ def training_rows(recipe: Recipe, shards: Shards) -> PackedRows:
     return PackedRows(
         shards, data.context, num_rows=recipe.num_steps * recipe.training.rows_per_step, seed=recipe.training.seed,
         sources=data.sources or None, min_length=data.min_length, whole_rows=data.whole_rows, span=data.span,
+        tail=recipe.training.tail,
     )  # fmt: skip
 
 

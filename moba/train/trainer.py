@@ -1,4 +1,6 @@
-"""transformers' Trainer, whose checkpoints and models are whole or not there, whatever happens as they are written."""
+"""transformers' Trainer, whose checkpoints and models are whole or not there, whatever happens as they are written, and
+which can learn from the ends of long rows alone.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -22,10 +25,18 @@ class WholeTrainer(Trainer):
 
     Attributes:
         tokenizer: saved with every checkpoint, so that each can be evaluated; None where there is none.
+        tail: of rows with more tokens only the last so many are learned (see `read_before`); None: all.
     """
 
     tokenizer: Any = None
+    tail: int | None = None
     _draft: Path | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As transformers', of the tail alone while training; evaluations read whole rows."""
+        if self.tail is not None and model.training and inputs["input_ids"].shape[1] > self.tail:
+            inputs = read_before(model, inputs, self.tail)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.args.output_dir if self._draft is None else self._draft)
@@ -53,6 +64,37 @@ class WholeTrainer(Trainer):
         finally:
             self._draft = None
         self.accelerator.wait_for_everyone()
+
+
+def read_before(model: nn.Module, inputs: dict[str, Any], tail: int) -> dict[str, Any]:
+    """Read all but the last tokens of rows as a prompt is read, without gradients, into a cache.
+
+    Queries, keys and values of the tail then learn; the text before it is what they look back at, at the cost of
+    reading it once.
+
+    Args:
+        model: a causal language model.
+        inputs: input_ids and labels [B, T]; `skipped` [B], if there, are the positions skipped before the tail.
+        tail: tokens of a row that are left, < T.
+
+    Returns:
+        what the model reads now: input_ids, labels and position_ids [B, tail], past_key_values.
+    """
+    input_ids, labels = inputs["input_ids"], inputs["labels"]
+    num_read = input_ids.shape[1] - tail
+    positions: Tensor = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    rest = positions[:, num_read:] + (inputs["skipped"][:, None] if "skipped" in inputs else 0)
+    with torch.no_grad():
+        read = model(
+            input_ids=input_ids[:, :num_read], position_ids=positions[:, :num_read], use_cache=True, logits_to_keep=1
+        )
+    return {
+        "input_ids": input_ids[:, num_read:],
+        "labels": labels[:, num_read:],
+        "position_ids": rest,
+        "past_key_values": read.past_key_values,
+        "use_cache": True,
+    }
 
 
 def save_results(trainer: WholeTrainer, model: Any, recipe: Recipe) -> None:
