@@ -25,6 +25,7 @@ from tiny_shards import save_shards
 
 from moba import MoBAConfig, register_moba
 from moba.data import tokenizer_hash
+from moba.hf import attention as hf_attention
 from moba.hf import get_moba_config, set_moba_config
 from moba.lines import locked
 from moba.train.checkpoints import checkpoints
@@ -312,8 +313,28 @@ def test_a_tails_loss_and_gradients_are_those_of_whole_rows(full_layers):
             assert_close(tail, whole, 1e-10)
 
 
+def test_a_full_layer_sees_chunks_in_the_autocast_dtype(monkeypatch):
+    attention = tiny_model(num_hidden_layers=2).model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 16), (2, 64), (2, 64)))
+    dense, seen = hf_attention.scaled_dot_product_attention, []
+
+    def spy(q, k, v, *args, **options):
+        seen.extend(x.dtype for x in (q, k, v))
+        return dense(q, k, v, *args, **options)
+
+    # FlashAttention takes no fp32: in fp32 a GPU would make a mask of all queries and keys.
+    monkeypatch.setattr(hf_attention, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        config = MoBAConfig(16, 2, full_layers=2)
+        hf_attention.moba_attention_forward(attention, q, k, v, None, default=config, backend=None)
+    assert seen == [torch.bfloat16] * 3
+
+
 def test_tails_of_long_rows_are_trained(moba, file, tmp_path):
-    changes = ("data.whole_rows=true", "data.span=512", "training.tail=24", "training.evaluate_every=8")
+    changes = (
+        "data.whole_rows=true", "data.span=512", "training.tail=24", "training.evaluate_every=8",
+        "attention.full_layers=1",
+    )  # fmt: skip
     losses = []
     for precision, rows_at_once in (("fp32", 1), ("fp32", 2), ("bf16", 1)):
         out = tmp_path / f"{precision}{rows_at_once}"

@@ -135,6 +135,7 @@ def _activation_bytes(recipe: Recipe, config: Any) -> int:
     if tail is not None:
         # The cache, of which a layer whose backward pass is to come holds a copy in the attention's dtype.
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kept += 2 * rows * recipe.data.context * config.num_key_value_heads * head_dim * (4 + narrow)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        kept += 2 * rows * recipe.data.context * kv_heads * head_dim * (4 + narrow)
     loss = min(tokens, CHUNK_TOKENS) * config.vocab_size * (2 * 4 + narrow)
     return int(config.num_hidden_layers * kept + max(2 * layer, loss))
