@@ -408,9 +408,9 @@ def prompts_table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
         name, attention, length = key
         values = ["", "", "", next((r["failed"] for r in part if "failed" in r), "")]
         if read:
-            peak = max(r.get("peak_bytes", 0) for r in read) / 2**30
+            peak = max(r.get("peak_bytes", 0) for r in read) / 2**30  # not measured on a CPU
             values = [f"{sum(r['found'] for r in read)} of {len(read)}", f"{_mean(read, 'loss'):.2f}",
-                      f"{min(r['read_s'] for r in read):.1f}", f"{peak:.1f}"]  # fmt: skip
+                      f"{min(r['read_s'] for r in read):.1f}", f"{peak:.1f}" if peak else ""]  # fmt: skip
         cells.append([name, attention, length_name(length), *values])
     return ["model", "attention", "tokens", "found", "loss of the answer", "seconds to read", "peak GiB"], cells
 
