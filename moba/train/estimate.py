@@ -112,16 +112,19 @@ def _wait(device: torch.device) -> None:
 
 def _flops_per_token(recipe: Recipe, config: Any, total: int, trained: int) -> float:
     """Forward and backward, and the forward again where activations are recomputed."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_attention_heads * head_dim * config.num_hidden_layers
+    attention = 4 * config.num_attention_heads * _head_dim(config) * config.num_hidden_layers
     attention *= keys_read(recipe, config.num_hidden_layers)
     # The embedding is looked up; the output layer, which may share its matrix, multiplies.
     matrices = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     forward = 2 * matrices + attention
-    again = forward if recipe.training.checkpoint_activations and recipe.training.tail is None else 0
+    again = forward if recipe.training.recomputes else 0
     # All tokens are read; of those that are learned, backward takes more.
     learned = (recipe.training.tail or recipe.data.context) / recipe.data.context
     return forward + learned * (forward + attention + 2 * min(trained, matrices) + again)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _activation_bytes(recipe: Recipe, config: Any) -> int:
@@ -131,11 +134,10 @@ def _activation_bytes(recipe: Recipe, config: Any) -> int:
     narrow = 2 if is_half else 4
     # What a layer keeps for its backward pass: fp32 inputs of norms, q, k, v, out, and the gated MLP's parts.
     layer = tokens * (4 * 4 * config.hidden_size + narrow * (6 * config.hidden_size + 4 * config.intermediate_size))
-    kept = 4 * tokens * config.hidden_size if recipe.training.checkpoint_activations and tail is None else layer
+    kept = 4 * tokens * config.hidden_size if recipe.training.recomputes else layer
     if tail is not None:
         # The cache, of which a layer whose backward pass is to come holds a copy in the attention's dtype.
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        kept += 2 * rows * recipe.data.context * kv_heads * head_dim * (4 + narrow)
+        kept += 2 * rows * recipe.data.context * kv_heads * _head_dim(config) * (4 + narrow)
     loss = min(tokens, CHUNK_TOKENS) * config.vocab_size * (2 * 4 + narrow)
     return int(config.num_hidden_layers * kept + max(2 * layer, loss))

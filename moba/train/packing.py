@@ -133,13 +133,13 @@ class PackedRows(Dataset):
             rows = [row for row in rows if row[0].length == context]
             if not rows:
                 raise ValueError(f"whole_rows: no document of {shards.folder} fills a row of {context:,} tokens")
+        self.rows = [[piece._replace(document=chosen[piece.document]) for piece in row] for row in rows]
         if tail is not None:
-            rows = [row for row in rows if self._learns(row[0]._replace(document=chosen[row[0].document]), tail)]
-            if not rows:
+            self.rows = [row for row in self.rows if self._learns(row[0], tail)]
+            if not self.rows:
                 raise ValueError(
                     f"tail: no row of {shards.folder} has anything to learn in its last {tail:,} of {context:,} tokens"
                 )
-        self.rows = [[piece._replace(document=chosen[piece.document]) for piece in row] for row in rows]
         self.num_documents = len(chosen)
         self._num_rows = len(self.rows) if num_rows is None else num_rows
         self._order: tuple[int, list[int]] = (-1, [])

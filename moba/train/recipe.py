@@ -201,6 +201,11 @@ class TrainingPart:
     save_every: int = 100
     keep: int = 2
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again for the backward pass; a tail's never are."""
+        return self.checkpoint_activations and self.tail is None
+
     def __post_init__(self) -> None:
         for name in (
             "tokens", "rows_per_step", "rows_at_once", "context_parallel", "log_every", "save_every", "keep"

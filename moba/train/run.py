@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         with _enough_memory(recipe):
             loss = use_fused_loss(model.to(state.device), recipe.training.loss)
         trained: Any = model if recipe.lora is None else add_adapters(model, recipe.lora)
-        if recipe.training.checkpoint_activations and recipe.training.tail is None:
+        if recipe.training.recomputes:
             checkpoint_activations(model)
         if recipe.training.compile:
             compile_layers(model)
