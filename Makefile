@@ -11,7 +11,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 INTERPRETED := $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.23.0
 
-.PHONY: demo test test-compat check bench aot clean
+.PHONY: demo test test-compat test-gpu check bench aot clean
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -46,12 +46,19 @@ $(COMPAT)/.installed: pyproject.toml Makefile
 	$(COMPAT)/bin/pip install --quiet transformers==5.17.0 triton==3.6.0 --editable ".[dev]"
 	touch $@
 
+# On a machine with an NVIDIA GPU: every call against fp64, the kernels' own tests, then what needs the card for itself.
+CARD := --backend triton --device cuda
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics.py tests/test_decode.py \
+		$(filter-out %_aot.py %_gpu.py %_far.py,$(wildcard tests/test_triton_*.py)) $(CARD)
+	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py $(CARD)
+
 bench: $(VENV)/.installed
 	$(BIN)/moba bench attention
 
 # Every Triton kernel x dtype x head dim x configuration for sm_80 to sm_100; CI compiles a representative part.
 aot: $(VENV)/.installed
-	$(BIN)/python -m moba.backends.triton.aot --full
+	$(BIN)/python tools/aot.py --full
 
 clean:
 	rm -rf $(VENV) $(COMPAT) build *.egg-info

@@ -81,9 +81,9 @@ def without_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for file, name in (("attend", "_attend"), ("decode", "_append_means"), ("route", "select")):
             module = import_module(f"moba.backends.triton.{file}")
-            stack.enter_context(patch.object(module, name, getattr(module, name)._init_fn))
+            stack.enter_context(patch.object(module, name, getattr(module, name).plain))
             stack.enter_context(patch.object(module, "arch_of", lambda device: ARCH))
-        stack.enter_context(patch.object(Plan, "_first_run", lambda *_: None))
+        stack.enter_context(patch.object(Plan, "_launch_all", lambda *_: None))
         stack.enter_context(patch.object(triton, "unsupported", lambda q, k: None))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # knows no "meta"
         stack.enter_context(patch.dict(backends.AUTO, {"meta": ("triton",)}))

@@ -6,53 +6,127 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the triton backend needs Triton")
 
-from moba.backends.triton import aot
-from moba.backends.triton.case import Case
+import aot
+import aot_cases
+
+from moba.backends.triton.device import Rows
+from moba.backends.triton.launch import variant
 from moba.backends.triton.tuning import ARCHITECTURES, TABLE, Row, lookup
+
+AOT = Path(aot.__file__)
 
 
 def compile_all(*arguments):
     """The command's output, in a process whose kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moba.backends.triton.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, AOT, *arguments], capture_output=True, text=True, env=environment)
 
 
 def test_representative_kernels_compile():
     result = compile_all()
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failed" in result.stdout
-    for arch in ARCHITECTURES:
-        assert re.search(rf"select bfloat16 D=128 topk=8 plain +{arch} ", result.stdout)
+    for arch in (86, 90):
+        assert re.search(rf"_select_kernel bfloat16 D128 128/8 +{arch} ", result.stdout)
 
 
 def test_a_kernel_that_needs_too_much_shared_memory_fails(monkeypatch, capsys):
-    monkeypatch.setattr(aot, "cases", lambda arch, full: iter([Case("too large", None, {})]))
-
-    def compile_case(case, arch):
-        raise RuntimeError("too large needs 2 bytes")
-
-    monkeypatch.setattr(aot, "compile_case", compile_case)
+    case = next(case for case in aot_cases.cases(90) if case.name.startswith("_select_kernel bfloat16 D16 80/3"))
+    monkeypatch.setattr(aot, "cases", lambda arch, full: iter([case]))
     monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", False)
+    assert aot.main(["--arch", "90"]) == 0
+    monkeypatch.setitem(aot.SHARED_LIMIT_BYTES, 90, 16)
     assert aot.main(["--arch", "90"]) == 1
-    assert "failed: too large needs 2 bytes" in capsys.readouterr().out
+    assert re.search(r"failed: needs \d+ bytes of shared memory, sm_90 has 16", capsys.readouterr().out)
 
 
-def test_arguments_are_specialised_as_a_launch_does():
-    assert aot._argument_type(torch.empty(0, dtype=torch.bfloat16, device="meta"), True) == ("*bf16", True)
-    assert aot._argument_type(48, True) == ("i32", True)
-    assert aot._argument_type(48, False) == ("i32", False)
-    assert aot._argument_type(7, True) == ("i32", False)
-    assert aot._argument_type(2**40, True) == ("i64", True)
-    assert aot._argument_type(1, True) == ("constexpr", False)
-    assert aot._argument_type(None, True) == ("constexpr", False)
-    assert aot._argument_type(0.5, True) == ("fp32", False)
+def variants(plans):
+    return {variant for plan in plans for variant in plan.variants()}
+
+
+CALL = (90, torch.bfloat16, 128, 128, 8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 127, 511, 1025, 9000, 32768, 200_000])
+def test_another_length_compiles_nothing(num_tokens):
+    known = variants(aot_cases.call_plans(*CALL))
+    assert variants(aot_cases.call_plans(*CALL, num_tokens=num_tokens)) <= known
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+def test_another_batch_compiles_nothing(num_rows):
+    for layout in ("plain", "padded"):
+        known = variants(aot_cases.call_plans(*CALL, layout))
+        assert variants(aot_cases.call_plans(*CALL, layout, num_rows=num_rows)) <= known
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 16, 1000])
+def test_another_number_of_documents_compiles_nothing(num_sequences):
+    known = variants(aot_cases.call_plans(*CALL, "packed"))
+    assert variants(aot_cases.call_plans(*CALL, "packed", num_sequences=num_sequences)) <= known
+
+
+@pytest.mark.parametrize("num_tokens", [1024, 32768, 1 << 20])
+def test_what_is_compiled_first_serves_every_length(num_tokens):
+    """Fused or not, in chunks of query rows or not: of a length's own workspace, whatever another one chooses."""
+
+    def backward(num_tokens, workspace_bytes):
+        return variants(aot_cases.call_plans(*CALL, num_tokens=num_tokens, workspaces=(workspace_bytes,)))
+
+    known = backward(4096, 1 << 40)
+    for workspace_bytes in (1 << 40, 64 * num_tokens):
+        assert backward(num_tokens, workspace_bytes) <= known
+    assert backward(4096, 64 * 4096) == known
+
+
+@pytest.mark.parametrize("layout", ["plain", "pages"])
+def test_another_context_compiles_nothing_in_a_step(layout):
+    step = (90, torch.bfloat16, 128, 128, 16, layout)
+    known = variants(aot_cases.step_plans(*step, num_keys=100_000 // 256 * 256))
+    for num_keys in (256 * 260, 256 * 512):
+        assert variants(aot_cases.step_plans(*step, num_keys=num_keys, num_rows=5)) <= known
+
+
+def test_one_sequence_compiles():
+    (case,) = {
+        variant
+        for plan in aot_cases.call_plans(90, torch.bfloat16, 128, 128, 3, "packed", num_tokens=512, num_sequences=1)
+        for variant in plan.variants()
+        if variant.kernel.__name__ == "_block_means_kernel"
+    }
+    assert aot.compile_variant(case, 90).shared_bytes > 0
+
+
+def test_a_variant_says_nothing_of_numbers():
+    """Not whether one is 1 or a multiple of 16, nor how many bits it needs, but that strides are multiples of 16."""
+    params = [SimpleNamespace(is_constexpr=name == "SIZE") for name in ("x", "number", "SIZE")]
+    kernel = SimpleNamespace(params=params, arg_names=("x", "number", "SIZE"))
+    x = torch.empty(4, 32, device="meta")
+
+    def of(rows, number, is_aligned=True):
+        return variant(kernel, (rows, number, 8), {"num_warps": 4}, lambda tensor: is_aligned)
+
+    known = of(Rows(x, 64, 32, 16), 7)
+    assert known.signature == (Rows("*fp32", "i64", "i32", "i32"), "i32", "constexpr")
+    assert known.aligned == ((0, 0), (0, 1), (0, 2), (0, 3))
+    assert known.constants == (((2,), 8),)
+    for number in (0, 1, 16, 2**31 - 1):
+        assert of(Rows(x, 64, 32, 16), number) == known
+    assert of(Rows(x, 2**35, 32, 16), 7) == known
+    assert of(Rows(x, 64, 2**35, 16), 7).signature[0] == Rows("*fp32", "i64", "i64", "i32")
+    assert of(Rows(x, 64, 33, 16), 7).aligned == ((0, 0),)
+    assert of(Rows(x, 64, 32, 16), 7, is_aligned=False).aligned == ()
+    assert of(Rows(x.int(), 64, 32, 16), 7).aligned == ()
+    assert of(Rows(x, 64, 32, 16), 0.5).signature[1] == "fp32"
+    assert of(Rows(None, None, None, None), 7).constants[:1] == (((0, 0), None),)
 
 
 @pytest.mark.parametrize("kernel", TABLE)

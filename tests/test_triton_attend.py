@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba.backends.triton import dkv, plan  # noqa: E402
+from moba.backends.triton import dkv, workspace  # noqa: E402
 from moba.backends.triton.attend import _attend, _attend_backward, plan_attend, plan_attend_backward  # noqa: E402
 from moba.backends.triton.by_block import new_view  # noqa: E402
 from moba.backends.triton.launch import run_planned  # noqa: E402
@@ -39,7 +39,7 @@ def kernels(q, k, v, indices, d_out, d_lse, *, block_size=16, workspace_bytes=AM
     """Out, lse, dQ, dK, dV of the kernels, without the operators around them."""
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
     view = new_view(indices, sequences, block_size)
-    options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes, "keys_aligned": True}
+    options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes}
     options["arch"] = arch_of(DEVICE) if arch is None else arch
     out, lse = torch.full_like(q, torch.nan), torch.full_like(d_lse, torch.nan)
     inputs = (q, k, v, indices, *view, out, lse)
@@ -84,7 +84,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_within_twice_that_of_plain_torch(dtype, streams, poisoned, monkeypatch):
     if streams:
-        monkeypatch.setattr(plan, "KEPT_BYTES", 0)
+        monkeypatch.setattr(workspace, "KEPT_BYTES", 0)
     case = problem((1, 100, 100, 1, 1, 32), dtype=dtype)
     q, k, v, indices, d_out, _ = case
     no_d_lse = torch.zeros(q.shape[:3], device=DEVICE)
@@ -118,7 +118,7 @@ def test_matches_the_reference(case, arch, poisoned):
 
 def test_chunks_change_no_bit(monkeypatch):
     """Heads in turn, and where a head is too large, query rows in turn."""
-    monkeypatch.setattr(plan, "ROW_MULTIPLE", 48)
+    monkeypatch.setattr(workspace, "ROW_MULTIPLE", 48)
     inputs = problem((1, 80, 80, 2, 2, 16))
     head_bytes = 2 * 80 * (16 * 4 + 4)
     whole = kernels(*inputs)
@@ -131,11 +131,11 @@ def test_chunks_change_no_bit(monkeypatch):
 
 def test_chunks_cover_heads_and_rows_within_the_budget():
     for budget in (0, 1, 5_000, 100_000, AMPLE):
-        pieces = plan.chunks(5, 700, row_bytes=10, budget_bytes=budget)
+        pieces = workspace.chunks(5, 700, row_bytes=10, budget_bytes=budget)
         cells = [(c.first_head + h, c.row_begin + r) for c in pieces for h in range(c.num_heads)
                  for r in range(c.num_rows)]  # fmt: skip
         assert sorted(cells) == [(h, r) for h in range(5) for r in range(700)]
-        least = min(700, plan.ROW_MULTIPLE) * 10
+        least = min(700, workspace.ROW_MULTIPLE) * 10
         assert all(c.num_heads * c.num_rows * 10 <= max(budget, least) for c in pieces)
 
 

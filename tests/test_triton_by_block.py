@@ -19,7 +19,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends.triton import by_block  # noqa: E402
-from moba.backends.triton.primitives import num_global_blocks  # noqa: E402
+from moba.backends.triton.device import num_global_blocks  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 

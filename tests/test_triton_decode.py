@@ -379,7 +379,7 @@ def test_a_step_is_four_kernels(monkeypatch):
     plans.clear()
     backend.decode(q, k, v, means, Sequences(1, 1, 40), Selection.of(8, 3, 0, 0, "mean"), scale=SCALE)
     (plan,) = plans.values()
-    names = [kernel.__name__ for kernel, _ in plan.launches()]
+    names = [step.kernel.__name__ for step in plan._steps]
     assert names == ["_score_kernel", "_decode_select_kernel", "_decode_attend_kernel", "_decode_merge_kernel"]
 
 
@@ -402,35 +402,31 @@ def _selection(block_size, topk):
     return Selection.of(block_size, topk, 0, 0, "mean")
 
 
-class _Kernel:
+class _Compiled:
     """Stands for a compiled kernel, and records what it is launched with."""
 
-    arg_names = ("x_ptr", "num_keys", "SIZE")
+    arg_names = ("x", "bounds", "num_keys", "SIZE")
 
     def __init__(self):
         self.launches = []
 
     def __getitem__(self, grid):
-        def run(*args, **named):
-            self.launches.append((grid, args or tuple(named.values())))
-            return self
-
-        return run
+        return lambda *args, stream: self.launches.append((grid, args, stream))
 
 
-def test_a_plan_takes_numbers_at_every_run():
-    kernel, x = _Kernel(), torch.zeros(4)
+def test_a_launch_takes_pointers_and_numbers_at_every_run():
+    kernel, x, y = _Compiled(), torch.zeros(4), torch.zeros(9, dtype=torch.int32)
 
-    def build(plan, x):
-        plan.launch(kernel, (3,), x, launch.Number(0), SIZE=8)
+    def build(plan, x, y):
+        table = decode_select.Table(y[5:], launch.Number(1))
+        plan.launch(kernel, (3,), x, table, launch.Number(0), SIZE=8, num_warps=4)
 
-    plan = launch.make_plan(build, x)
-    assert [arguments["num_keys"] for _, arguments in plan.launches()] == [0]
-    for number in (5, 6, 7):
-        plan.run(x, device=x.device, numbers=(number,))
-    (_, first), *others = kernel.launches
-    assert first[1:] == (5, 8)
-    assert others == [((3, 1, 1), (x.data_ptr(), number, 8)) for number in (6, 7)]
+    plan = launch.make_plan(build, x, y)
+    run = plan._launching(plan._steps[0], kernel)
+    for number in (5, 6):
+        run([x.data_ptr(), y.data_ptr()], (x, y), None, (number, 2 * number), 77)
+    expected = [((3, 1, 1), (x.data_ptr(), (y.data_ptr() + 20, 2 * n), n, 8), 77) for n in (5, 6)]
+    assert kernel.launches == expected
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")

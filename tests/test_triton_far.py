@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba.backends.triton import plan  # noqa: E402
+from moba.backends.triton import device, workspace  # noqa: E402
 from moba.backends.triton.launch import run_planned  # noqa: E402
 
 # Not the function of that name.
@@ -114,11 +114,11 @@ def test_bounds_of_a_chunk_among_more_than_2_30_entries(memory):
     offsets = torch.tensor([[0, 5, FAR - 9, FAR - 2]], dtype=torch.int32, device=DEVICE)
     entries = memory.view(torch.int32)[: FAR - 1]
     entries[FAR - 9 : FAR - 2] = torch.arange(70, 140, 10, dtype=torch.int32, device=DEVICE)
-    view = plan.View(offsets, entries[None])
+    view = device.View(offsets, entries[None])
 
     def build(steps, offsets, entries, found):
-        chunk = plan.Chunk(0, 1, 10, 10)
-        plan.chunk_bounds(steps, plan.View(offsets, entries), chunk, 1000, 9, found)
+        chunk = workspace.Chunk(0, 1, 10, 10)
+        workspace.chunk_bounds(steps, device.View(offsets, entries), chunk, 1000, 9, found)
 
     found = torch.zeros(2, 1, 3, dtype=torch.int32, device=DEVICE)
     run_planned(build, *view, found, device=DEVICE)
@@ -128,7 +128,7 @@ def test_bounds_of_a_chunk_among_more_than_2_30_entries(memory):
 
 
 def test_more_entries_and_blocks_than_kernels_count():
-    view = plan.View(torch.empty(1, 10_000_001, device="meta"), torch.empty(1, 2**31 - 10**9, device="meta"))
-    assert plan.windows(view, {"BLOCK_COST": 32, "WINDOW": 128})
+    view = device.View(torch.empty(1, 10_000_001, device="meta"), torch.empty(1, 2**31 - 10**9, device="meta"))
+    assert workspace.windows(view, {"BLOCK_COST": 32, "WINDOW": 128})
     with pytest.raises(ValueError, match=r"below 2\^31, got 1147483648 \+ 10000000 · 192: take a larger block_size"):
-        plan.windows(view, {"BLOCK_COST": 192, "WINDOW": 1024})
+        workspace.windows(view, {"BLOCK_COST": 192, "WINDOW": 1024})

@@ -17,7 +17,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends import triton as backend  # noqa: E402
-from moba.backends.triton import means, primitives, route  # noqa: E402, F401
+from moba.backends.triton import device, means, route  # noqa: E402, F401
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 

@@ -1,6 +1,6 @@
 """MoBA in Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer; on CPU tensors in Triton's interpreter.
 
-Reading order: primitives.py (letters, where sequences and blocks lie), route.py (block means, scores, selection),
+Reading order: device.py (letters, where sequences and blocks lie), route.py (block means, scores, selection),
 by_block.py (each block's queries), then the attention kernels; decode.py for steps of decoding. See `moba.backends` for
 the contract.
 """
@@ -8,18 +8,16 @@ the contract.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from moba.backends.triton.attend import attend as attend
 from moba.backends.triton.decode import append_means as append_means
 from moba.backends.triton.decode import decode as decode
+from moba.backends.triton.launch import IS_INTERPRETED
 from moba.backends.triton.route import route as route
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
-# Triton settles this when kernels are imported. A constant, as torch.compile cannot trace the question.
-IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:

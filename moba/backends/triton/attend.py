@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moba.backends.triton.backward import plan_backward
 from moba.backends.triton.by_block import new_view, plan_group_by_block
+from moba.backends.triton.device import View, num_global_blocks
 from moba.backends.triton.forward import plan_forward
 from moba.backends.triton.launch import Plan, run_planned
-from moba.backends.triton.plan import View
-from moba.backends.triton.primitives import num_global_blocks
+from moba.backends.triton.registration import differentiable, fake, operator
 from moba.backends.triton.tuning import arch_of
 from moba.layout import Sequences
 
@@ -43,18 +43,17 @@ def workspace_bytes(q: Tensor, k: Tensor, view: View) -> int:
     return budget - 4 * (view.offsets.numel() + view.entries.numel())
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
+def _options(q: Tensor, k: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
     """What the plans of forward and backward are told."""
     return {
         "block_size": block_size,
         "scale": scale,
         "workspace_bytes": workspace_bytes(q, k, view),
         "arch": arch_of(q.device),
-        "keys_aligned": (k.data_ptr() | v.data_ptr()) % 16 == 0,
     }
 
 
-@torch.library.custom_op("moba::triton_attend", mutates_args=())
+@operator("triton_attend")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -73,7 +72,7 @@ def _attend(
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     run_planned(
         plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
-        **_options(q, k, v, view, block_size, scale),
+        **_options(q, k, view, block_size, scale),
     )  # fmt: skip
     return out, lse, *view
 
@@ -89,7 +88,7 @@ def plan_attend(
         plan_forward(plan, q, k, v, indices, view, out, lse, sequences, **options)
 
 
-@_attend.register_fake
+@fake(_attend)
 def _(
     q: Tensor,
     k: Tensor,
@@ -114,7 +113,7 @@ def _(
     )
 
 
-@torch.library.custom_op("moba::triton_attend_backward", mutates_args=())
+@operator("triton_attend_backward")
 def _attend_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -138,7 +137,7 @@ def _attend_backward(
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     run_planned(
         plan_attend_backward, d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, d_q, d_k, d_v, key_start,
-        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale),
+        key_end, cu_q, cu_k, device=q.device, **_options(q, k, View(offsets, entries), block_size, scale),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -157,7 +156,7 @@ def plan_attend_backward(
     plan_backward(plan, d_out, d_lse, q, k, v, out, lse, indices, view, d_q, d_k, d_v, sequences, **options)
 
 
-@_attend_backward.register_fake
+@fake(_attend_backward)
 def _(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,4 +178,4 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: Any) -> 
     return *gradients, *(None,) * 7
 
 
-_attend.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_attend, _backward, _setup_context)

@@ -10,22 +10,20 @@ A stable counting sort in three steps, without the host:
 Atomics only add integers, and one program takes a tile's places in order, so nothing depends on timing. A tile has
 at least as many queries as a row has blocks, so all counts together are no larger than the routing's block numbers.
 
-Letters: see primitives.py.
+Letters: see device.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.case import Case
-from moba.backends.triton.launch import Plan, cdiv, make_plan, next_power_of_2, run_planned
-from moba.backends.triton.primitives import bounds_of, num_global_blocks, query_places
+from moba.backends.triton.device import View, bounds_of, layout_of, num_global_blocks, query_places, rows_of
+from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 
@@ -34,76 +32,37 @@ SUM_CONFIG = {"TILE_N": 64, "STEP": 32, "num_warps": 4}
 OFFSETS_CONFIG = {"TILE": 2048, "num_warps": 8}
 
 
+class Tiles(NamedTuple):
+    """How a tensor row's queries are cut: queries of a tile, tensor rows, tiles and block numbers of each."""
+
+    num_queries: Any
+    num_rows: Any
+    num_tiles: Any
+    num_blocks: Any
+
+
 @triton.jit
-def _chosen_blocks(
-    indices_ptr,
-    row,
-    head,
-    queries,
-    slots,
-    num_queries,
-    num_keys,
-    key_start_ptr,
-    key_end_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    num_sequences,
-    blocks_per_row,
-    block_size,
-    topk,
-    indices_stride_r,
-    indices_stride_t,
-    indices_stride_h,
-):
+def _chosen_blocks(indices, row, head, queries, slots, layout, block_size, topk):
     """Past blocks in the entries (queries, slots), [E]: numbers within the tensor row's blocks, -1 for none."""
-    own, first_block = query_places(
-        row, queries, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
-        blocks_per_row, block_size,
-    )  # fmt: skip
-    base = indices_ptr + row.to(tl.int64) * indices_stride_r + head.to(tl.int64) * indices_stride_h
+    own, first_block = query_places(row, queries, layout, block_size)
+    base = indices.ptr + row.to(tl.int64) * indices.stride_r + head.to(tl.int64) * indices.stride_h
     is_entry = (own > 0) & (slots < topk - 1)
-    index = tl.load(base + queries.to(tl.int64) * indices_stride_t + slots, mask=is_entry, other=-1)
+    index = tl.load(base + queries.to(tl.int64) * indices.stride_t + slots, mask=is_entry, other=-1)
     is_past = (index >= 0) & (index < own)
-    return tl.where(is_past, first_block - row * blocks_per_row + index, -1)
+    return tl.where(is_past, first_block - row * layout.blocks_per_row + index, -1)
 
 
 @triton.jit
-def _count_kernel(
-    indices_ptr,
-    counts_ptr,
-    key_start_ptr,
-    key_end_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    num_queries,
-    num_keys,
-    num_sequences,
-    blocks_per_row,
-    block_size,
-    topk,
-    num_rows,
-    num_tiles,
-    num_row_blocks,
-    indices_stride_r,
-    indices_stride_t,
-    indices_stride_h,
-    TILE_QUERIES,
-    SLOTS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def _count_kernel(indices, counts_ptr, layout, tiles, block_size, topk, SLOTS: tl.constexpr, STEP: tl.constexpr):
     """Program (step of a row, head): adds to the zeroed counts[head, row, tile, block]."""
-    steps_per_row = tl.cdiv(num_queries, STEP // SLOTS)
+    steps_per_row = tl.cdiv(layout.num_queries, STEP // SLOTS)
     row = tl.program_id(0) // steps_per_row
     head = tl.program_id(1)
     entry = tl.arange(0, STEP)
     queries = tl.program_id(0) % steps_per_row * (STEP // SLOTS) + entry // SLOTS
-    block = _chosen_blocks(
-        indices_ptr, row, head, queries, entry % SLOTS, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr,
-        cu_k_ptr, num_sequences, blocks_per_row, block_size, topk, indices_stride_r, indices_stride_t,
-        indices_stride_h,
-    )  # fmt: skip
-    tile = (head * num_rows + row).to(tl.int64) * num_tiles + queries // TILE_QUERIES
-    tl.atomic_add(counts_ptr + tile * num_row_blocks + block, 1, mask=block >= 0, sem="relaxed")
+    block = _chosen_blocks(indices, row, head, queries, entry % SLOTS, layout, block_size, topk)
+    tile = (head * tiles.num_rows + row).to(tl.int64) * tiles.num_tiles + queries // tiles.num_queries
+    tl.atomic_add(counts_ptr + tile * tiles.num_blocks + block, 1, mask=block >= 0, sem="relaxed")
 
 
 @triton.jit
@@ -146,62 +105,36 @@ def _run_length(last_a, count_a, last_b, count_b):
 
 @triton.jit
 def _place_kernel(
-    indices_ptr,
-    places_ptr,
-    offsets_ptr,
-    entries_ptr,
-    key_start_ptr,
-    key_end_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    num_queries,
-    num_keys,
-    num_sequences,
-    blocks_per_row,
-    block_size,
-    topk,
-    num_rows,
-    num_tiles,
-    num_row_blocks,
-    max_entries,
-    indices_stride_r,
-    indices_stride_t,
-    indices_stride_h,
-    TILE_QUERIES,
-    SLOTS: tl.constexpr,
-    STEP: tl.constexpr,
-    KEY: tl.constexpr,
-):
+    indices, places_ptr, view, num_entries, layout, tiles, block_size, topk,
+    SLOTS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
+):  # fmt: skip
     """Program (tile of a row, head): every entry to its place; places[head, row, tile, block] move past them."""
-    row = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
+    row = tl.program_id(0) // tiles.num_tiles
+    tile = tl.program_id(0) % tiles.num_tiles
     head = tl.program_id(1)
-    places_base = places_ptr + ((head * num_rows + row).to(tl.int64) * num_tiles + tile) * num_row_blocks
-    offsets_base = offsets_ptr + head.to(tl.int64) * (num_rows * num_row_blocks + 1) + row * num_row_blocks
+    places_base = places_ptr + ((head * tiles.num_rows + row).to(tl.int64) * tiles.num_tiles + tile) * tiles.num_blocks
+    offsets_base = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1) + row * tiles.num_blocks
+    entries_base = view.entries + head.to(tl.int64) * num_entries
     entry = tl.arange(0, STEP)
-    end = tl.minimum((tile + 1) * TILE_QUERIES, num_queries)
-    for start in range(tile * TILE_QUERIES, end, STEP // SLOTS):
+    end = tl.minimum((tile + 1) * tiles.num_queries, layout.num_queries)
+    for start in range(tile * tiles.num_queries, end, STEP // SLOTS):
         queries = start + entry // SLOTS
-        block = _chosen_blocks(
-            indices_ptr, row, head, queries, entry % SLOTS, num_queries, num_keys, key_start_ptr, key_end_ptr,
-            cu_q_ptr, cu_k_ptr, num_sequences, blocks_per_row, block_size, topk, indices_stride_r, indices_stride_t,
-            indices_stride_h,
-        )  # fmt: skip
+        block = _chosen_blocks(indices, row, head, queries, entry % SLOTS, layout, block_size, topk)
         is_entry = (block >= 0) & (queries < end)
-        key = tl.sort(tl.where(is_entry, block, num_row_blocks).to(KEY) * STEP + entry)
+        key = tl.sort(tl.where(is_entry, block, tiles.num_blocks).to(KEY) * STEP + entry)
         block = (key // STEP).to(tl.int32)
         entry_of_key = (key % STEP).to(tl.int32)
         ones = tl.full([STEP], 1, tl.int32)
         _, number = tl.associative_scan((block, ones), 0, _run_length)
         _, number_left = tl.associative_scan((block, ones), 0, _run_length, reverse=True)
-        is_entry = block < num_row_blocks
+        is_entry = block < tiles.num_blocks
         is_first = is_entry & (number == 1)
         length = number + number_left - 1
         place = tl.atomic_add(places_base + block, length, mask=is_first, sem="relaxed")
         place += tl.load(offsets_base + block, mask=is_first, other=0)
         place = tl.gather(place, entry - number + 1, axis=0) + number - 1
-        value = (row * num_queries + start + entry_of_key // SLOTS) * topk + entry_of_key % SLOTS
-        tl.store(entries_ptr + head.to(tl.int64) * max_entries + place, value, mask=is_entry)
+        value = (row * layout.num_queries + start + entry_of_key // SLOTS) * topk + entry_of_key % SLOTS
+        tl.store(entries_base + place, value, mask=is_entry)
 
 
 def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tuple[Tensor, Tensor]:
@@ -254,80 +187,34 @@ def plan_group_by_block(
     if entries.numel() == 0 or num_blocks == 0 or (sequences.cu_q is not None and sequences.cu_q.numel() == 1):
         plan.zero(offsets)
         return
-    arguments = group_arguments(indices, sequences, block_size)
-    num_tiles, num_row_blocks = arguments["num_tiles"], arguments["num_row_blocks"]
-    count_config, place_config = group_configs(num_queries, topk, num_row_blocks, arch)
-    counts = plan.buffer(num_heads, num_rows, num_tiles, num_row_blocks, dtype=torch.int32)
+    num_row_blocks = num_blocks // num_rows
+    tile_queries = max(MIN_TILE_QUERIES, next_power_of_2(num_row_blocks))
+    tiles = Tiles(tile_queries, num_rows, cdiv(num_queries, tile_queries), num_row_blocks)
+    places, shape = layout_of(sequences, block_size), (tiles, block_size, topk)
+    count, place = group_configs(topk, num_row_blocks, arch)
+    counts = plan.buffer(num_heads, num_rows, tiles.num_tiles, num_row_blocks, dtype=torch.int32)
     totals = plan.buffer(num_heads, num_blocks, dtype=torch.int32)
     plan.zero(counts)
-    steps_per_row = cdiv(num_queries, count_config["STEP"] // count_config["SLOTS"])
-    plan.launch(_count_kernel, (num_rows * steps_per_row, num_heads), counts_ptr=counts, **arguments, **count_config)
+    steps_per_row = cdiv(num_queries, count["STEP"] // count["SLOTS"])
+    plan.launch(_count_kernel, (num_rows * steps_per_row, num_heads), rows_of(indices), counts, places, *shape, **count)
     sum_grid = (num_heads * num_rows, cdiv(num_row_blocks, SUM_CONFIG["TILE_N"]))
-    plan.launch(_sum_tiles_kernel, sum_grid, counts, totals, num_tiles, num_row_blocks, **SUM_CONFIG)
+    plan.launch(_sum_tiles_kernel, sum_grid, counts, totals, tiles.num_tiles, num_row_blocks, **SUM_CONFIG)
     plan.launch(_offsets_kernel, (num_heads,), totals, offsets, num_blocks, **OFFSETS_CONFIG)
     plan.launch(
-        _place_kernel,
-        (num_rows * num_tiles, num_heads),
-        places_ptr=counts,
-        offsets_ptr=offsets,
-        entries_ptr=entries,
-        max_entries=entries.shape[1],
-        **arguments,
-        **place_config,
-    )
+        _place_kernel, (num_rows * tiles.num_tiles, num_heads),
+        rows_of(indices), counts, View(offsets, entries), entries.shape[1], places, *shape, **place,
+    )  # fmt: skip
 
 
-def group_arguments(indices: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
-    """Arguments that the count and place kernels share."""
-    num_rows, num_queries, _, topk = indices.shape
-    num_row_blocks = num_global_blocks(sequences, block_size) // num_rows
-    tile_queries = max(MIN_TILE_QUERIES, next_power_of_2(num_row_blocks))
-    return {
-        "indices_ptr": indices,
-        "key_start_ptr": sequences.key_start,
-        "key_end_ptr": sequences.key_end,
-        "cu_q_ptr": sequences.cu_q,
-        "cu_k_ptr": sequences.cu_k,
-        "num_queries": num_queries,
-        "num_keys": sequences.num_keys,
-        "num_sequences": 0 if sequences.cu_q is None else sequences.cu_q.numel() - 1,
-        "blocks_per_row": sequences.num_blocks(block_size),
-        "block_size": block_size,
-        "topk": topk,
-        "num_rows": num_rows,
-        "num_tiles": cdiv(num_queries, tile_queries),
-        "num_row_blocks": num_row_blocks,
-        "indices_stride_r": indices.stride(0),
-        "indices_stride_t": indices.stride(1),
-        "indices_stride_h": indices.stride(2),
-        "TILE_QUERIES": tile_queries,
-    }
-
-
-def group_configs(num_queries: int, topk: int, num_row_blocks: int, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def group_configs(topk: int, num_row_blocks: int, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments of the count and place kernels."""
     slots = next_power_of_2(max(1, topk - 1))
-    row_entries = next_power_of_2(num_queries * slots)
 
     def config(kernel: str) -> dict[str, Any]:
         row = dict(lookup(kernel, arch, head_dim=16, block_size=1, element_bytes=4))
-        return {**row, "SLOTS": slots, "STEP": min(row_entries, max(slots, row["STEP"]))}
+        return {**row, "SLOTS": slots, "STEP": max(slots, row["STEP"])}
 
     place = config("place_entries")
     # A key holds a block and an entry of the step.
     place["KEY"] = tl.int32 if (num_row_blocks + 1) * place["STEP"] < 2**31 else tl.int64
     return config("count_entries"), place
-
-
-def aot_cases(arch: int) -> Iterator[Case]:
-    """Counting, summing and placing for short and long rows of the routing."""
-    for topk in (3, 8, 16, 200):
-        for kind in ("plain", "packed"):
-            indices = torch.empty(1, 131072, 16, topk, dtype=torch.int32, device="meta")
-            cu = torch.empty(5, dtype=torch.int32, device="meta") if kind == "packed" else None
-            view = new_view(indices, Sequences(1, 131072, 131072, cu_q=cu, cu_k=cu), 128)
-            options = {"num_keys": 131072, "block_size": 128, "arch": arch}
-            plan = make_plan(_plan, indices, *view, None, None, cu, cu, **options)
-            is_common = kind == "packed" and topk == 8 and arch in (86, 90)
-            for kernel, arguments in plan.launches():
-                yield Case(f"by_block {kernel.__name__} topk={topk} {kind}", kernel, arguments, is_common)

@@ -15,14 +15,16 @@ from torch import Tensor
 from moba import routing
 from moba.backends.triton import decode_attend, decode_select
 from moba.backends.triton.decode_means import launch_append_means
+from moba.backends.triton.decode_select import Step, Table
+from moba.backends.triton.device import LOG2_E, padded_head_dim, rows_of
 from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
+from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.layout import Sequences
 from moba.routing import Selection
 
 # What differs from step to step: the length of a cache that grows, and with it the stride of some page tables.
 NUM_KEYS, STRIDE_TABLE = Number(0), Number(1)
-LOG2_E = 1.4426950408889634
 # Slots of the routing that a program compares at a time.
 MAX_TILE_K = 64
 # Keys that a warp holds as it selects: by families, which is short work, or among all blocks at once.
@@ -82,7 +84,7 @@ def _begin(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[:, :1]
 
 
-@torch.library.custom_op("moba::triton_decode", mutates_args=())
+@operator("triton_decode")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -101,7 +103,7 @@ def _decode(
     if q.numel():
         numbers = _numbers(k, page_table)
         run_planned(
-            _plan_decode, q, _begin(k), _begin(v), _begin(means), key_start, key_end, _begin(page_table), out, lse,
+            plan_decode, q, _begin(k), _begin(v), _begin(means), key_start, key_end, _begin(page_table), out, lse,
             indices, device=q.device, block_size=block_size, keep_first=keep_first, keep_recent=keep_recent,
             scale=scale, arch=arch_of(q.device), numbers=numbers, capacity=_capacity(numbers[0]),
             page_size=_page_size(k, page_table),
@@ -109,7 +111,7 @@ def _decode(
     return out, lse, indices
 
 
-@_decode.register_fake
+@fake(_decode)
 def _(
     q: Tensor,
     k: Tensor,
@@ -127,7 +129,7 @@ def _(
     return _empty_results(q, topk)
 
 
-@torch.library.custom_op("moba::triton_decode_attend", mutates_args=())
+@operator("triton_decode_attend")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -149,7 +151,7 @@ def _attend(
     return out, lse
 
 
-@_attend.register_fake
+@fake(_attend)
 def _(
     q: Tensor,
     k: Tensor,
@@ -164,7 +166,7 @@ def _(
     return _empty_results(q, 0)[:2]
 
 
-@torch.library.custom_op("moba::triton_append_means", mutates_args=("means",))
+@operator("triton_append_means", mutates_args=("means",))
 def _append_means(
     means: Tensor,
     k: Tensor,
@@ -176,10 +178,15 @@ def _append_means(
 ) -> None:
     if k.numel() and means.numel() and num_new:
         run_planned(
-            _plan_append, _begin(means), _begin(k), key_start, key_end, _begin(page_table), device=k.device,
+            plan_append, _begin(means), _begin(k), key_start, key_end, _begin(page_table), device=k.device,
             numbers=_numbers(k, page_table), num_new=num_new, block_size=block_size,
             page_size=_page_size(k, page_table),
         )  # fmt: skip
+
+
+@fake(_append_means)
+def _(*arguments: Any) -> None:
+    pass
 
 
 def _empty_results(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +198,7 @@ def _empty_results(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _plan_append(
+def plan_append(
     plan: Plan,
     means: Tensor,
     k: Tensor,
@@ -203,14 +210,19 @@ def _plan_append(
     block_size: int,
     page_size: int,
 ) -> None:
+    """The launch of `moba::triton_append_means`."""
+    num_rows = (k if page_table is None else page_table).shape[0]
+    step = Step(num_new, NUM_KEYS, k.shape[2], key_start, key_end)
     launch_append_means(
-        plan, means, k, key_start, key_end, page_table, num_rows=(k if page_table is None else page_table).shape[0],
-        num_new=num_new, num_keys=NUM_KEYS, stride_table=STRIDE_TABLE, page_size=page_size,
-        block_size=block_size,
-    )  # fmt: skip
+        plan, means, k, step, _table(page_table), num_rows=num_rows, block_size=block_size, page_size=page_size
+    )
 
 
-def _plan_decode(
+def _table(page_table: Tensor | None) -> Table:
+    return Table(page_table, None if page_table is None else STRIDE_TABLE)
+
+
+def plan_decode(
     plan: Plan,
     q: Tensor,
     k: Tensor,
@@ -231,6 +243,7 @@ def _plan_decode(
     capacity: int,
     page_size: int,
 ) -> None:
+    """The launches of `moba::triton_decode`."""
     selection = Selection(block_size, indices.shape[3], keep_first, keep_recent, None)
     bounds = (key_start, key_end, page_table)
     _plan_route(plan, q, means, indices, bounds, selection, arch=arch, capacity=capacity, page_size=page_size)
@@ -272,8 +285,8 @@ def _plan_route(
     held_by_warp = HELD_BY_FAMILIES if families > slots else HELD_AT_ONCE
     plan.launch(
         decode_select._decode_select_kernel, (indices.numel() // selection.topk,),
-        keys, maxima, indices, *bounds[:2],
-        q.shape[1], NUM_KEYS, num_columns, q.shape[2], selection.topk, selection.keep_first, selection.keep_recent,
+        keys, maxima, indices, Step(q.shape[1], NUM_KEYS, means.shape[2], *bounds[:2]),
+        num_columns, q.shape[2], selection.topk, selection.keep_first, selection.keep_recent,
         BLOCK_SIZE=selection.block_size, FAMILIES=families, SLOTS=slots,
         num_warps=min(16, max(1, next_power_of_2(held // held_by_warp))),
     )  # fmt: skip
@@ -294,16 +307,15 @@ def _launch_scores(
     num_rows, num_queries, num_heads, head_dim = q.shape
     num_kv_heads = means.shape[2]
     group = num_heads // num_kv_heads
-    padded_dim = max(16, next_power_of_2(head_dim))
+    padded_dim = padded_head_dim(head_dim)
     config = dict(_config("decode_score", arch, q, selection.block_size))
     tile_n = config.pop("TILE_N")
     tile_m = _tile_m(num_queries * group)
     plan.launch(
         decode_select._score_kernel,
         (cdiv(keys.shape[3], tile_n), num_rows * num_kv_heads, cdiv(num_queries * group, tile_m)),
-        q, means, keys, maxima, *bounds,
-        num_queries, NUM_KEYS, keys.shape[3], selection.keep_first, selection.keep_recent, num_kv_heads,
-        *q.stride()[:3], *means.stride()[:3], STRIDE_TABLE,
+        rows_of(q), rows_of(means), keys, maxima, Step(num_queries, NUM_KEYS, num_kv_heads, *bounds[:2]),
+        _table(bounds[2]), keys.shape[3], selection.keep_first, selection.keep_recent,
         GROUP=group, BLOCK_SIZE=selection.block_size, PAGE_SIZE=page_size,
         HEAD_DIM=head_dim, TILE_D=padded_dim if q.element_size() == 2 else min(padded_dim, 32), TILE_M=tile_m,
         TILE_N=tile_n, **config,
@@ -338,15 +350,14 @@ def _plan_attend(
     parts = cdiv(block_size, part)
     partial = plan.buffer(num_rows, num_queries, num_heads, topk * parts, head_dim, dtype=torch.float32)
     partial_lse = plan.buffer(num_rows, num_queries, num_heads, topk * parts, dtype=torch.float32)
-    padded_dim = max(16, next_power_of_2(head_dim))
+    padded_dim = padded_head_dim(head_dim)
     plan.launch(
         decode_attend._decode_attend_kernel,
         (min(tile_m, members) * topk * parts, num_rows * k.shape[2], cdiv(members, tile_m)),
-        q, k, v, indices, partial, partial_lse, key_start, key_end, page_table,
-        scale * LOG2_E, num_queries, NUM_KEYS, k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], STRIDE_TABLE,
+        rows_of(q), rows_of(k), rows_of(v), indices, partial, partial_lse,
+        Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), scale * LOG2_E,
         GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=page_size,
-        PARTS=parts, PART=part, HEAD_DIM=head_dim, BLOCK_D=padded_dim, IS_ALONE=members == 1, TILE_M=tile_m,
+        PARTS=parts, PART=part, HEAD_DIM=head_dim, IS_ALONE=members == 1, TILE_M=tile_m,
         TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,
     )  # fmt: skip
     merge = dict(_config("decode_merge", arch, q, block_size))
@@ -365,5 +376,5 @@ def _tile_m(members: int) -> int:
 
 
 def _config(kernel: str, arch: int, q: Tensor, block_size: int) -> Any:
-    head_dim = max(16, next_power_of_2(q.shape[3]))
+    head_dim = padded_head_dim(q.shape[3])
     return lookup(kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size())

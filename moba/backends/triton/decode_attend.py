@@ -13,52 +13,54 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.primitives import row_bounds
-from moba.backends.triton.tiles import LN_2, LOWEST, load_rows, online_softmax, store_rows
+from moba.backends.triton.device import (
+    LN_2,
+    LOWEST,
+    load_rows,
+    online_softmax,
+    padded_head_dim,
+    row_bounds,
+    store_rows,
+)
 
 
 @triton.jit
-def key_offsets(
-    row, start, positions, is_key, stride_r, stride_s, table_ptr, stride_table, PAGE_SIZE: tl.constexpr
-):  # fmt: skip
-    """Where the keys at positions of a row begin: behind the row's start, or PAGE_SIZE > 0 in their pages."""
+def key_offsets(row, start, positions, is_key, x, table, PAGE_SIZE: tl.constexpr):
+    """Where the keys of x at positions of a row begin: behind the row's start, or PAGE_SIZE > 0 in their pages."""
     if PAGE_SIZE == 0:
-        offsets = tl.cast(row, tl.int64) * stride_r + (start + positions).to(tl.int64) * stride_s
+        offsets = tl.cast(row, tl.int64) * x.stride_r + (start + positions).to(tl.int64) * x.stride_t
     else:
         positions = tl.where(is_key, positions, 0)
-        table_ptr += tl.cast(row, tl.int64) * stride_table
-        page = tl.load(table_ptr + positions // PAGE_SIZE, mask=is_key, other=0)
-        offsets = page.to(tl.int64) * stride_r + (positions % PAGE_SIZE).to(tl.int64) * stride_s
+        page_ptr = table.ptr + tl.cast(row, tl.int64) * table.stride_r
+        page = tl.load(page_ptr + positions // PAGE_SIZE, mask=is_key, other=0)
+        offsets = page.to(tl.int64) * x.stride_r + (positions % PAGE_SIZE).to(tl.int64) * x.stride_t
     return offsets
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "stride_table"])
+@triton.jit
 def _decode_attend_kernel(
-    q_ptr, k_ptr, v_ptr, indices_ptr, partial_ptr, partial_lse_ptr, key_start_ptr, key_end_ptr, table_ptr,
-    scale_log2, num_queries, num_keys, num_kv_heads,
-    stride_qr, stride_qt, stride_qh, stride_kr, stride_ks, stride_kg, stride_vr, stride_vs, stride_vg, stride_table,
+    q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, scale_log2,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PART: tl.constexpr, HEAD_DIM: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ((query row of the tile, slot, part), row · G + kv head, tile). IS_ALONE: M = 1."""
     part = tl.program_id(0) % PARTS
     slot = tl.program_id(0) // PARTS % TOPK
     first_member = tl.program_id(0) // (PARTS * TOPK)
-    row = tl.program_id(1) // num_kv_heads
-    kv_head = tl.program_id(1) % num_kv_heads
+    row = tl.program_id(1) // step.num_kv_heads
+    kv_head = tl.program_id(1) % step.num_kv_heads
     member = tl.program_id(2) * TILE_M + tl.arange(0, TILE_M)
     query = member // GROUP
     head = kv_head * GROUP + member % GROUP
-    is_query = query < num_queries
-    query_row = ((row * num_queries + query) * num_kv_heads * GROUP + head).to(tl.int64)
+    is_query = query < step.num_queries
+    query_row = ((row * step.num_queries + query) * step.num_kv_heads * GROUP + head).to(tl.int64)
     is_first = tl.arange(0, TILE_M) == first_member
     exists = tl.max((is_first & is_query).to(tl.int32)) > 0
     first_row = tl.sum(tl.where(is_first, query_row, 0))
-    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
-    q_ptr += tl.cast(row, tl.int64) * stride_qr
-    q_offsets = query.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    q = load_rows(q_ptr, q_offsets, is_query, HEAD_DIM, BLOCK_D)
+    start, end = row_bounds(row, step)
+    q_offsets = query.to(tl.int64) * q.stride_t + head.to(tl.int64) * q.stride_h
+    q_tile = load_rows(q.ptr + tl.cast(row, tl.int64) * q.stride_r, q_offsets, is_query, HEAD_DIM)
     block = tl.load(indices_ptr + first_row * TOPK + slot, mask=exists, other=-1)
 
     if IS_ALONE:
@@ -80,35 +82,31 @@ def _decode_attend_kernel(
     if block < 0:
         tl.store(partial_lse_ptr + (first_row * TOPK + slot) * PARTS + part, float("-inf"), mask=exists)
     elif is_leader:
-        position = tl.where(chose, end - start - num_queries + query, -1)
+        position = tl.where(chose, end - start - step.num_queries + query, -1)
         first_key = block * BLOCK_SIZE
         begin = part * PART
         stop = tl.minimum(tl.minimum(begin + PART, BLOCK_SIZE), tl.max(position) + 1 - first_key)
-        k_ptr += tl.cast(kv_head, tl.int64) * stride_kg
-        v_ptr += tl.cast(kv_head, tl.int64) * stride_vg
+        k_ptr = k.ptr + tl.cast(kv_head, tl.int64) * k.stride_h
+        v_ptr = v.ptr + tl.cast(kv_head, tl.int64) * v.stride_h
         maximum = tl.full([TILE_M], LOWEST, tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
-        acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+        acc = tl.zeros([TILE_M, padded_head_dim(HEAD_DIM)], tl.float32)
         for first in tl.range(begin, stop, TILE_N, num_stages=NUM_STAGES):
             keys = first + tl.arange(0, TILE_N)
             is_key = keys < stop
-            offsets = key_offsets(
-                row, start, first_key + keys, is_key, stride_kr, stride_ks, table_ptr, stride_table, PAGE_SIZE
-            )
-            k = load_rows(k_ptr, offsets, is_key, HEAD_DIM, BLOCK_D)
-            offsets = key_offsets(
-                row, start, first_key + keys, is_key, stride_vr, stride_vs, table_ptr, stride_table, PAGE_SIZE
-            )
-            v = load_rows(v_ptr, offsets, is_key, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            offsets = key_offsets(row, start, first_key + keys, is_key, k, table, PAGE_SIZE)
+            k_tile = load_rows(k_ptr, offsets, is_key, HEAD_DIM)
+            offsets = key_offsets(row, start, first_key + keys, is_key, v, table, PAGE_SIZE)
+            v_tile = load_rows(v_ptr, offsets, is_key, HEAD_DIM)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
             is_visible = is_key[None, :] & ((first_key + keys)[None, :] <= position[:, None])
             logits = tl.where(is_visible, logits, float("-inf"))
-            maximum, total, acc = online_softmax(logits, v, maximum, total, acc)
+            maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
         is_empty = total == 0.0
         outputs = acc * (1.0 / tl.where(is_empty, 1.0, total))[:, None]
         lse = tl.where(is_empty, float("-inf"), maximum + tl.log2(tl.where(is_empty, 1.0, total)))
         place = (query_row * TOPK + slots) * PARTS + part
-        store_rows(partial_ptr, place * HEAD_DIM, outputs, chose & ~is_empty, HEAD_DIM, BLOCK_D)
+        store_rows(partial_ptr, place * HEAD_DIM, outputs, chose & ~is_empty, HEAD_DIM)
         tl.store(partial_lse_ptr + place, lse, mask=chose)
 
 

@@ -12,10 +12,12 @@ the tensors can hold. A *query row* is (row · T + query) · H + head. M = T · 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from moba.backends.triton.primitives import row_bounds
+from moba.backends.triton.device import row_bounds
 
 FAMILY = tl.constexpr(32)
 # Most families, and most blocks of selected families, that one program holds.
@@ -28,6 +30,23 @@ CHUNK = tl.constexpr(4096)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOWEST_KEY = tl.constexpr(-0x7F800000)
 NO_KEY = tl.constexpr(-0x80000000)
+
+
+class Step(NamedTuple):
+    """What a step's kernels know of its rows; pointers are None where absent."""
+
+    num_queries: Any
+    num_keys: Any
+    num_kv_heads: Any
+    key_start_ptr: Any
+    key_end_ptr: Any
+
+
+class Table(NamedTuple):
+    """A page table [R, pages]; None where keys lie in rows."""
+
+    ptr: Any
+    stride_r: Any
 
 
 @triton.jit
@@ -45,18 +64,16 @@ def own_blocks(position, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def mean_offsets(
-    row, blocks, is_block, stride_r, stride_n, table_ptr, stride_table, BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):  # fmt: skip
+def mean_offsets(row, blocks, is_block, means, table, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """Where the means of a row's blocks begin: beside the row, or PAGE_SIZE > 0 under the page of their first key."""
     if PAGE_SIZE == 0:
-        offsets = tl.cast(row, tl.int64) * stride_r + blocks.to(tl.int64) * stride_n
+        offsets = tl.cast(row, tl.int64) * means.stride_r + blocks.to(tl.int64) * means.stride_t
     else:
         first_key = tl.where(is_block, blocks, 0) * BLOCK_SIZE
-        table_ptr += tl.cast(row, tl.int64) * stride_table
-        page = tl.load(table_ptr + first_key // PAGE_SIZE, mask=is_block, other=0)
-        offsets = page.to(tl.int64) * stride_r + (first_key % PAGE_SIZE // BLOCK_SIZE).to(tl.int64) * stride_n
+        page_ptr = table.ptr + tl.cast(row, tl.int64) * table.stride_r
+        page = tl.load(page_ptr + first_key // PAGE_SIZE, mask=is_block, other=0)
+        place = first_key % PAGE_SIZE // BLOCK_SIZE
+        offsets = page.to(tl.int64) * means.stride_r + place.to(tl.int64) * means.stride_t
     return offsets
 
 
@@ -68,11 +85,9 @@ def _ordered(scores):
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns", "stride_table"])
+@triton.jit
 def _score_kernel(
-    q_ptr, means_ptr, keys_ptr, maxima_ptr, key_start_ptr, key_end_ptr, table_ptr,
-    num_queries, num_keys, num_columns, keep_first, keep_recent, num_kv_heads,
-    stride_qr, stride_qt, stride_qh, stride_mr, stride_mn, stride_mg, stride_table,
+    q, means, keys_ptr, maxima_ptr, step, table, num_columns, keep_first, keep_recent,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
@@ -80,14 +95,14 @@ def _score_kernel(
 
     For fp32, TILE_D < D: products of all D dims would unroll into too much code.
     """
-    row = tl.program_id(1) // num_kv_heads
-    kv_head = tl.program_id(1) % num_kv_heads
+    row = tl.program_id(1) // step.num_kv_heads
+    kv_head = tl.program_id(1) % step.num_kv_heads
     member = tl.program_id(2) * TILE_M + tl.arange(0, TILE_M)
     query = member // GROUP
     head = kv_head * GROUP + member % GROUP
-    is_query = query < num_queries
-    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
-    own = own_blocks(tl.where(is_query, end - start - num_queries + query, -1), BLOCK_SIZE)
+    is_query = query < step.num_queries
+    start, end = row_bounds(row, step)
+    own = own_blocks(tl.where(is_query, end - start - step.num_queries + query, -1), BLOCK_SIZE)
     low, high = candidates(own, keep_first, keep_recent)
     last = tl.max(tl.where(high > low, high, 0))
 
@@ -96,24 +111,22 @@ def _score_kernel(
         blocks = first_block + tl.arange(0, TILE_N)
         is_block = blocks < last
         dims = tl.arange(0, TILE_D)
-        means_ptr += tl.cast(kv_head, tl.int64) * stride_mg
-        offsets = mean_offsets(
-            row, blocks, is_block, stride_mr, stride_mn, table_ptr, stride_table, BLOCK_SIZE, PAGE_SIZE
-        )
+        means_ptr = means.ptr + tl.cast(kv_head, tl.int64) * means.stride_h
+        offsets = mean_offsets(row, blocks, is_block, means, table, BLOCK_SIZE, PAGE_SIZE)
         mean_pointers = means_ptr + offsets[:, None] + dims[None, :]
-        q_ptr += tl.cast(row, tl.int64) * stride_qr
-        q_offsets = query.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+        q_ptr = q.ptr + tl.cast(row, tl.int64) * q.stride_r
+        q_offsets = query.to(tl.int64) * q.stride_t + head.to(tl.int64) * q.stride_h
         q_pointers = q_ptr + q_offsets[:, None] + dims[None, :]
         scores = tl.zeros([TILE_N, TILE_M], tl.float32)
         for first_dim in tl.static_range(0, HEAD_DIM, TILE_D):
             is_dim = (first_dim + dims < HEAD_DIM)[None, :]
-            means = tl.load(mean_pointers + first_dim, mask=is_block[:, None] & is_dim, other=0.0)
-            q = tl.load(q_pointers + first_dim, mask=is_query[:, None] & is_dim, other=0.0)
-            scores = tl.dot(means, tl.trans(q), acc=scores, input_precision="ieee")
+            mean = tl.load(mean_pointers + first_dim, mask=is_block[:, None] & is_dim, other=0.0)
+            q_part = tl.load(q_pointers + first_dim, mask=is_query[:, None] & is_dim, other=0.0)
+            scores = tl.dot(mean, tl.trans(q_part), acc=scores, input_precision="ieee")
         is_candidate = (blocks[:, None] >= low[None, :]) & (blocks[:, None] < high[None, :])
         keys = tl.where(is_candidate, _ordered(scores), NO_KEY)
 
-        query_row = ((row * num_queries + query) * num_kv_heads * GROUP + head).to(tl.int64)
+        query_row = ((row * step.num_queries + query) * step.num_kv_heads * GROUP + head).to(tl.int64)
         tl.store(
             keys_ptr + query_row[None, :] * num_columns + blocks[:, None], keys,
             mask=is_query[None, :] & (blocks < num_columns)[:, None],
@@ -223,18 +236,17 @@ def _select_held(keys_ptr, maxima_ptr, result_ptr, scratch_ptr, low, high, count
     tl.store(result_ptr + place, tl.reshape(blocks, [SLOTS * FAMILY]), mask=taken)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_columns"])
+@triton.jit
 def _decode_select_kernel(
-    keys_ptr, maxima_ptr, indices_ptr, key_start_ptr, key_end_ptr,
-    num_queries, num_keys, num_columns, num_heads, topk, keep_first, keep_recent,
+    keys_ptr, maxima_ptr, indices_ptr, step, num_columns, num_heads, topk, keep_first, keep_recent,
     BLOCK_SIZE: tl.constexpr, FAMILIES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Program: the routing of one query row. FAMILIES is 0 where kept blocks fill all places, SLOTS 0 to stream."""
     query_row = tl.program_id(0)
-    row = query_row // (num_queries * num_heads)
-    query = query_row // num_heads % num_queries
-    start, end = row_bounds(row, num_keys, key_start_ptr, key_end_ptr)
-    own = own_blocks(end - start - num_queries + query, BLOCK_SIZE)
+    row = query_row // (step.num_queries * num_heads)
+    query = query_row // num_heads % step.num_queries
+    start, end = row_bounds(row, step)
+    own = own_blocks(end - start - step.num_queries + query, BLOCK_SIZE)
     low, high = candidates(own, keep_first, keep_recent)
     count = tl.minimum(topk - 1 - keep_first - keep_recent, high - low)
     indices_ptr += query_row.to(tl.int64) * topk

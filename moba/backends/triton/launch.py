@@ -1,26 +1,52 @@
 """Launches as data: a `Plan` is built once for the shapes of a call and run with the tensors of every such call.
 
-Building takes host code: choosing tiles, cutting chunks, a kernel's forty arguments. It sees stand-ins of the tensors,
-on the "meta" device, so aot.py builds the same plans without a GPU. Running takes the tensors' pointers, one allocation
+Building takes host code: choosing tiles, cutting chunks, a kernel's arguments. It sees stand-ins of the tensors, on the
+"meta" device, so that plans are built ahead of time without a GPU. Running takes the tensors' pointers, one allocation
 for all buffers, and one driver call a kernel.
+
+What a kernel is compiled for is stated here (`variant`) and never follows from the value of a number: dtypes, whether
+tensors and strides are multiples of 16 bytes and elements, which pointers are there, and the `tl.constexpr` arguments.
+So a length, a batch size or a number of sequences that was not met before compiles nothing. The kernels of a plan that
+are not compiled yet are compiled in parallel.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+logger = logging.getLogger("moba")
+
+# Triton settles this when kernels are imported. A constant, as torch.compile cannot trace the question.
+IS_INTERPRETED = triton.knobs.runtime.interpret
 # Buffers begin at multiples of this many bytes.
 ALIGNMENT = 256
 # Thread blocks that CUDA takes along a grid's second and third axis, where rows x heads are.
 MAX_GRID_YZ = 65535
 # Plans that are kept; the oldest makes room.
 MAX_PLANS = 1024
+# Compiling is announced once it has taken so long.
+ANNOUNCE_AFTER_S = 2.0
+
+POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -33,8 +59,9 @@ def next_power_of_2(a: int) -> int:
     return 1 << max(0, a - 1).bit_length()
 
 
-class Tiles(NamedTuple):
-    """An argument for the tensor memory accelerator: tiles of a matrix that begins where `tensor` does."""
+@dataclass(frozen=True)
+class Matrix:
+    """An argument for the tensor memory accelerator: a matrix that begins where `tensor` does, read tile by tile."""
 
     tensor: Tensor
     shape: tuple[int, int]
@@ -42,18 +69,20 @@ class Tiles(NamedTuple):
     tile: tuple[int, int]
 
 
-class Number(NamedTuple):
-    """An argument that differs from run to run: its place among the run's numbers. No kernel may specialise on it."""
+@dataclass(frozen=True)
+class Number:
+    """An argument that differs from run to run: its place among the run's numbers."""
 
     place: int
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """A tensor argument: number of the tensor or buffer in the plan, and the element that it begins at."""
 
     source: int
     offset: int
-    tiles: Tiles | None = None
+    matrix: Matrix | None = None
 
 
 class _Descriptor(NamedTuple):
@@ -67,15 +96,89 @@ class _Descriptor(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One launch; without a kernel, the zeroing of a tensor."""
+    """One launch, arguments in the order of the kernel's parameters; without a kernel, the zeroing of a tensor."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
-# A launch that is ready: it takes all pointers, the tensors, the memory of the buffers, and the run's numbers.
-_Launch = Callable[[list[int], Sequence[Tensor | None], Tensor, Sequence[int]], object]
+class Variant(NamedTuple):
+    """What a kernel is compiled for: Triton's signature, constants and hints by parameter, and launch options."""
+
+    kernel: Any
+    signature: tuple[Any, ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    aligned: tuple[tuple[int, ...], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def compile(self, target: Any = None) -> Any:
+        """Compile it, or load it from Triton's cache on disk; for another chip than this machine's, name the target."""
+        source = ASTSource(
+            self.kernel,
+            dict(zip(self.kernel.arg_names, self.signature, strict=True)),
+            dict(self.constants),
+            {place: [["tt.divisibility", 16]] for place in self.aligned},
+        )
+        return triton.compile(source, target=target, options=dict(self.options))
+
+
+def variant(
+    kernel: Any, arguments: Sequence[Any], options: dict[str, Any], is_aligned: Callable[[Any], bool]
+) -> Variant:
+    """What a launch with these arguments needs compiled.
+
+    Integers are 32-bit numbers, or 64-bit ones: those that need it, and always `stride_r`, which grows with the length.
+    The strides of a tuple, its fields called `stride…`, are said to be multiples of 16 if all are and if its pointer is
+    one to aligned floating-point numbers.
+
+    Args:
+        arguments: in the order of the kernel's parameters; tensors, matrices, numbers, None, and tuples of these.
+        is_aligned: whether a tensor argument begins at a multiple of 16 bytes.
+    """
+    constants: list[tuple[tuple[int, ...], Any]] = []
+    aligned: list[tuple[int, ...]] = []
+
+    def kind(value: Any, place: tuple[int, ...], is_long: bool = False) -> Any:
+        if isinstance(value, tuple):
+            names = getattr(value, "_fields", ("",) * len(value))
+            strides = [(*place, i) for i, name in enumerate(names) if name.startswith("stride")]
+            kinds = [
+                kind(x, (*place, i), name == "stride_r") for i, (x, name) in enumerate(zip(value, names, strict=True))
+            ]
+            if (*place, 0) in aligned and all(
+                isinstance(value[i[-1]], int) and value[i[-1]] % 16 == 0 for i in strides
+            ):
+                aligned.extend(strides)
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if value is None:
+            constants.append((place, None))
+            return "constexpr"
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and is_aligned(value):
+                aligned.append(place)
+            return POINTER_TYPES[value.dtype]
+        if isinstance(value, Matrix):
+            return f"tensordesc<{POINTER_TYPES[value.tensor.dtype][1:]}{list(value.tile)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if is_long or (isinstance(value, int) and not -(2**31) <= value < 2**31):
+            return "i64"
+        return "i32"
+
+    signature = []
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if parameter.is_constexpr:
+            constants.append(((i,), value))
+            signature.append("constexpr")
+        else:
+            signature.append(kind(value, (i,)))
+    return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items())))
+
+
+# A launch that is ready: it takes all pointers, the tensors, the memory of the buffers, the run's numbers, the stream.
+_Launch = Callable[[list[int], Sequence[Tensor | None], Tensor, Sequence[int], Any], object]
 
 
 class Plan:
@@ -83,30 +186,38 @@ class Plan:
 
     Args:
         tensors: what the launches read and write, None where absent: on "meta", each with a storage of its own.
+        aligned: for each, whether it begins at a multiple of 16 bytes.
     """
 
-    def __init__(self, *tensors: Tensor | None) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], aligned: Sequence[bool]) -> None:
         self._num_tensors = len(tensors)
         self._tensors = list(tensors)
+        self._aligned = list(aligned)
         self._offsets: list[int] = []
         self._num_bytes = 0
         self._steps: list[_Step] = []
+        self._foreseen: list[_Step] = []
         self._ready: list[_Launch] | None = None
 
     def buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that lives while the plan runs: a stand-in, which may be viewed and sliced, to give to `launch`."""
         buffer = torch.empty(shape, dtype=dtype, device="meta")
         self._tensors.append(buffer)
+        self._aligned.append(True)
         self._offsets.append(self._num_bytes)
         self._num_bytes += cdiv(buffer.numel() * buffer.element_size(), ALIGNMENT) * ALIGNMENT
         return buffer
 
     def zero(self, tensor: Tensor) -> None:
         """Fill a tensor or buffer, not a view of one, with zeros."""
-        self._steps.append(_Step(None, (), {"tensor": self._place(tensor)}))
+        self._steps.append(_Step(None, (), (self._place(tensor),), {}))
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        """Run a kernel on a grid. Tensors among its arguments are tensors or buffers of the plan, or views of them.
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+        """Run a kernel on a grid.
+
+        Args:
+            args, named: the kernel's arguments, and launch options (num_warps, maxnreg, …). Tensors among them, and in
+                tuples among them, are tensors or buffers of the plan, or views of them.
 
         Raises:
             ValueError: if the grid is larger than CUDA takes.
@@ -116,113 +227,192 @@ class Plan:
                 f"the triton backend takes at most {MAX_GRID_YZ:,} rows x key/value heads in a call, got {most:,}; "
                 "split the batch"
             )
-        named = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-        arguments = {name: self._place(x) if isinstance(x, (Tensor, Tiles)) else x for name, x in named.items()}
-        for parameter in getattr(kernel, "params", ()):
-            assert parameter.do_not_specialize or not isinstance(named.get(parameter.name), Number), parameter.name
-        self._steps.append(_Step(kernel, grid, arguments))
+        self._steps.append(self._step(kernel, grid, args, named))
 
-    def _place(self, x: Tensor | Tiles) -> _Place:
+    def foresee(self, kernel: Any, *args: Any, **named: Any) -> None:
+        """Compile what other lengths would launch, together with what this one does. Arguments as for `launch`."""
+        self._foreseen.append(self._step(kernel, (), args, named))
+
+    def _step(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> _Step:
+        named = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+        arguments = tuple(_mapped(self._placed, named.pop(name)) for name in kernel.arg_names)
+        return _Step(kernel, grid, arguments, named)
+
+    def is_aligned(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the plan, or a view of one, begins at a multiple of 16 bytes."""
+        place = self._place(tensor)
+        return self._aligned[place.source] and place.offset * tensor.element_size() % 16 == 0
+
+    def _placed(self, x: Any) -> Any:
+        return self._place(x) if isinstance(x, (Tensor, Matrix)) else x
+
+    def _place(self, x: Tensor | Matrix) -> _Place:
         tensor = x if isinstance(x, Tensor) else x.tensor
         storage = tensor.untyped_storage()._cdata
         for source, known in enumerate(self._tensors):
             if known is not None and known.untyped_storage()._cdata == storage:
-                return _Place(source, int(tensor.storage_offset()), x if isinstance(x, Tiles) else None)
+                return _Place(source, int(tensor.storage_offset()), x if isinstance(x, Matrix) else None)
         raise AssertionError(f"a tensor of shape {tuple(tensor.shape)} is none of the plan's")
 
-    def launches(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Every kernel with its arguments by name, tensors on "meta"."""
-        for step in self._steps:
+    def variants(self) -> Iterator[Variant]:
+        """What every launch needs compiled, in order, then what is foreseen."""
+        for step in (*self._steps, *self._foreseen):
             if step.kernel is not None:
-                yield step.kernel, {name: _argument(x, self._tensors, None) for name, x in step.arguments.items()}
+                arguments = _mapped(self._stand_in, step.arguments)
+                yield variant(step.kernel, arguments, step.options, self.is_aligned)
+
+    def _stand_in(self, x: Any) -> Any:
+        if not isinstance(x, _Place) or x.matrix is not None:
+            return x.matrix if isinstance(x, _Place) else x
+        tensor = self._tensors[x.source]
+        assert tensor is not None
+        return tensor.as_strided((1,), (1,), x.offset) if x.offset else tensor
 
     def run(self, *tensors: Tensor | None, device: torch.device, numbers: Sequence[int] = ()) -> None:
         """Run every launch on the device's current stream, on tensors like those that the plan was built for."""
         with _on(device):
             memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
-            if self._ready is None:
-                self._first_run(tensors, memory, numbers)
-                return
-            start = memory.data_ptr()
-            pointers = [0 if x is None else x.data_ptr() for x in tensors]
-            pointers += [start + offset for offset in self._offsets]
-            for launch in self._ready:
-                launch(pointers, tensors, memory, numbers)
+            if IS_INTERPRETED:
+                self._interpret(tensors, memory, numbers)
+            else:
+                self._launch_all(tensors, memory, numbers)
 
-    def _first_run(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
-        """Launch through Triton, which compiles what it has to."""
-        ends = [*self._offsets, self._num_bytes][1:]
+    def _launch_all(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
+        if self._ready is None:
+            kernels = iter(compiled(list(self.variants()), memory.device))
+            self._ready = [
+                self._zeroing(step) if step.kernel is None else self._launching(step, next(kernels))
+                for step in self._steps
+            ]
+        start = memory.data_ptr()
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        pointers += [start + offset for offset in self._offsets]
+        stream = torch.cuda.current_stream(memory.device).cuda_stream
+        for launch in self._ready:
+            launch(pointers, tensors, memory, numbers, stream)
+
+    def _interpret(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
+        """Run every launch in Triton's interpreter, which takes tensors and compiles nothing."""
+        sources = [*tensors, *self._buffers(memory)]
+
+        def argument(x: Any) -> Any:
+            if isinstance(x, Number):
+                return numbers[x.place]
+            if not isinstance(x, _Place):
+                return x
+            tensor = sources[x.source]
+            assert tensor is not None
+            if x.matrix is not None:
+                return TensorDescriptor(tensor, list(x.matrix.shape), list(x.matrix.strides), list(x.matrix.tile))
+            return tensor.as_strided((1,), (1,), tensor.storage_offset() + x.offset) if x.offset else tensor
+
+        for step in self._steps:
+            arguments = _mapped(argument, step.arguments)
+            if step.kernel is None:
+                arguments[0].zero_()
+            else:
+                step.kernel[step.grid](*arguments, **step.options)
+
+    def _buffers(self, memory: Tensor) -> list[Tensor]:
+        """The plan's buffers in its memory, flat."""
         stand_ins = self._tensors[self._num_tensors :]
-        buffers = [
-            memory[start:end].view(x.dtype)
-            for start, end, x in zip(self._offsets, ends, stand_ins, strict=True)
+        return [
+            memory[start : start + x.numel() * x.element_size()].view(x.dtype)
+            for start, x in zip(self._offsets, stand_ins, strict=True)
             if x is not None
         ]
-        sources = [*tensors, *buffers]
-        ready: list[_Launch] = []
-        for step in self._steps:
-            if step.kernel is None:
-                ready.append(self._zeroing(step))
-                ready[-1]([], tensors, memory, numbers)
-                continue
-            arguments = {name: _argument(x, sources, numbers) for name, x in step.arguments.items()}
-            compiled = step.kernel[step.grid](**arguments)
-            if compiled is not None:  # the interpreter compiles nothing
-                ready.append(self._repeat(step, compiled))
-        if len(ready) == len(self._steps):
-            self._ready = ready
 
     def _zeroing(self, step: _Step) -> _Launch:
-        source = step.arguments["tensor"].source
+        source = step.arguments[0].source
         if source < self._num_tensors:
-            return lambda pointers, tensors, memory, numbers: tensors[source].zero_()
+            return lambda pointers, tensors, memory, numbers, stream: tensors[source].zero_()
         stand_in = self._tensors[source]
         start = self._offsets[source - self._num_tensors]
         end = start + stand_in.numel() * stand_in.element_size()
-        return lambda pointers, tensors, memory, numbers: memory[start:end].zero_()
+        return lambda pointers, tensors, memory, numbers, stream: memory[start:end].zero_()
 
-    def _repeat(self, step: _Step, compiled: Any) -> _Launch:
-        """Launch a compiled kernel again: in place of tensors, their pointers."""
-        run = compiled[(*step.grid, 1, 1)[:3]]
-        template = [step.arguments[name] for name in step.kernel.arg_names]
-        pointers_at, tiles_at = [], []
-        numbers_at = [(i, x.place) for i, x in enumerate(template) if isinstance(x, Number)]
-        for i, x in enumerate(template):
-            if isinstance(x, _Place):
-                tensor = self._tensors[x.source]
-                assert tensor is not None
-                if x.tiles is None:
-                    pointers_at.append((i, x.source, x.offset * tensor.element_size()))
-                else:
-                    tiles_at.append((i, x.source, x.tiles[1:]))
+    def _launching(self, step: _Step, kernel: Any) -> _Launch:
+        """Launch a compiled kernel: in place of tensors, their pointers."""
+        run = kernel[(*step.grid, 1, 1)[:3]]
+        # What is to be filled in: a place for every tensor and number, by parameter and place in its tuple.
+        template = [list(x) if isinstance(x, tuple) else x for x in step.arguments]
+        pointers_at, numbers_at, matrices_at, tuples_at = [], [], [], []
+        for i, x in enumerate(step.arguments):
+            if isinstance(x, tuple):
+                tuples_at.append(i)
+            for j, leaf in enumerate(x if isinstance(x, tuple) else (x,)):
+                at = (i, j if isinstance(x, tuple) else None)
+                if isinstance(leaf, Number):
+                    numbers_at.append((*at, leaf.place))
+                elif isinstance(leaf, _Place) and leaf.matrix is not None:
+                    matrix = leaf.matrix
+                    matrices_at.append((i, leaf.source, (matrix.shape, matrix.strides, matrix.tile)))
+                elif isinstance(leaf, _Place):
+                    stand_in = self._tensors[leaf.source]
+                    assert stand_in is not None
+                    pointers_at.append((*at, leaf.source, leaf.offset * stand_in.element_size()))
 
         def launch(
-            pointers: list[int], tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]
+            pointers: list[int],
+            tensors: Sequence[Tensor | None],
+            memory: Tensor,
+            numbers: Sequence[int],
+            stream: Any,
         ) -> None:
             values = template.copy()
-            for i, place in numbers_at:
-                values[i] = numbers[place]
-            for i, source, offset in pointers_at:
-                values[i] = pointers[source] + offset
-            for i, source, tiles in tiles_at:
-                values[i] = _Descriptor(tensors[source], *tiles)
-            run(*values)
+            for i in tuples_at:
+                values[i] = template[i].copy()
+            for i, j, source, offset in pointers_at:
+                if j is None:
+                    values[i] = pointers[source] + offset
+                else:
+                    values[i][j] = pointers[source] + offset
+            for i, j, place in numbers_at:
+                if j is None:
+                    values[i] = numbers[place]
+                else:
+                    values[i][j] = numbers[place]
+            for i, source, matrix in matrices_at:
+                values[i] = _Descriptor(tensors[source], *matrix)
+            for i in tuples_at:
+                values[i] = tuple(values[i])
+            run(*values, stream=stream)
 
         return launch
 
 
-def _argument(x: Any, sources: Sequence[Tensor | None], numbers: Sequence[int] | None) -> Any:
-    """An argument as Triton takes it; without numbers, any stands for them."""
-    if isinstance(x, Number):
-        return 0 if numbers is None else numbers[x.place]
-    if not isinstance(x, _Place):
-        return x
-    tensor = sources[x.source]
-    assert tensor is not None
-    if x.tiles is not None:
-        _, shape, strides, tile = x.tiles
-        return TensorDescriptor(tensor, list(shape), list(strides), list(tile))
-    return tensor.as_strided((1,), (1,), tensor.storage_offset() + x.offset) if x.offset else tensor
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """The same tuples, with the function applied to what is in them."""
+    if not isinstance(x, tuple):
+        return function(x)
+    values = [_mapped(function, y) for y in x]
+    return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+
+
+_kernels: dict[tuple[int, Variant], Any] = {}
+
+
+def compiled(variants: Sequence[Variant], device: torch.device) -> list[Any]:
+    """These variants, ready to launch on the device: what is missing is compiled in parallel, or loaded from disk."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    missing = [v for v in dict.fromkeys(variants) if (index, v) not in _kernels]
+
+    def make(v: Variant) -> None:
+        torch.cuda.set_device(index)
+        kernel = v.compile()
+        kernel[(1, 1, 1)]  # loads it
+        _kernels[index, v] = kernel
+
+    if len(missing) == 1:
+        make(missing[0])
+    elif missing:
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            futures = [pool.submit(make, v) for v in missing]
+            if wait(futures, timeout=ANNOUNCE_AFTER_S).not_done:
+                logger.warning("compiling %d kernels for this setting; Triton keeps them on disk", len(missing))
+            for future in futures:
+                future.result()
+    return [_kernels[index, v] for v in variants]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -266,6 +456,6 @@ def make_plan(build: Callable[..., None], *tensors: Tensor | None, **constants: 
     stand_ins = [
         None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors
     ]
-    plan = Plan(*stand_ins)
+    plan = Plan(stand_ins, [x is None or x.is_meta or x.data_ptr() % 16 == 0 for x in tensors])
     build(plan, *stand_ins, **constants)
     return plan

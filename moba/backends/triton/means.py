@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.case import Case
+from moba.backends.triton.device import block_places, bounds_of, layout_of, num_global_blocks, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
-from moba.backends.triton.primitives import block_places, bounds_of, num_global_blocks
 from moba.layout import Sequences
 
 # Elements that a program holds as it sums. A mean's order of summation follows from these, block_size and D alone, so
@@ -34,50 +31,38 @@ def sum_tokens(x, TOKENS: tl.constexpr):
     return tl.reshape(x, [x.shape[0], x.shape[2]])
 
 
+class Means(NamedTuple):
+    """Block means by global block number, one key/value head's after another's: pointer, elements from head to head."""
+
+    ptr: Any
+    stride_g: Any
+
+
 @triton.jit
 def _block_means_kernel(
-    k_ptr,
-    means_ptr,
-    key_start_ptr,
-    key_end_ptr,
-    cu_k_ptr,
-    num_keys,
-    num_sequences,
-    blocks_per_row,
-    num_blocks,
-    block_size,
-    k_stride_r,
-    k_stride_s,
-    k_stride_g,
-    means_stride_n,
-    means_stride_g,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-):
+    k, means, layout, block_size, HEAD_DIM: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_TOKENS: tl.constexpr
+):  # fmt: skip
     """Program (i, g): TILE_BLOCKS blocks of kv head g."""
+    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
     blocks = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     head = tl.program_id(1).to(tl.int64)
-    row, _, first_key, _, size = block_places(
-        blocks, num_keys, key_start_ptr, key_end_ptr, cu_k_ptr, num_sequences, blocks_per_row, num_blocks, block_size
-    )
+    row, _, first_key, _, size = block_places(blocks, layout, block_size)
     is_finished = size == block_size
-    columns = tl.arange(0, PADDED_DIM)
-    base = k_ptr + row.to(tl.int64) * k_stride_r + head * k_stride_g
-    total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, PADDED_DIM], tl.float32)
+    columns = tl.arange(0, BLOCK_D)
+    base = k.ptr + row.to(tl.int64) * k.stride_r + head * k.stride_h
+    total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, BLOCK_D], tl.float32)
     for start in range(0, block_size, TILE_TOKENS):
         tokens = start + tl.arange(0, TILE_TOKENS)
         keys = (first_key[:, None] + tokens[None, :]).to(tl.int64)
-        pointers = base[:, None, None] + keys[:, :, None] * k_stride_s + columns[None, None, :]
+        pointers = base[:, None, None] + keys[:, :, None] * k.stride_t + columns[None, None, :]
         mask = (is_finished[:, None] & (tokens < block_size)[None, :])[:, :, None]
-        if HEAD_DIM != PADDED_DIM:
+        if HEAD_DIM != BLOCK_D:
             mask = mask & (columns < HEAD_DIM)[None, None, :]
         total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    means = tl.div_rn(sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * block_size)
-    pointers = means_ptr + head * means_stride_g + blocks.to(tl.int64)[:, None] * means_stride_n + columns[None, :]
+    mean = tl.div_rn(sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, BLOCK_D], 1.0, tl.float32) * block_size)
+    pointers = means.ptr + head * means.stride_g + blocks.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
     mask = is_finished[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(pointers, means.to(means_ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers, mean.to(means.ptr.dtype.element_ty), mask=mask)
 
 
 def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
@@ -95,34 +80,34 @@ def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     Numerics: summed in fp32 in an order that depends on block_size and D alone, divided, and rounded once.
     Source: MoBA, eq. 6.
     """
-    means = _head_major(k.new_empty(means_shape(k, sequences, block_size)))
+    num_blocks = num_global_blocks(sequences, block_size)
+    means = k.new_empty(means_shape(k, num_blocks)).transpose(0, 1)[:num_blocks]
     if means.numel():
         run_planned(_plan, k, means, *bounds_of(sequences), device=k.device, block_size=block_size)
     return means
 
 
-def means_shape(k: Tensor, sequences: Sequences, block_size: int) -> tuple[int, int, int]:
-    """Shape [G, blocks, D] of memory for block means: a query head streams those of one kv head, in whole tiles."""
-    return k.shape[2], num_global_blocks(sequences, block_size) + SPARE_BLOCKS, k.shape[3]
+def means_shape(k: Tensor, num_blocks: int) -> tuple[int, int, int]:
+    """Shape [G, blocks, D] of memory for block means: a query head streams those of one kv head, in whole tiles.
 
-
-def _head_major(memory: Tensor) -> Tensor:
-    return memory.transpose(0, 1)[: memory.shape[1] - SPARE_BLOCKS]
+    Heads are multiples of 16 elements apart, whatever the number of blocks: kernels are compiled for that.
+    """
+    return k.shape[2], cdiv(num_blocks + SPARE_BLOCKS, 16) * 16, k.shape[3]
 
 
 def global_means(means: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     """Means [R, N, G, D] of each row's blocks as `block_means` would return them, by global block number."""
     num_rows, num_blocks = sequences.num_rows, sequences.num_blocks(block_size)
-    memory = means.new_empty(means.shape[2], num_rows * num_blocks + SPARE_BLOCKS, means.shape[3])
+    memory = means.new_empty(means_shape(means, num_rows * num_blocks))[:, : num_rows * num_blocks]
     count = min(num_blocks, means.shape[1])
-    rows = memory[:, : num_rows * num_blocks].unflatten(1, (num_rows, num_blocks))
-    rows[:, :, :count] = means[:, :count].permute(2, 0, 1, 3)
-    return _head_major(memory)
+    memory.unflatten(1, (num_rows, num_blocks))[:, :, :count] = means[:, :count].permute(2, 0, 1, 3)
+    return memory.transpose(0, 1)
 
 
 def plan_block_means(plan: Plan, k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     """`block_means` as a step of a plan."""
-    means = _head_major(plan.buffer(*means_shape(k, sequences, block_size), dtype=k.dtype))
+    num_blocks = num_global_blocks(sequences, block_size)
+    means = plan.buffer(*means_shape(k, num_blocks), dtype=k.dtype).transpose(0, 1)[:num_blocks]
     if means.numel():
         _launch(plan, k, means, sequences, block_size)
     return means
@@ -133,60 +118,16 @@ def _plan(plan: Plan, k: Tensor, means: Tensor, *bounds: Tensor | None, block_si
 
 
 def _launch(plan: Plan, k: Tensor, means: Tensor, sequences: Sequences, block_size: int) -> None:
-    arguments = means_arguments(k, means, sequences, block_size)
-    plan.launch(_block_means_kernel, (cdiv(means.shape[0], arguments["TILE_BLOCKS"]), k.shape[2]), **arguments)
+    tiles = tile_sizes(k.shape[3], block_size)
+    plan.launch(
+        _block_means_kernel, (cdiv(means.shape[0], tiles["TILE_BLOCKS"]), k.shape[2]),
+        rows_of(k), Means(means, means.stride(1)), layout_of(sequences, block_size), block_size,
+        HEAD_DIM=k.shape[3], **tiles, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def tile_sizes(head_dim: int, block_size: int) -> dict[str, int]:
-    """The tile that a program sums. TILE_TOKENS and PADDED_DIM settle the order of a sum; TILE_BLOCKS does not."""
-    padded_dim = max(16, next_power_of_2(head_dim))
-    tokens = min(MAX_TOKENS, ELEMENTS // padded_dim)
+    """The tile that a program sums. TILE_TOKENS and the padded D settle the order of a sum; TILE_BLOCKS does not."""
+    tokens = min(MAX_TOKENS, ELEMENTS // padded_head_dim(head_dim))
     tile_tokens = min(next_power_of_2(block_size), tokens)
-    return {"PADDED_DIM": padded_dim, "TILE_BLOCKS": tokens // tile_tokens, "TILE_TOKENS": tile_tokens}
-
-
-def means_arguments(k: Tensor, means: Tensor, sequences: Sequences, block_size: int) -> dict[str, Any]:
-    """Arguments of one launch of the block means kernel."""
-    return {
-        "k_ptr": k,
-        "means_ptr": means,
-        "key_start_ptr": sequences.key_start,
-        "key_end_ptr": sequences.key_end,
-        "cu_k_ptr": sequences.cu_k,
-        "num_keys": sequences.num_keys,
-        "num_sequences": 0 if sequences.cu_k is None else sequences.cu_k.numel() - 1,
-        "blocks_per_row": sequences.num_blocks(block_size),
-        "num_blocks": means.shape[0],
-        "block_size": block_size,
-        "k_stride_r": k.stride(0),
-        "k_stride_s": k.stride(1),
-        "k_stride_g": k.stride(2),
-        "means_stride_n": means.stride(0),
-        "means_stride_g": means.stride(1),
-        "HEAD_DIM": k.shape[3],
-        **tile_sizes(k.shape[3], block_size),
-        "num_warps": NUM_WARPS,
-    }
-
-
-def aot_cases(arch: int) -> Iterator[Case]:
-    """Block means of plain and packed keys."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (16, 80, 128, 256):
-            for block_size in (1, 16, 128):
-                for packed in (False, True):
-                    yield _aot_case(arch, dtype, head_dim, block_size, packed)
-
-
-def _aot_case(arch: int, dtype: torch.dtype, head_dim: int, block_size: int, packed: bool) -> Case:
-    k = torch.empty(1, 8192, 2, head_dim, dtype=dtype, device="meta")
-    cu = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
-    sequences = Sequences(1, 8192, 8192, cu_q=cu, cu_k=cu)
-    means = k.new_empty(2, num_global_blocks(sequences, block_size), head_dim).transpose(0, 1)
-    kind = "packed" if packed else "plain"
-    return Case(
-        f"block_means {str(dtype)[6:]} D={head_dim} block={block_size} {kind}",
-        _block_means_kernel,
-        means_arguments(k, means, sequences, block_size),
-        representative=arch == 90 and packed and dtype == torch.bfloat16 and head_dim == 80,
-    )
+    return {"TILE_BLOCKS": tokens // tile_tokens, "TILE_TOKENS": tile_tokens}

@@ -11,10 +11,9 @@ A row has `places` for scored blocks. The kernel streams the block means twice a
 
 So a selection depends on the scores alone, never on tile sizes.
 
-Letters: M queries of a tile, W = COLUMNS; others in primitives.py. Three tuples are passed around:
+Letters: M queries of a tile, W = COLUMNS; others in device.py. Two tuples are passed around:
 - `queries`: their tile [M, TILE_D], the pointers it was loaded from, and which rows exist [M, 1]. For fp32, TILE_D < D,
   as products of all D dims would unroll into too much code; the other dims are loaded when needed.
-- `means`: the pointer to a kv head's means, and the stride of their blocks.
 - `candidates`: low, high [M, 1], a row's candidates being blocks low … high - 1; begin, end, the blocks that any row
   needs; inner_low, inner_high, those that no row masks.
 """
@@ -25,7 +24,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.bit_strings import bit_at_rank_of_four, num_bits
-from moba.backends.triton.primitives import query_places
+from moba.backends.triton.device import query_places
 from moba.backends.triton.top_values import fold_columns, merge_columns, merge_lists, pieces, sorted_list
 
 # Blocks of a tile: the bits of a string.
@@ -45,14 +44,13 @@ def _tile_blocks():
 
 
 @triton.jit
-def _scores(queries, means, start, candidates, HEAD_DIM: tl.constexpr):
+def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
     """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
     q, q_pointers, is_query = queries
-    means_ptr, stride = means
     low, high, _, _, inner_low, inner_high = candidates
     blocks = _tile_blocks()
     dims = tl.arange(0, q.shape[1])
-    pointers = means_ptr + tl.cast(start, tl.int64) * stride + (blocks[:, None] * stride + dims[None, :])
+    pointers = means_ptr + tl.cast(start, tl.int64) * HEAD_DIM + (blocks[:, None] * HEAD_DIM + dims[None, :])
     if q.shape[1] == HEAD_DIM:
         scores = tl.dot(q, tl.trans(tl.load(pointers)), input_precision="ieee")
     elif q.shape[1] > HEAD_DIM:
@@ -73,13 +71,13 @@ def _scores(queries, means, start, candidates, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _largest_scores(queries, means, candidates, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr):
+def _largest_scores(queries, means_ptr, candidates, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr):
     """The list of every row's LENGTH largest scores: LENGTH tensors [M, W / 2] of equal columns."""
     COUNT: tl.constexpr = min(LENGTH, BITS)
     _, _, begin, end, _, _ = candidates
     largest = (tl.full([queries[0].shape[0], COLUMNS], float("-inf"), tl.float32),) * LENGTH
     for start in range(begin, end, TILE_N):
-        scores = _scores(queries, means, start, candidates, HEAD_DIM)
+        scores = _scores(queries, means_ptr, start, candidates, HEAD_DIM)
         tile = sorted_list(pieces(scores, COUNT), COUNT)
         tile = fold_columns(tile, COUNT, TILE_N // COUNT, COLUMNS)
         largest = merge_lists(largest, tile, LENGTH, COUNT)
@@ -108,7 +106,7 @@ def _float_of_rank(rank):
 
 
 @triton.jit
-def _bisect_threshold(queries, means, candidates, places, HEAD_DIM: tl.constexpr):
+def _bisect_threshold(queries, means_ptr, candidates, places, HEAD_DIM: tl.constexpr):
     """Rows' places-th score, and how many of the places go to equal ones [M, 1]: one pass a bit."""
     _, _, begin, end, _, _ = candidates
     lower = tl.full([queries[0].shape[0], 1], -0x7F800000, tl.int64)
@@ -120,7 +118,7 @@ def _bisect_threshold(queries, means, candidates, places, HEAD_DIM: tl.constexpr
         bound = _float_of_rank(middle.to(tl.int32))
         count = tl.zeros([queries[0].shape[0], 1], tl.int32)
         for start in range(begin, end, TILE_N):
-            scores = _scores(queries, means, start, candidates, HEAD_DIM)
+            scores = _scores(queries, means_ptr, start, candidates, HEAD_DIM)
             count += tl.sum((scores >= bound).to(tl.int32), axis=1, keep_dims=True)
         is_open = lower < upper
         num_above = tl.where(is_open, num_above, count)
@@ -144,7 +142,7 @@ def _row_strings(flags):
 
 @triton.jit
 def _blocks_at_ranks(
-    queries, means, candidates, threshold, bound, has_bound, ranks, ONLY_EQUAL: tl.constexpr, HEAD_DIM: tl.constexpr
+    queries, means_ptr, candidates, threshold, bound, has_bound, ranks, ONLY_EQUAL: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Of the blocks whose score reaches the threshold, those of the given ranks in block order.
 
@@ -167,7 +165,7 @@ def _blocks_at_ranks(
     third = tl.zeros(threshold.shape, tl.uint64)
     fourth = tl.zeros(threshold.shape, tl.uint64)
     for start in range(begin, end, TILE_N):
-        scores = _scores(queries, means, start, candidates, HEAD_DIM)
+        scores = _scores(queries, means_ptr, start, candidates, HEAD_DIM)
         if has_bound:
             is_surplus = (scores == threshold) & (start + _tile_blocks()[None, :] >= bound)
             scores = tl.where(is_surplus, float("-inf"), scores)
@@ -193,34 +191,9 @@ def _blocks_at_ranks(
 
 @triton.jit
 def _select_kernel(
-    q_ptr,
-    means_ptr,
-    indices_ptr,
-    key_start_ptr,
-    key_end_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    num_queries,
-    num_keys,
-    num_sequences,
-    blocks_per_row,
-    num_blocks,
-    block_size,
-    topk,
-    keep_first,
-    keep_recent,
-    num_tiles,
-    heads_per_kv_head,
-    q_stride_r,
-    q_stride_t,
-    q_stride_h,
-    means_stride_n,
-    means_stride_g,
-    HEAD_DIM: tl.constexpr,
-    TILE_D: tl.constexpr,
-    LENGTH: tl.constexpr,
-    TILE_M: tl.constexpr,
-):
+    q, means, indices_ptr, layout, block_size, topk, keep_first, keep_recent, num_tiles, heads_per_kv_head,
+    HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, LENGTH: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
     """Program (tile of a row, head) routes TILE_M queries. LENGTH is that of the lists, 0 for bisection."""
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
@@ -228,49 +201,48 @@ def _select_kernel(
     head = tl.program_id(1)
     token = tile * TILE_M + tl.arange(0, TILE_M)
     num_heads = tl.num_programs(1)
-    own, first_block = query_places(
-        row, token, num_queries, num_keys, key_start_ptr, key_end_ptr, cu_q_ptr, cu_k_ptr, num_sequences,
-        blocks_per_row, block_size,
-    )  # fmt: skip
+    own, first_block = query_places(row, token, layout, block_size)
 
     num_first = tl.minimum(keep_first, tl.maximum(own, 0))
     num_recent = tl.minimum(keep_recent, tl.maximum(own, 0) - num_first)
     places = topk - 1 - keep_first - keep_recent
     low = first_block + num_first
     high = first_block + tl.maximum(own, 0) - num_recent
-    begin = tl.min(tl.where(high > low, low, num_blocks))
+    begin = tl.min(tl.where(high > low, low, layout.num_blocks))
     end = tl.max(tl.where(high > low, high, 0))
     candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
 
     dims = tl.arange(0, TILE_D)
-    q_base = q_ptr + row.to(tl.int64) * q_stride_r + head.to(tl.int64) * q_stride_h
-    q_pointers = q_base + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :]
-    is_query = (token < num_queries)[:, None]
-    q = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
-    queries = (q, q_pointers, is_query)
-    means = (means_ptr + (head // heads_per_kv_head).to(tl.int64) * means_stride_g, means_stride_n)
+    q_base = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
+    q_pointers = q_base + token.to(tl.int64)[:, None] * q.stride_t + dims[None, :]
+    is_query = (token < layout.num_queries)[:, None]
+    q_tile = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
+    queries = (q_tile, q_pointers, is_query)
+    means_ptr = means.ptr + (head // heads_per_kv_head).to(tl.int64) * means.stride_g
 
     threshold = tl.full([TILE_M, 1], LOWEST, tl.float32)
     bound = tl.zeros([TILE_M, 1], tl.int32)
     has_ties = False
     if tl.max(high - low) > places:
         if LENGTH == 0:
-            threshold, num_equal = _bisect_threshold(queries, means, candidates, places, HEAD_DIM)
+            threshold, num_equal = _bisect_threshold(queries, means_ptr, candidates, places, HEAD_DIM)
             has_ties = True
         else:
-            largest = _largest_scores(queries, means, candidates, HEAD_DIM, LENGTH)
+            largest = _largest_scores(queries, means_ptr, candidates, HEAD_DIM, LENGTH)
             threshold, num_equal, has_ties = _pick_threshold(largest, places, LENGTH)
         if has_ties:
             # The first block of an equal score that finds no place.
-            bound, _ = _blocks_at_ranks(queries, means, candidates, threshold, bound, False, num_equal, True, HEAD_DIM)
+            bound, _ = _blocks_at_ranks(
+                queries, means_ptr, candidates, threshold, bound, False, num_equal, True, HEAD_DIM
+            )
 
     SLOTS: tl.constexpr = LENGTH if LENGTH > 0 else 16
-    indices_base = indices_ptr + ((row.to(tl.int64) * num_queries + token) * num_heads + head) * topk
+    indices_base = indices_ptr + ((row.to(tl.int64) * layout.num_queries + token) * num_heads + head) * topk
     num_taken = tl.zeros([TILE_M, 1], tl.int32)
     for first_slot in range(0, places, SLOTS):
         slots = tl.zeros([TILE_M, SLOTS], tl.int32) + first_slot + tl.arange(0, SLOTS)[None, :]
         found, num_taken = _blocks_at_ranks(
-            queries, means, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM
+            queries, means_ptr, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM
         )  # fmt: skip
         pointers = (indices_base + num_first)[:, None] + slots
         tl.store(pointers, found - first_block[:, None], mask=slots < num_taken)

@@ -1,4 +1,6 @@
-"""What the plans of attention share: tile sizes, descriptors, and the chunks that bound the workspace."""
+"""What the plans of attention share: tile sizes, matrices for the tensor memory accelerator, and the chunks that bound
+the workspace.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.launch import Plan, Tiles, cdiv, next_power_of_2
+from moba.backends.triton.device import Rows, View, padded_head_dim, rows_of
+from moba.backends.triton.launch import Matrix, Plan, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
 
-LOG2_E = 1.4426950408889634
 # Most bytes of K, and of V, that a program keeps on chip.
 KEPT_BYTES = 32 << 10
 # Chunks of query rows are multiples of this.
 ROW_MULTIPLE = 128
-
-
-class View(NamedTuple):
-    """The by-block view of a routing. `offsets`: int32 [H, blocks + 1]; `entries`: int32 [H, R · T · (K - 1)]."""
-
-    offsets: Tensor
-    entries: Tensor
 
 
 class Chunk(NamedTuple):
@@ -32,11 +27,6 @@ class Chunk(NamedTuple):
     num_heads: int
     row_begin: int
     num_rows: int
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Head dims are padded on chip to a power of two of at least 16, the least that a matrix product takes."""
-    return max(16, next_power_of_2(head_dim))
 
 
 def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, int]:
@@ -71,8 +61,8 @@ def keeps_keys(q: Tensor, block_size: int) -> bool:
     return q.element_size() == 2 and block_bytes <= KEPT_BYTES
 
 
-def key_tiles(x: Tensor, tile_n: int, arch: int, aligned: bool) -> Tiles | None:
-    """Tiles of k or v for the tensor memory accelerator, or None where chip, strides or head dim rule it out.
+def key_matrix(x: Tensor, tile_n: int) -> Matrix | None:
+    """k or v for the tensor memory accelerator, or None where strides or head dim rule it out.
 
     A tensor of rows [.., D] at any strides is read as one matrix whose rows are stride_s apart; a head is a column.
     """
@@ -82,22 +72,44 @@ def key_tiles(x: Tensor, tile_n: int, arch: int, aligned: bool) -> Tiles | None:
     columns = (num_kv_heads - 1) * stride_g + head_dim
     rows = num_keys if num_rows == 1 else (num_rows - 1) * (stride_r // max(stride_s, 1)) + num_keys
     if (
-        arch < 90
-        or not aligned
-        or head_dim != padded_head_dim(head_dim)
+        head_dim != padded_head_dim(head_dim)
         or row_bytes <= 0
         or (row_bytes | stride_g * x.element_size()) % 16
         or (num_rows > 1 and stride_r % stride_s)
         or max(rows, columns) >= 2**31
     ):
         return None
-    return Tiles(x, (rows, columns), (stride_s, 1), (tile_n, head_dim))
+    return Matrix(x, (rows, columns), (stride_s, 1), (tile_n, head_dim))
 
 
-def key_sources(k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: bool) -> tuple[Any, Any]:
-    """What kernels read keys and values from: two descriptors, or the tensors themselves."""
-    tiles = (key_tiles(k, tile_n, arch, allowed), key_tiles(v, tile_n, arch, allowed))
-    return (k, v) if None in tiles else tiles
+def spacings(*tensors: Tensor) -> tuple[bool, ...]:
+    """Whether query rows of these tensors [R, T, H, D] are evenly spaced; then the contrary, if so in other batches.
+
+    A single tensor row is even whatever the strides.
+    """
+    always = all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+    if always:
+        return (True,)
+    return (True, False) if tensors[0].shape[0] == 1 else (False, True)
+
+
+class Keys(NamedTuple):
+    """Keys and values as `device.load_keys` takes them: as rows, and as matrices, or None where they cannot be that."""
+
+    k: Rows
+    v: Rows
+    k_matrix: Matrix | None
+    v_matrix: Matrix | None
+
+
+def keys_of(plan: Plan, k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: bool) -> Keys:
+    """Keys and values as arguments of a kernel that reads them TILE_N at a time."""
+    if allowed and arch >= 90 and plan.is_aligned(k) and plan.is_aligned(v):
+        k_matrix, v_matrix = key_matrix(k, tile_n), key_matrix(v, tile_n)
+        if k_matrix is not None and v_matrix is not None:
+            in_k, in_v = (Rows(x, x.stride(0) // x.stride(1), 1, x.stride(2)) for x in (k, v))
+            return Keys(in_k, in_v, k_matrix, v_matrix)
+    return Keys(rows_of(k), rows_of(v), None, None)
 
 
 def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
@@ -118,40 +130,39 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
     ]
 
 
-class ChunkBounds(NamedTuple):
-    """First and last entry of every block among a chunk's query rows, by chunk head, and the stride of the heads."""
+class Bounds(NamedTuple):
+    """First and last entry of every block among a chunk's query rows, and how far apart the chunk's heads lie."""
 
-    first: Tensor
-    last: Tensor
-    stride: int
+    first: Any
+    last: Any
+    stride_h: Any
 
 
-def chunk_bounds(plan: Plan, view: View, chunk: Chunk, total_rows: int, topk: int, memory: Tensor) -> ChunkBounds:
+def chunk_bounds(plan: Plan, view: View, chunk: Chunk, total_rows: int, topk: int, memory: Tensor) -> Bounds:
     """Find a chunk's bounds, where it has not all query rows in `memory` [2, heads, blocks]."""
     heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
     offsets, entries = view.offsets[heads], view.entries[heads]
-    if chunk.num_rows == total_rows:
-        return ChunkBounds(offsets, offsets[:, 1:], offsets.stride(0))
     num_blocks = offsets.shape[1] - 1
-    plan.launch(
-        _chunk_bounds_kernel, (cdiv(num_blocks, 256), chunk.num_heads, 2),
-        offsets, entries, memory, chunk.row_begin * topk, chunk.num_rows * topk, entries.shape[1], num_blocks,
+    search = (
+        View(offsets, entries), memory, chunk.row_begin * topk, chunk.num_rows * topk, entries.shape[1], num_blocks,
         memory.stride(0), 256,
     )  # fmt: skip
-    return ChunkBounds(memory[0], memory[1], num_blocks)
+    if chunk.num_rows == total_rows:
+        plan.foresee(_chunk_bounds_kernel, *search)
+        return Bounds(offsets, offsets[:, 1:], offsets.stride(0))
+    plan.launch(_chunk_bounds_kernel, (cdiv(num_blocks, 256), chunk.num_heads, 2), *search)
+    return Bounds(memory[0], memory[1], num_blocks)
 
 
 @triton.jit
-def _chunk_bounds_kernel(
-    offsets_ptr, entries_ptr, bounds_ptr, begin, length, num_entries, num_blocks, stride, TILE: tl.constexpr
-):  # fmt: skip
+def _chunk_bounds_kernel(view, bounds_ptr, begin, length, num_entries, num_blocks, stride, TILE: tl.constexpr):
     """For every block, the first of its entries that is at least `begin`, and that is at least begin + length."""
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1)
     mask = block < num_blocks
     value = begin + tl.program_id(2) * length
-    offsets_ptr += head.to(tl.int64) * (num_blocks + 1)
-    entries_ptr += head.to(tl.int64) * num_entries
+    offsets_ptr = view.offsets + head.to(tl.int64) * (num_blocks + 1)
+    entries_ptr = view.entries + head.to(tl.int64) * num_entries
     low = tl.load(offsets_ptr + block, mask=mask, other=0)
     high = tl.load(offsets_ptr + block + 1, mask=mask, other=0)
     while tl.max(high - low, 0) > 0:
