@@ -23,7 +23,7 @@ from moba.checks import (
 )
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.layout import Sequences
-from moba.numerics import to_autocast_dtype
+from moba.numerics import all_finite, positive_scale, to_autocast_dtype
 from moba.routing import Routing, Selection
 
 
@@ -213,7 +213,10 @@ def attention(
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)
     # A routing that is replayed may have fewer blocks than there are.
     if call.backend == "auto" and routing is None and _dense_serves(q, k, v, sequences, selection, call):
-        return _dense(q, k, v, scale)
+        out = _dense(q, k, v, scale)
+        # Torch's kernels let NaN and inf through the mask.
+        if q.shape[1] == 1 or not is_readable(out) or all_finite(out):
+            return out
 
     implementation = backends.resolve(call.backend, q, k)
     with torch.autocast(q.device.type, enabled=False):
@@ -244,6 +247,7 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention to all keys."""
+    q, scale = positive_scale(q, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -31,7 +31,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     wide = accumulation_dtype(outs.dtype)
     lses = lses.to(wide)
     lse = torch.logsumexp(lses, dim=0)
-    has_key = lses > -torch.inf
+    has_key = lses != -torch.inf
     weights = torch.where(has_key, torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)), 0.0)
     out = torch.zeros(outs.shape[1:], dtype=wide, device=outs.device)
     for part, weight, is_used in zip(outs, weights, has_key, strict=True):

@@ -28,6 +28,19 @@ def full_fp32_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether tensors hold neither NaN nor inf; False also where a sum of them overflows. Waits for their device."""
+    return all(bool(torch.isfinite(x.sum(dtype=accumulation_dtype(x.dtype)))) for x in tensors)
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a positive scale with the same logits: torch's kernels multiply a mask's -inf by the scale."""
+    least = torch.finfo(torch.float32).tiny
+    if scale >= least:
+        return q, scale
+    return (-q, -scale) if scale <= -least else (q * scale, 1.0)
+
+
 def to_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
     device = q.device.type

@@ -21,6 +21,7 @@ from moba.backends.cached import append_means as append_means
 from moba.backends.cached import decode as decode
 from moba.combine import combine
 from moba.layout import Sequences, Span
+from moba.numerics import all_finite, positive_scale
 from moba.routing import accumulation_dtype, by_block, outside_graphs
 from moba.routing import route as route
 
@@ -39,6 +40,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention over the routing's blocks. See `moba.backends` for the contract."""
+    q, scale = positive_scale(q, scale)
     return _Attend.apply(q, k, v, indices, sequences, block_size, scale)
 
 
@@ -50,9 +52,12 @@ class _Attend(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
-        for part in _passes(q, k, v, indices, sequences, block_size):
-            part_out, part_lse = _forward_pass(part, scale)
-            out[part.where], lse[part.where] = part_out, part_lse
+        for is_careful in (False, True):
+            for part in _passes(q, k, v, indices, sequences, block_size):
+                out[part.where], lse[part.where] = _forward_pass(part, scale, is_careful)
+            # What is not finite may have come through a mask: see `dense`.
+            if all_finite(out):
+                break
         ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.sequences, ctx.block_size, ctx.scale = sequences, block_size, scale
         return out, lse
@@ -65,15 +70,18 @@ class _Attend(torch.autograd.Function):
             d_out = torch.zeros_like(out)
         d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
         wide = accumulation_dtype(q.dtype)
-        d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
-        for part in _passes(q, k, v, indices, ctx.sequences, ctx.block_size):
-            results = _Results(
-                out[part.where],
-                lse[part.where],
-                d_out[part.where],
-                None if d_lse is None else d_lse[part.where],
-            )
-            d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], ctx.scale)
+        for is_careful in (False, True):
+            d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
+            for part in _passes(q, k, v, indices, ctx.sequences, ctx.block_size):
+                results = _Results(
+                    out[part.where],
+                    lse[part.where],
+                    d_out[part.where],
+                    None if d_lse is None else d_lse[part.where],
+                )
+                d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], ctx.scale, is_careful)
+            if all_finite(d_q, d_k, d_v):
+                break
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
 
 
@@ -199,7 +207,8 @@ def _steps(part: _Pass) -> Iterator[_Step]:
     last = counts.cumsum(0)[block]
     place = (last - counts[block] + rank * size)[:, None] + torch.arange(size, device=counts.device)
     real = place < last[:, None]
-    place = place.clamp_(max=entries.numel() - 1)
+    # Only with rows that chose the block: another row's logits may be far above its own log-sum-exp.
+    place = torch.minimum(place, last[:, None] - 1)
 
     tile_bytes = 2 * (size + part.block_size) * part.q.shape[2] * part.q.element_size()
     if part.q.device.type != "cpu":
@@ -257,7 +266,7 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
         yield _Own(start - part.offset, start, 1, stop - start, stop - start, True, diagonal)
 
 
-def _forward_pass(part: _Pass, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_pass(part: _Pass, scale: float, is_careful: bool) -> tuple[Tensor, Tensor]:
     """out [T, H/G, D] and lse [T, H/G] of a pass."""
     outs = part.new_parts(part.q.shape[2], fill=None)
     lses = part.new_parts(fill=-torch.inf, dtype=accumulation_dtype(part.q.dtype))
@@ -272,13 +281,13 @@ def _forward_pass(part: _Pass, scale: float) -> tuple[Tensor, Tensor]:
     for own in _own_blocks(part):
         q = own.take(part.q)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
-        out, lse = dense.forward(q, k, v, scale, own.is_causal)
+        out, lse = dense.forward(q, k, v, scale, own.is_causal, is_careful)
         own.take(outs[own.part]).copy_(out)
         own.take(lses[own.part]).copy_(lse)
     return combine(outs, lses)
 
 
-def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, scale: float) -> Tensor:
+def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, scale: float, is_careful: bool) -> Tensor:
     """d_q [T, H/G, D] of a pass; adds to d_k and d_v [S, D] of its kv head, in a fixed order."""
     d_qs = part.new_parts(part.q.shape[2])
     q_rows, out_rows, lse_rows, d_out_rows = (x.flatten(0, 1) for x in (part.q, *results[:3]))
@@ -290,7 +299,7 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, sca
         d_lse = None if d_lse_rows is None else step.gather(d_lse_rows) * real
         d_q, d_k_tiles, d_v_tiles = dense.backward(
             d_out, d_lse, step.gather(q_rows), step.gather_blocks(k_blocks), step.gather_blocks(v_blocks),
-            step.gather(out_rows), step.gather(lse_rows), scale, is_causal=False,
+            step.gather(out_rows), step.gather(lse_rows), scale, is_causal=False, is_careful=is_careful,
         )  # fmt: skip
         d_qs[step.parts] = d_q.flatten(0, 2)
         step.add_to_blocks(d_k_blocks, d_k_tiles)
@@ -300,7 +309,7 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, sca
         q, out, lse, d_out = (own.take(x) for x in (part.q, *results[:3]))
         d_lse = None if results.d_lse is None else own.take(results.d_lse)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
-        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal)
+        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal, is_careful)
         own.take(d_qs[own.part]).copy_(d_q)
         own.add_to_keys(d_k, d_k_own)
         own.add_to_keys(d_v, d_v_own)

@@ -93,24 +93,41 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
     group = q.shape[2] // k.shape[2]
-    wide = accumulation_dtype(q.dtype)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
         hidden = attention_mask(indices[span.row, q_rows], span, block_size).logical_not_()
         for head in range(q.shape[2]):
-            keys, values = k[span.row, k_rows, head // group], v[span.row, k_rows, head // group]
-            # Softmax in the one T × S tensor: every step overwrites it.
-            weights = (scale * q[span.row, q_rows, head].to(wide)) @ keys.to(wide).T
-            weights.masked_fill_(hidden[head], -torch.inf)
-            largest = weights.detach().amax(dim=-1, keepdim=True)
-            weights.sub_(largest).exp_()
-            total = weights.sum(dim=-1, keepdim=True)
-            out[span.row, q_rows, head] = (weights @ values.to(wide) / total).to(q.dtype)
-            lse[span.row, q_rows, head] = (largest + total.log())[:, 0]
+            queries, keys, values = q[span.row, q_rows, head], *(x[span.row, k_rows, head // group] for x in (k, v))
+            is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (queries, keys, values))
+            head_out, head_lse = _softmax_attention(
+                queries.masked_fill(is_bad_query[:, None], 0.0),
+                keys.masked_fill(is_bad_key[:, None], 0.0),
+                values.masked_fill(is_bad_value[:, None], 0.0),
+                hidden[head],
+                scale,
+            )
+            # 0 · NaN is NaN, so that each row that NaN or inf belongs to is computed from the keys that it sees alone.
+            sees_bad = is_bad_query | (~hidden[head] & (is_bad_key | is_bad_value)).any(dim=-1)
+            for row in sees_bad.nonzero()[:, 0].tolist():
+                seen = ~hidden[head, row]
+                head_out[row], head_lse[row] = _softmax_attention(queries[row], keys[seen], values[seen], None, scale)
+            out[span.row, q_rows, head], lse[span.row, q_rows, head] = head_out, head_lse
     return out, lse
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Out [..., D] and lse [...] of queries [..., D] over keys and values [S, D], in one [..., S] tensor."""
+    wide = accumulation_dtype(q.dtype)
+    weights = (scale * q.to(wide)) @ k.to(wide).T
+    if hidden is not None:
+        weights.masked_fill_(hidden, -torch.inf)
+    largest = weights.detach().amax(dim=-1, keepdim=True)
+    weights.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    return (weights @ v.to(wide) / total).to(q.dtype), (largest + total.log())[..., 0]
 
 
 @outside_graphs
