@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,56 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@contextmanager
-def full_fp32_matmul() -> Iterator[None]:
-    """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+class _FullPrecision:
+    """The process's precision of fp32 matrix products, raised while any thread is inside.
+
+    Torch keeps it in one place for all threads, so the first thread in raises it and the last one out restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._allowed: str | None = None  # None where it was set by backend, of which torch's getter refuses to speak
+        self._by_backend: list[tuple[Any, str]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside > 1:
+                return
+            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+            self._by_backend = [(x, x.fp32_precision) for x in backends if hasattr(x, "fp32_precision")]
+            try:
+                self._allowed = torch.get_float32_matmul_precision()
+            except RuntimeError:
+                self._allowed = None
+            if self._allowed not in (None, "highest"):
+                torch.set_float32_matmul_precision("highest")
+            for backend, _ in self._by_backend:
+                if backend.fp32_precision not in ("none", "ieee"):
+                    backend.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside:
+                return
+            if self._allowed not in (None, "highest"):
+                torch.set_float32_matmul_precision(self._allowed)
+            for backend, precision in self._by_backend:
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
+
+
+_full_precision = _FullPrecision()
+
+
+def full_fp32_matmul() -> AbstractContextManager[None]:
+    """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16).
+
+    Threads may be inside at once. Products of other threads are as precise meanwhile.
+    """
+    return _full_precision
 
 
 def all_finite(*tensors: Tensor) -> bool:

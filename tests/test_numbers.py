@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+
 import pytest
 import torch
 from helpers import assert_close, make_qkv
@@ -11,6 +15,7 @@ from test_semantics import gradients
 from moba import moba_attention
 from moba.backends import reference
 from moba.layout import Span
+from moba.numerics import full_fp32_matmul
 from moba.routing import block_means
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -142,3 +147,45 @@ def test_dense_attention_keeps_the_mask(device):
     out = moba_attention(q, k, bad, block_size=8, topk=5)
     assert torch.isfinite(out[:, :20]).all()
     assert out[:, 20:].isnan().all()
+
+
+@pytest.mark.parametrize("allowed", ["highest", "medium"])
+def test_full_precision_holds_in_every_thread_and_is_given_back(allowed):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    inside = []
+
+    def work():
+        for _ in range(20):
+            with full_fp32_matmul():
+                time.sleep(random.random() / 1000)
+                inside.append(torch.get_float32_matmul_precision())
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(inside) == {"highest"}
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_precision_set_by_backend():
+    """Torch's older getter refuses to speak once `torch.backends.…` was used."""
+    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(mkldnn, "fp32_precision"):
+        pytest.skip("this torch has one precision for all backends")
+    q, k, v = make_qkv(1, 200, 200, 2, 1, 64)
+    options = {"block_size": 8, "topk": 4, "backend": "pytorch", "return_routing": True}
+    expected = moba_attention(q, k, v, **options)[1].indices
+    mkldnn.fp32_precision = "bf16"
+    try:
+        assert torch.equal(moba_attention(q, k, v, **options)[1].indices, expected)
+        with full_fp32_matmul():
+            assert mkldnn.fp32_precision == "ieee"
+        assert mkldnn.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
