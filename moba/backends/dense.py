@@ -50,7 +50,7 @@ def _careful_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     is_bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(dim=-1)
     clean_k, clean_v = (x.masked_fill(is_bad[..., None], 0.0) for x in (k, v))
     clean_out, clean_lse = forward(q, clean_k, clean_v, scale, is_causal=True)
-    seen_out, seen_lse = _forward_by_halves(q, k, v, scale)
+    seen_out, seen_lse = _forward_by_halves(q, k, v, scale=scale)
     sees_bad = is_bad.cumsum(dim=-1) > 0
     is_right = torch.isfinite(out).all(dim=-1)
     lse = torch.where(is_right, lse, torch.where(sees_bad, seen_lse, clean_lse))
@@ -58,13 +58,13 @@ def _careful_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     return torch.where(is_right, out, torch.where(sees_bad, seen_out, clean_out)), lse
 
 
-def _forward_by_halves(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_by_halves(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention without a mask: a half of the rows sees all keys of the half before it, down to single rows."""
     half = q.shape[2] // 2
     if half == 0:
         return forward(q, k, v, scale, is_causal=False)
-    first = _forward_by_halves(*(x[:, :, :half] for x in (q, k, v)), scale)
-    own = _forward_by_halves(*(x[:, :, half:] for x in (q, k, v)), scale)
+    first = _forward_by_halves(*(x[:, :, :half] for x in (q, k, v)), scale=scale)
+    own = _forward_by_halves(*(x[:, :, half:] for x in (q, k, v)), scale=scale)
     before = forward(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale, is_causal=False)
     second = combine(*map(torch.stack, zip(before, own, strict=True)))
     out, lse = (torch.cat(parts, dim=2) for parts in zip(first, second, strict=True))
@@ -103,12 +103,12 @@ def backward(
     if is_careful and is_causal:
         d_q, d_k, d_v = _backward_by_halves((d_out, through, q, lse), (k, v), scale)
     else:
-        d_q, d_k, d_v = _backward_formula(d_out, through, q, lse, k, v, scale, is_causal)
+        d_q, d_k, d_v = _backward_formula(d_out, through, q, lse, k, v, scale=scale, is_causal=is_causal)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 def _backward_formula(
-    d_out: Tensor, through: Tensor, q: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool
+    d_out: Tensor, through: Tensor, q: Tensor, lse: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in the accumulation dtype; `through` [C, H, M, 1] is ⟨d_out, out⟩ − d_lse."""
     # Rounding may lift a logit above its row's sum, and by much if logits are huge.
@@ -123,12 +123,12 @@ def _backward_by_halves(
     """The backward of `_forward_by_halves`. rows: d_out, through, q and lse. keys: k and v."""
     half = rows[0].shape[2] // 2
     if half == 0:
-        return _backward_formula(*rows, *keys, scale, is_causal=False)
+        return _backward_formula(*rows, *keys, scale=scale, is_causal=False)
     first, second = (tuple(x[:, :, some] for x in rows) for some in (slice(half), slice(half, None)))
     earlier, later = (tuple(x[:, :, some] for x in keys) for some in (slice(half), slice(half, None)))
     d_q_first, d_k_earlier, d_v_earlier = _backward_by_halves(first, earlier, scale)
     d_q_second, d_k_later, d_v_later = _backward_by_halves(second, later, scale)
-    d_q_before, d_k_before, d_v_before = _backward_formula(*second, *earlier, scale, is_causal=False)
+    d_q_before, d_k_before, d_v_before = _backward_formula(*second, *earlier, scale=scale, is_causal=False)
     return (
         torch.cat((d_q_first, d_q_second + d_q_before), dim=2),
         torch.cat((d_k_earlier + d_k_before, d_k_later), dim=2),
