@@ -24,7 +24,7 @@ from moba.checks import (
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.layout import Sequences
 from moba.numerics import all_finite, positive_scale, to_autocast_dtype
-from moba.routing import Routing, Selection
+from moba.routing import Routing, Selection, replayed_indices
 
 
 def moba_attention(
@@ -65,7 +65,8 @@ def moba_attention(
             heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk), or a function
             (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], called in chunks of rows; see
             `moba.routers`.
-        routing: attend over this routing instead of choosing one (replay).
+        routing: attend over this routing instead of choosing one (replay). Its blocks may stand in any order; a block
+            listed twice is read once, one outside 0 … own block not at all, the own block always.
         key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
@@ -227,10 +228,13 @@ def attention(
                 with torch.no_grad():
                     indices = implementation.route(*(route_by or (q, k)), sequences, selection, block_means)
             else:
-                indices = _replayed(routing, q, block_size, topk)
+                own = torch.div(sequences.positions(q.device), fitting_size, rounding_mode="floor")
+                indices = replayed_indices(_checked(routing, q, block_size, topk), own)
             out, lse = implementation.attend(q, k, v, indices, sequences, block_size=fitting_size, scale=scale)
 
-    asked = ([lse] if call.return_lse else []) + ([Routing(indices, block_size)] if call.return_routing else [])
+    asked = [lse] if call.return_lse else []
+    if call.return_routing:
+        asked.append(Routing(indices, block_size) if routing is None else routing)
     return (out, *asked) if asked else out
 
 
@@ -255,7 +259,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _replayed(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:
+def _checked(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:
     """The indices of a routing given by the user, after checking that they belong to this call."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be a Routing, got {describe(routing)}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba.checks import describe
+from moba.checks import describe, is_readable
 from moba.config import Router
 from moba.layout import Sequences, Span
 from moba.numerics import accumulation_dtype as accumulation_dtype
@@ -103,10 +103,13 @@ class Routing:
         return (self.indices >= 0).sum(dim=-1)
 
     def block_mask(self, num_blocks: int | None = None) -> Tensor:
-        """Which blocks each query attends to: bool [B, T, H, N] or [total, H, N]."""
+        """Which of blocks 0 … num_blocks - 1, by default all, each query attends to: bool [B, T, H, N] or
+        [total, H, N].
+        """
         count = int(self.indices.max().item()) + 1 if num_blocks is None and self.indices.numel() else num_blocks or 0
         mask = torch.zeros(*self.indices.shape[:-1], count + 1, dtype=torch.bool, device=self.indices.device)
-        return mask.scatter_(-1, self.indices.long() % (count + 1), True)[..., :count]
+        place = torch.where((self.indices >= 0) & (self.indices < count), self.indices.long(), count)
+        return mask.scatter_(-1, place, True)[..., :count]
 
 
 def by_block(past: Tensor, own: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +126,27 @@ def by_block(past: Tensor, own: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
     entries = ((past >= 0) & (past < own[:, None, None])).flatten().nonzero()[:, 0]
     blocks, order = torch.sort(past.flatten()[entries], stable=True)
     return entries[order], torch.bincount(blocks, minlength=num_blocks)
+
+
+def replayed_indices(indices: Tensor, own: Tensor) -> Tensor:
+    """A routing that may have been made by hand as a backend made it: ascending, each block once, the own block last.
+
+    Args:
+        indices: int32 [R, T, H, K] in any order; entries outside 0 … own block count for nothing.
+        own: int [R, T], each query's own block, negative for padded rows.
+
+    Returns:
+        int32 [R, T, H, K + 1], -1 behind the last block: K past blocks may leave no place for the own one. Where the
+        values can be read, K places if these are enough.
+    """
+    own = own[..., None, None].expand(*indices.shape[:3], 1).to(torch.int32)
+    none = torch.iinfo(torch.int32).max
+    blocks = torch.cat([indices, own], dim=-1)
+    blocks = blocks.masked_fill((blocks < 0) | (blocks > own), none).sort(dim=-1).values
+    is_again = F.pad(blocks.diff(dim=-1) == 0, (1, 0))
+    blocks = blocks.masked_fill(is_again, none).sort(dim=-1).values
+    blocks = blocks.masked_fill(blocks == none, -1)
+    return blocks[..., :-1] if is_readable(blocks) and not bool((blocks[..., -1] >= 0).any()) else blocks
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:

@@ -173,6 +173,21 @@ def test_full_precision_holds_in_every_thread_and_is_given_back(allowed):
         torch.set_float32_matmul_precision(before)
 
 
+def test_full_precision_holds_until_the_last_user_is_out():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    first, second = full_fp32_matmul(), full_fp32_matmul()
+    try:
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_precision_set_by_backend():
     """Torch's older getter refuses to speak once `torch.backends.…` was used."""
     mkldnn = getattr(torch.backends.mkldnn, "matmul", None)

@@ -289,12 +289,12 @@ def order_of_events(rank, transport):
 
         return method
 
-    attend, numbers = parallel_attention.moba_attention, iter(range(100))
+    replay, numbers = parallel_attention._Call.replay, iter(range(100))
 
-    def attending(*arguments, **options):
+    def attending(*arguments):
         number = next(numbers)
         events.append(f"attend {number}")
-        out, *rest = attend(*arguments, **options)
+        out, *rest = replay(*arguments)
         out.register_hook(lambda gradient: events.append(f"differentiate {number}"))
         return out, *rest
 
@@ -304,7 +304,7 @@ def order_of_events(rank, transport):
     with pytest.MonkeyPatch.context() as patch:
         for name in marks:
             patch.setattr(Travel, name, noting(name))
-        patch.setattr(parallel_attention, "moba_attention", attending)
+        patch.setattr(parallel_attention._Call, "replay", attending)
         context_parallel_attention(*leaves, block_size=8, topk=2, transport=transport).backward(d_out[:, mine])
     return events
 

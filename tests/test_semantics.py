@@ -426,3 +426,64 @@ def test_reference_mask_holds_the_routing():
                                               attn_mask=mask[None], enable_gqa=True)  # fmt: skip
     assert_close(out, expected.transpose(1, 2), 2e-5)
     assert isinstance(routing, Routing)
+
+
+def attended_blocks(blocks, own):
+    """What a routing made by hand means: the blocks up to the own one, once each, and the own one always."""
+    return sorted({block for block in blocks if 0 <= block <= own} | {own})
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_a_routing_made_by_hand_has_one_meaning(backend, device, packed):
+    q, k, v = make_qkv(2, 30, 45, 4, 2, 16, device=device)
+    by_hand = torch.tensor(
+        [[0, 0, 5], [4, 1, 0], [-1, -1, -1], [10**6, 0, -7], [2, 1, 0], [3, 3, 3], [5, 5, 1], [-(2**31), 2**31 - 1, 2]],
+        dtype=torch.int32,
+    )
+    indices = by_hand.repeat(30, 1).view(1, 30, 8, 3).expand(2, -1, -1, -1)[:, :, ::2].clone().to(device)
+    indices[1] = indices[1].flip(0, 2)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    own = [position // 8 for position in range(15, 45)]
+    widest = torch.full((2, 30, 4, 4), -1, dtype=torch.int32)
+    for row, blocks_of_row in enumerate(indices.tolist()):
+        for query, blocks_of_heads in enumerate(blocks_of_row):
+            for head, blocks in enumerate(blocks_of_heads):
+                blocks = attended_blocks(blocks, own[query])
+                widest[row, query, head, : len(blocks)] = torch.tensor(blocks)
+    assert (widest[..., -1] >= 0).any(), "some rows list as many past blocks as there are places"
+    mask = Routing(widest, 8).block_mask(6).repeat_interleave(8, dim=-1)[..., :45]
+    mask &= torch.arange(45) <= torch.arange(15, 45)[:, None, None]
+    wide = [x.double().cpu().transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask.transpose(1, 2), enable_gqa=True).transpose(1, 2)
+    if packed:
+        cu_q, cu_k = (torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (30, 45))
+        bounds = {"cu_seqlens": cu_q, "cu_seqlens_k": cu_k, "routing": Routing(indices.flatten(0, 1), 8)}
+        out = moba_attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), **bounds, **options).unflatten(0, (2, 30))
+    else:
+        out, routing = moba_attention(q, k, v, **options, routing=Routing(indices, 8), return_routing=True)
+        assert torch.equal(routing.indices, indices)
+    assert_close(out, expected, 2e-5)
+    d_out = torch.randn_like(q)
+    if not packed:
+        given = gradients(q, k, v, d_out, **options, routing=Routing(indices, 8))
+        sorted_first = gradients(q, k, v, d_out, **{**options, "topk": 4}, routing=Routing(widest.to(device), 8))
+        for actual, wanted in zip(given, sorted_first, strict=True):
+            assert_close(actual, wanted, 2e-5)
+
+
+def test_a_routing_made_by_hand_leaves_padding_alone(backend, device):
+    q, k, v = make_qkv(2, 30, 30, 2, 1, 16, device=device)
+    pad = torch.tensor([0, 11], dtype=torch.int32, device=device)
+    everything = torch.arange(3, -1, -1, dtype=torch.int32, device=device).expand(2, 30, 2, 4)
+    options = {"block_size": 8, "topk": 4, "key_start": pad, "backend": backend, "return_lse": True}
+    out, lse = moba_attention(q, k, v, **options, routing=Routing(everything, 8))
+    expected_out, expected_lse = moba_attention(q, k, v, **options)
+    assert_close(out, expected_out, 2e-6)
+    assert_close(lse, expected_lse, 2e-6)
+
+
+def test_block_mask_counts_blocks_that_there_are():
+    routing = Routing(torch.tensor([[[0, 3, -1]], [[1, 2, 10**6]]], dtype=torch.int32), 8)
+    assert routing.block_mask(3).tolist() == [[[True, False, False]], [[False, True, True]]]
+    assert routing.block_mask(4)[..., 3].tolist() == [[True], [False]]
+    assert routing.block_mask(0).shape == (2, 1, 0)

@@ -32,6 +32,7 @@ from moba import backends
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.checks import check_attention, check_cu_seqlens, check_scale, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
+from moba.layout import Sequences
 from moba.numerics import to_autocast_dtype
 from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
@@ -202,11 +203,12 @@ class _Call:
         return out[None], lse[None], routing.indices[None]
 
     def replay(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over a routing [B, T, H, K] of these keys."""
-        out, lse = moba_attention(
-            q, k, v, block_size=self.block_size, topk=self.topk, scale=self.scale, backend=self.backend,
-            routing=Routing(indices, self.block_size), return_lse=True,
-        )  # fmt: skip
+        """Attention over a routing [B, T, H, K] of these keys that was made here, and so need not be put in order."""
+        sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
+        size, scale = sequences.fitting_block_size(self.block_size), check_scale(self.scale, q.shape[3])
+        with torch.autocast(q.device.type, enabled=False):
+            backend = backends.resolve(self.backend, q, k)
+            out, lse = backend.attend(q, k, v, indices, sequences, block_size=size, scale=scale)
         return out, lse
 
 
