@@ -12,11 +12,11 @@ Letters: B batch, S cached tokens, G key/value heads, D head dim, N blocks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,11 +24,19 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from moba.block_means import BlockMeans, Phase
+from moba.checks import first_line
 from moba.config import require_int
+from moba.files import replacing
 
 # Room for keys grows by this part of what is there, so appending a token copies a fixed number of keys on average.
 GROWTH = 1 / 4
 LEAST_GROWTH = 256
+
+# A saved cache begins with this line and the SHA-256 of all that follows, which torch.save wrote.
+_MAGIC = b"MoBACache 2\n"
+# What of a model's config decides the shapes and values of its keys.
+_DESCRIPTION = ("model_type", "dtype", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "rope_parameters")  # fmt: skip
 
 
 class _MoBALayer:
@@ -236,6 +244,7 @@ class MoBACache(Cache):
                 "leave it out"
             )
         self.phase = Phase()
+        self._description = _describe(config)
         if max_cache_len is None:
             layers = [
                 MoBADynamicLayer(self.phase) if type(layer) is DynamicLayer else layer
@@ -259,13 +268,28 @@ class MoBACache(Cache):
             self.phase.is_prefill = False
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write keys and values to a file, from which `load` restores a cache that gives the same results."""
+        """Write keys and values to a file, from which `load` restores a cache that gives the same results.
+
+        Raises:
+            ValueError: if a layer keeps something else than all its keys and values, such as a sliding window.
+            OSError: if it cannot be written; a file that was there is left as it was.
+        """
+        if others := [layer for layer in self.layers if not isinstance(layer, _MoBALayer)]:
+            raise ValueError(f"a cache with a {type(others[0]).__name__} cannot be saved: it does not keep all keys")
         layers = []
         layer: Any
         for layer in self.layers:
-            length = int(layer.get_seq_length()) if hasattr(layer, "keys") else 0
+            length = int(layer.get_seq_length()) if layer.is_initialized else 0
             layers.append([x[:, :, :length].clone() for x in (layer.keys, layer.values)] if length else None)
-        torch.save({"moba_cache": 1, "layers": layers}, path)
+        with replacing(path) as file:
+            file.write(_MAGIC + bytes(hashlib.sha256().digest_size))
+            try:
+                torch.save({"config": self._description, "layers": layers}, file)
+            except RuntimeError as error:  # as torch has it where the disk is full
+                raise OSError(f"{path} cannot be written: {first_line(error)}") from error
+            digest = _digest(file)
+            file.seek(len(_MAGIC))
+            file.write(digest)
 
     @classmethod
     def load(
@@ -283,17 +307,26 @@ class MoBACache(Cache):
             config, max_cache_len: as for a new cache.
 
         Raises:
-            ValueError: if the file is no saved cache, or one of another number of layers, or of more tokens than
+            ValueError: if the file is no saved cache, or damaged, or of another model, or of more tokens than
                 max_cache_len.
             OSError: if it cannot be read.
         """
         cache = cls(config, max_cache_len=max_cache_len)
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a saved MoBACache") from error
-        if not isinstance(saved, dict) or saved.get("moba_cache") != 1:
-            raise ValueError(f"{path} is not a saved MoBACache")
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ValueError(f"{path} is not a saved MoBACache")
+            checksum = file.read(hashlib.sha256().digest_size)
+            if _digest(file) != checksum:
+                raise ValueError(f"{path} is corrupt: it does not have the checksum that it was saved with")
+            file.seek(len(_MAGIC) + len(checksum))
+            saved = torch.load(file, map_location=device, weights_only=True)
+        differences = [
+            f"{name} {then!r} instead of {cache._description[name]!r}"
+            for name, then in saved["config"].items()
+            if then != cache._description[name]
+        ]
+        if differences:
+            raise ValueError(f"{path} holds a cache of another model: {', '.join(differences)}")
         layers = saved["layers"]
         if len(layers) != len(cache.layers):
             raise ValueError(f"{path} holds a cache of {len(layers)} layers, the model has {len(cache.layers)}")
@@ -307,3 +340,18 @@ class MoBACache(Cache):
                     )
                 layer.update(*tensors)
         return cache
+
+
+def _describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """What must be equal in the models that save and load a cache."""
+    text = config.get_text_config(decoder=True)
+    return {name: getattr(text, name, None) for name in _DESCRIPTION}
+
+
+def _digest(file: BinaryIO) -> bytes:
+    """The SHA-256 of what follows a saved cache's checksum."""
+    digest = hashlib.sha256()
+    file.seek(len(_MAGIC) + digest.digest_size)
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.digest()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import random
+import resource
+import signal
 
 import pytest
 import torch
 from helpers import LargestNewTensor, assert_close
 from tiny_models import random_tokens, tiny_model
-from transformers import StaticCache
+from transformers import LlamaConfig, MistralConfig, StaticCache
 
 from moba import MoBAConfig, register_moba
 from moba.cache import GROWTH, LEAST_GROWTH, MoBACache
@@ -454,7 +457,76 @@ def test_refusals(llama, tmp_path):
         MoBACache.load(tmp_path / "cache", llama.config, max_cache_len=8)
     with pytest.raises(ValueError, match=r"the cache holds \(1, .* so \(2, .* cannot be appended"):
         read(llama, random_tokens(2, 9), MoBACache.load(tmp_path / "cache", llama.config))
-    for other in ([1], torch.zeros(3), {"layers": []}):
-        torch.save(other, tmp_path / "other")
-        with pytest.raises(ValueError, match="other is not a saved MoBACache"):
-            MoBACache.load(tmp_path / "other", llama.config)
+    torch.save({"moba_cache": 1, "layers": []}, tmp_path / "other")
+    with pytest.raises(ValueError, match="other is not a saved MoBACache"):
+        MoBACache.load(tmp_path / "other", llama.config)
+    sliding = MistralConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, sliding_window=8)
+    with pytest.raises(ValueError, match="a cache with a DynamicSlidingWindowLayer cannot be saved"):
+        MoBACache(sliding).save(tmp_path / "sliding")
+    assert not (tmp_path / "sliding").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_key_value_heads": 4}, "num_key_value_heads 2 instead of 4"),
+        ({"head_dim": 16}, "head_dim 8 instead of 16"),
+        ({"dtype": "bfloat16"}, "dtype None instead of torch.bfloat16"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters {.*10000.*500000"),
+        ({"hidden_size": 64, "head_dim": 16}, "hidden_size 32 instead of 64, head_dim 8 instead of 16"),
+    ],
+)
+def test_a_file_of_another_model_is_refused(llama, tmp_path, change, said):
+    cache = MoBACache(llama.config)
+    read(llama, random_tokens(1, 9), cache)
+    cache.save(tmp_path / "cache")
+    other = LlamaConfig(**{**llama.config.to_dict(), **change})
+    with pytest.raises(ValueError, match=f"cache holds a cache of another model: {said}"):
+        MoBACache.load(tmp_path / "cache", other)
+
+
+@pytest.fixture(scope="module")
+def saved(llama, tmp_path_factory):
+    """The bytes of a saved cache."""
+    register_moba(MoBAConfig(**SPARSE))
+    cache = MoBACache(llama.config)
+    read(llama, random_tokens(1, 9), cache)
+    path = tmp_path_factory.mktemp("saved") / "cache"
+    cache.save(path)
+    return path.read_bytes()
+
+
+def test_damage_to_a_file_is_found(llama, saved, tmp_path):
+    generator = random.Random(0)
+    damaged = [saved[:length] for length in (0, 5, 12, 40, 44, 45, len(saved) // 2, len(saved) - 1)]
+    damaged.append(saved + b"\0")
+    for _ in range(400):
+        place, bit = generator.randrange(len(saved)), 1 << generator.randrange(8)
+        damaged.append(saved[:place] + bytes([saved[place] ^ bit]) + saved[place + 1 :])
+    for data in damaged:
+        (tmp_path / "cache").write_bytes(data)
+        with pytest.raises(
+            ValueError, match=r"cache is (corrupt: it does not have the checksum|not a saved MoBACache)"
+        ):
+            MoBACache.load(tmp_path / "cache", llama.config)
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 KB, as if the disk were full then."""
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, action)
+
+
+def test_a_full_disk_leaves_the_old_file(llama, saved, tmp_path, full_disk):
+    cache = MoBACache(llama.config)
+    read(llama, random_tokens(1, 40), cache)
+    path = tmp_path / "cache"
+    path.write_bytes(saved[:4000])
+    with pytest.raises(OSError, match="cache"):
+        cache.save(path)
+    assert path.read_bytes() == saved[:4000]
+    assert list(tmp_path.iterdir()) == [path]
