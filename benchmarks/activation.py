@@ -45,6 +45,7 @@ from moba.evals.pictures import Panel, plot_needle, plot_panels
 from moba.evals.reader import Reader
 from moba.evals.records import open_records, record_of
 from moba.evals.texts import haystack_text
+from moba.files import write_json
 from moba.hf import get_moba_config, set_moba_config
 from moba.models import EMBEDDED, load_model
 from moba.rope import stretch_positions
@@ -135,7 +136,7 @@ def lengthen(
         raise ValueError(f"by must be 'base' or 'interpolation', got {by!r}")
     config["max_position_embeddings"] = max(length, config["max_position_embeddings"])
     shutil.copytree(model, out, dirs_exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    write_json(out / "config.json", config, indent=1)
     print(f"{out}: {rope}, {config['max_position_embeddings']:,} tokens")
 
 

@@ -40,6 +40,7 @@ from moba.cli.session import quieten
 from moba.data import Shards, open_shards
 from moba.evals.language import append_copy, summarise_copy
 from moba.evals.routing import averages, routing_quality
+from moba.files import write_json
 from moba.hf import get_moba_config, load_key_convolution, set_moba_config
 from moba.train.checkpoints import checkpoints, step_of
 from moba.train.packing import PackedRows, by_source
@@ -80,7 +81,7 @@ def measure(
         routing_rows=routing_rows, rows_at_once=rows_at_once, device=device,
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result) + "\n")
+    write_json(out, result)
     print(f"{out}: {result['name']}, {result['seconds']:.0f} s", flush=True)
 
 

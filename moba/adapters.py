@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from moba.files import replacing
+
 ENDING = ".safetensors"
 # The adapter that comes with the package (NOTICE says what it is made from), by the name that stands for it as a model.
 ACTIVATED = "activated"
@@ -115,8 +117,7 @@ def write_adapter(trained: Path, config: Any, base: str, scale: float, out: Path
                 tensors[name] = torch.cat([value.float(), tensors[name].float()], dim=0 if name.endswith(".A") else 1)
     carried = {key: getattr(config, key) for key in _CARRIED}
     about = json.dumps({"base": base, "config": carried})
-    draft = out.with_name(out.name + ".unfinished")
     values = {k: (v.to(torch.bfloat16) if k.endswith((".A", ".B")) else v).contiguous() for k, v in tensors.items()}
-    # Not by save_file, whose files nobody else can read, whatever the umask says.
-    draft.write_bytes(save(values, metadata={"adapter": about}))
-    draft.replace(out)
+    with replacing(out) as file:
+        # Not by save_file, whose files nobody else can read, whatever the umask says.
+        file.write(save(values, metadata={"adapter": about}))

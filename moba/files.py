@@ -1,14 +1,15 @@
-"""Files that are written whole: a killed process or a full disk leaves the old file, never half of the new one."""
+"""Files that are written whole, so that a killed process or a full disk leaves the old one, and JSON read from them."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -43,3 +44,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(draft)):
             error.filename = str(path)
         raise
+
+
+def write_json(path: str | os.PathLike[str], values: dict[str, Any], indent: int | None = None) -> None:
+    """Replace a file by a JSON object."""
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=indent).encode() + b"\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+        OSError: if it cannot be read.
+    """
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return values

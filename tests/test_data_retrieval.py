@@ -15,8 +15,8 @@ from moba.data import ShardWriter, open_shards, tokenizer_hash
 from moba.data.build import build
 from moba.data.folder import folder_units
 from moba.data.retrieval import _FACTS, Maker, Plan, documents, draw_facts
-from moba.data.shards import write_manifest
 from moba.evals.needle import TASKS
+from moba.files import write_json
 from moba.models import load_tokenizer
 from moba.train.packing import PackedRows, collate
 
@@ -149,7 +149,7 @@ def test_documents_longer_than_a_row_keep_their_spans(tmp_path, texts, smollm2):
     made = next(documents(shards, smollm2, Plan((900,), tokens=1)))
     writer = ShardWriter(tmp_path, "train", 0, "uint16")
     writer.add(made.tokens, "a", "b", made.learned)
-    write_manifest(tmp_path / "manifest.json", {**shards.manifest, "shards": writer.close()})
+    write_json(tmp_path / "manifest.json", {**shards.manifest, "shards": writer.close()})
     rows = PackedRows(open_shards(tmp_path), 256, seed=None)
     wanted = {t for span in made.learned for t in range(*span)}
     found = set()
@@ -169,9 +169,7 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_questions(tmp_path):
     writer.add(tokenizer(words(900))["input_ids"], "a", "b")
     manifest = {"tokenizer": "tiny", "tokenizer_hash": tokenizer_hash(tokenizer), "vocab_size": 64, "dtype": "uint16"}
     sources = [{"name": "a", "licence": "CC0"}]
-    write_manifest(
-        tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": [], "sources": sources}
-    )
+    write_json(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": [], "sources": sources})
     tokens, learned = Maker(open_shards(tmp_path), tokenizer, Plan()).document(300, random.Random(0))
     assert tokens.shape == (299,)
     assert len(learned) >= 2

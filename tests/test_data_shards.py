@@ -8,7 +8,8 @@ import pickle
 import numpy as np
 import pytest
 
-from moba.data.shards import ShardWriter, open_shards, tokenizer_hash, write_manifest
+from moba.data.shards import ShardWriter, open_shards, tokenizer_hash
+from moba.files import write_json
 
 DOCUMENTS = {"a": [5, 6, 7], "b": [60000, 1], "c": list(range(40))}
 
@@ -35,7 +36,7 @@ def folder(tmp_path):
         "tokenizer": "tiny", "tokenizer_hash": tokenizer_hash(Tokenizer()), "vocab_size": 65536, "dtype": "uint16",
         "shards": writer.close(), "held_out": held_out.close(), "sources": [{"name": "source", "licence": "MIT"}],
     }  # fmt: skip
-    write_manifest(tmp_path / "manifest.json", manifest)
+    write_json(tmp_path / "manifest.json", manifest)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         "tokenizer": "t", "tokenizer_hash": "", "vocab_size": 70001, "dtype": "uint32", "shards": writer.close(),
         "held_out": [], "sources": [],
     }  # fmt: skip
-    write_manifest(tmp_path / "manifest.json", manifest)
+    write_json(tmp_path / "manifest.json", manifest)
     assert open_shards(tmp_path)[0].tolist() == [70000, 2]
     with pytest.raises(ValueError, match=r"no documents .*held_out"):
         open_shards(tmp_path, "held_out")
@@ -126,5 +127,52 @@ def test_documents_must_lie_in_their_shard(folder):
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     shards[0]["documents"][0][1] = 500
     change_manifest(folder, shards=shards)
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"manifest.json .* the document 'a' lies outside train-00000.bin"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize("file", ["../train-00000.bin", "/etc/passwd", "sub/train-00000.bin", ".."])
+def test_shards_must_lie_in_their_folder(folder, file):
+    (folder.parent / "train-00000.bin").write_bytes((folder / "train-00000.bin").read_bytes())
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[0]["file"] = file
+    change_manifest(folder, shards=shards)
+    with pytest.raises(ValueError, match=r"outside its folder|\.\. is missing"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("dtype",), "object"),
+        (("vocab_size",), "many"),
+        (("sources",), [3]),
+        (("sources",), ["name"]),
+        (("shards",), 3),
+        (("shards",), ["x"]),
+        (("shards", 0), {"file": "train-00000.bin", "tokens": 5, "documents": []}),
+        (("shards", 0, "file"), 3),
+        (("shards", 0, "tokens"), "5"),
+        (("shards", 0, "tokens"), 5.0),
+        (("shards", 0, "documents"), 3),
+        (("shards", 0, "documents", 0), 3),
+        (("shards", 0, "documents", 0, 0), "0"),
+        (("shards", 0, "documents", 0, 0), -1),
+        (("shards", 0, "documents", 0, 1), 2.0),
+        (("shards", 0, "documents", 0, 1), 0),
+        (("shards", 0, "documents", 0, 2), 3),
+        (("shards", 0, "documents", 0, 3), None),
+        (("shards", 0, "documents", 0), [0, 3, "source", "a", [[0]]]),
+        (("shards", 0, "documents", 0), [0, 3, "source", "a", [[0, "2"]]]),
+        (("shards", 0, "documents", 0), [0, 3, "source", "a", [], []]),
+    ],
+)
+def test_a_manifest_with_a_wrong_value_is_refused(folder, place, value):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    part = manifest
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest.json is no manifest that `moba data` wrote: ."):
         open_shards(folder)

@@ -471,6 +471,20 @@ def test_damaged_or_foreign_data(moba, file, tiny, tmp_path, shards):
     code, _, err = moba("train", file, "--data", copy)
     assert code == 2
     assert "train-00000.bin is empty" in err
+    for split in ("train", "held_out"):
+        data = bytearray((shards / f"{split}-00000.bin").read_bytes())
+        data[7] ^= 1
+        shutil.copytree(shards, copy, dirs_exist_ok=True)
+        (copy / f"{split}-00000.bin").write_bytes(data)
+        code, _, err = moba("train", file, "--data", copy, "-s", "training.evaluate_every=4")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{split}-00000.bin is corrupt: it does not have the manifest's checksum" in err
+    beyond = save_shards(tmp_path / "beyond", vocab=70)
+    manifest = beyond / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 70', '"vocab_size": 64'))
+    code, _, err = moba("train", file, "--data", beyond)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "train-00000.bin holds token 69, but the vocabulary has 64" in err
     from_base(file, tiny)
     code, _, err = moba("train", file, "-s", tiny[2])
     assert code == 2
@@ -494,11 +508,59 @@ def test_a_run_of_another_recipe_or_data_is_not_gone_on_with(moba, file, tmp_pat
     code, _, err = moba("train", file, "-s", "training.tokens=512", "--data", other)
     assert code == 2
     assert "other data" in err
+    saved = tmp_path / "out" / "recipe.json"
+    before = saved.read_text()
+    for text in ("{}", '{"recipe": 3, "data": ""}', "[]"):
+        saved.write_text(text)
+        assert "recipe.json is not" in moba("train", file, "-s", "training.tokens=512")[2]
+    saved.write_text(before)
     config = tmp_path / "out" / "checkpoint-4" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
     code, _, err = moba("train", file, "-s", "training.tokens=512")
     assert code == 2
     assert "another architecture: hidden_size 64 instead of 32" in err
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, shards):
+    """The folder of a run with a checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "recipe.toml").write_text(RECIPE.replace("OUT", str(folder / "out")).replace("DATA", str(shards)))
+    train(read_recipe(folder / "recipe.toml", ["training.tokens=1024"]), say=lambda text: None)
+    shutil.rmtree(folder / "out" / "model")
+    shutil.rmtree(folder / "out" / "checkpoint-8")
+    return folder / "out"
+
+
+DAMAGE = {"missing": Path.unlink, "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+          "garbage": lambda path: path.write_bytes(b"\xff{]")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "missing") for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json")),
+        *(
+            (name, damage)
+            for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+                         "config.json", "../recipe.json", "../log.jsonl")
+            for damage in ("cut", "garbage")
+            if (name, damage) != ("../log.jsonl", "cut")  # a killed run leaves that behind
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_not_gone_on_with(moba, file, tmp_path, stopped, name, damage):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoint-4" / name
+    DAMAGE[damage](path)
+    if name == "../log.jsonl":
+        path.write_bytes(path.read_bytes() + b"\n")
+    code, _, err = moba("train", file, "-s", "training.tokens=1024")
+    assert code == 2, err
+    assert Path(name).name in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (out / "model").exists()
 
 
 def test_checkpoints_of_someone_else(moba, file, tmp_path):

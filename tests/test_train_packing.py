@@ -16,7 +16,8 @@ from tiny_shards import save_shards
 
 from moba import MoBAConfig, register_moba
 from moba.data import ShardWriter, open_shards
-from moba.data.shards import read_manifest, write_manifest
+from moba.data.shards import read_manifest
+from moba.files import write_json
 from moba.hf import set_moba_config
 from moba.train.loss import use_fused_loss
 from moba.train.packing import MOST_SKIPS, PackedRows, by_source, collate, pack, skipped_positions
@@ -144,7 +145,7 @@ def test_rows_with_nothing_to_learn_in_their_tail_are_left_out(tmp_path):
     for i, learned in enumerate(([(0, 10)], [(10, 46)], [(44, 45)], [(30, 44), (63, 64)], [(64, 120)])):
         writer.add(np.arange(128), "a", f"{i}", learned)
     manifest = read_manifest(save_shards(tmp_path / "other"))
-    write_manifest(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": []})
+    write_json(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": []})
     shards = open_shards(tmp_path)
     rows = PackedRows(shards, 64, seed=None, whole_rows=True, tail=20)
     learned = [(rows[i]["labels"] != -100).sum().item() for i in range(len(rows))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moba.data.shards import ShardWriter, write_manifest
+from moba.data.shards import ShardWriter
+from moba.files import write_json
 
 VOCABULARY = 64
 
@@ -22,7 +23,7 @@ def save_shards(
         splits[split] = writer.close()
     manifest = {"tokenizer": "tiny", "tokenizer_hash": tokenizer_hash, "vocab_size": vocab, "dtype": "uint16"}
     sources = [{"name": f"source {i}", "licence": "public domain"} for i in range(2)]
-    write_manifest(
+    write_json(
         folder / "manifest.json",
         {**manifest, "shards": splits["train"], "held_out": splits["held_out"], "sources": sources},
     )

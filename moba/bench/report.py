@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from moba.files import write_json
 
 Records = list[dict[str, Any]]
 # Column titles and cells of records.
@@ -65,7 +66,7 @@ def require_writable(out: Path) -> None:
 def write(header: dict[str, str], records: Records, out: Path, rows: Rows = rows) -> None:
     """Write OUT.json and OUT.md."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), {"header": header, "records": records}, indent=1)
     out.with_suffix(".md").write_text(to_markdown(header, records, rows))
 
 

@@ -17,8 +17,8 @@ from moba.data.shards import (
     ShardWriter,
     load_manifest,
     tokenizer_hash,
-    write_manifest,
 )
+from moba.files import write_json
 from moba.lines import locked
 
 # Characters given to the tokenizer at once: enough for all its threads.
@@ -122,12 +122,12 @@ def build(
                     f"{error.strerror or error}; finished sources stay, and the same command goes on with {unit.name}"
                 )
                 raise OSError(error.errno, what, error.filename or str(folder)) from error
-            write_manifest(folder / UNFINISHED, manifest)
+            write_json(folder / UNFINISHED, manifest)
             num_done = len(units) - len(left) + left.index(unit) + 1
             on_finished(num_done, unit.name, manifest["sources"][-1]["tokens"])
         if failures:
             raise ValueError(f"{len(failures)} of {len(left)} not built: {'; '.join(failures)}")
-        write_manifest(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
         (folder / UNFINISHED).unlink(missing_ok=True)
     return manifest
 

@@ -152,6 +152,7 @@ def retrieval_unit(folder: Path, tokenizer: Any, plan: Plan) -> Unit:
         ValueError: if the folder does not serve.
     """
     shards = open_shards(folder, tokenizer=tokenizer)
+    shards.verify()
     licences = sorted({str(source.get("licence", "not stated")) for source in shards.manifest["sources"]})
     state = [[shard["sha256"] for shard in shards.manifest["shards"]], asdict(plan)]
     about = {

@@ -28,6 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moba.config import require_int, require_one_of
+from moba.files import read_json
+
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 SPLITS = {"train": "shards", "held_out": "held_out"}
@@ -125,8 +128,8 @@ def open_shards(folder: str | Path, split: str = "train", *, tokenizer: Any = No
         the documents of the split: `len(shards)` of them, `shards[i]` the tokens.
 
     Raises:
-        ValueError: if there is no finished manifest, the split holds no documents, a shard is missing, empty or of
-            another size than written, or the tokenizer is another one.
+        ValueError: if there is no finished manifest, or it is damaged, the split holds no documents, a shard is
+            missing, empty or of another size than written, or the tokenizer is another one.
     """
     folder = Path(folder)
     if split not in SPLITS:
@@ -138,11 +141,15 @@ def open_shards(folder: str | Path, split: str = "train", *, tokenizer: Any = No
             "build the data with `moba data --tokenizer` of the model"
         )
     try:
+        require_one_of("dtype", manifest.get("dtype", "uint16"), ("uint16", "uint32"))
+        require_int("vocab_size", manifest["vocab_size"], 1)
         shards = Shards(folder, manifest, split)
         for shard in manifest[SPLITS[split]]:
-            _check_shard(folder, shard, shards._dtype.itemsize)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is no manifest that `moba data` wrote: {error!r}") from None
+            _check_entry(shard)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is no manifest that `moba data` wrote: {error}") from None
+    for shard in manifest[SPLITS[split]]:
+        _check_shard(folder, shard, shards._dtype.itemsize)
     if not len(shards):
         advice = "; `moba data --held-out SHARE` sets some apart" if split == "held_out" else ""
         raise ValueError(f"{folder} holds no documents for split={split!r}{advice}")
@@ -171,15 +178,33 @@ def load_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is not one.
     """
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupt: not JSON ({error})") from None
+    manifest = read_json(path)
     needed = ("tokenizer", "tokenizer_hash", "vocab_size", "shards", "held_out", "sources")
-    missing = [key for key in needed if key not in manifest] if isinstance(manifest, dict) else list(needed)
-    if missing:
+    if missing := [key for key in needed if key not in manifest]:
         raise ValueError(f"{path} is no manifest that `moba data` wrote: it lacks {', '.join(missing)}")
+    if not all(isinstance(source, dict) and "name" in source for source in manifest["sources"]):
+        raise ValueError(f"{path} is no manifest that `moba data` wrote: its sources have no names")
     return manifest
+
+
+def _check_entry(shard: dict[str, Any]) -> None:
+    """Check what a manifest says of a shard.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: saying what is wrong.
+    """
+    name, num_tokens, _ = shard["file"], require_int("tokens", shard["tokens"], 1), shard["sha256"]
+    if Path(name).name != name:
+        raise ValueError(f"the file {name!r} lies outside its folder")
+    for offset, length, source, document, *learned in shard["documents"]:
+        require_int("a document's offset", offset, 0)
+        require_int("a document's length", length, 1)
+        if offset + length > num_tokens:
+            raise ValueError(f"the document {document!r} lies outside {name}")
+        if not isinstance(source, str) or not isinstance(document, str):
+            raise TypeError(f"a document's source and name must be texts, got {source!r} and {document!r}")
+        for first, stop in learned[0] if learned else ():
+            require_int("a learned span's end", stop, require_int("a learned span's start", first, 0))
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], item_bytes: int) -> None:
@@ -191,8 +216,6 @@ def _check_shard(folder: Path, shard: dict[str, Any], item_bytes: int) -> None:
         raise ValueError(f"{path} is empty, the manifest says {shard['tokens']:,} tokens")
     if size != expected:
         raise ValueError(f"{path} is corrupt: {size:,} bytes, {expected:,} were written")
-    if any(offset < 0 or length < 1 or offset + length > shard["tokens"] for offset, length, *_ in shard["documents"]):
-        raise ValueError(f"{path}: the manifest names a document outside of it")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -264,13 +287,3 @@ class ShardWriter:
             self.shards[-1]["sha256"] = self._hash.hexdigest()
             self._file = None
         return self.shards
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Replace a manifest in one step: whoever reads it sees the old or the new one, whatever happens meanwhile."""
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

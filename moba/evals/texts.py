@@ -92,6 +92,7 @@ def _held_out(data: Path, tokenizer: Any, length: int, count: int) -> list[tuple
     from moba.data.shards import open_shards
 
     shards = open_shards(data, "held_out", tokenizer=tokenizer)
+    shards.verify()
     # The document's last token is the end of text, which no text announces.
     by_source: dict[str, list[int]] = {}
     for i, document in enumerate(shards.documents):

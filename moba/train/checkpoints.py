@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+
+from moba.files import read_json
 
 UNFINISHED = "unfinished"
 # What makes two models of one architecture and size.
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads")  # fmt: skip
+# The files that a run goes on from beside its weights. Under FSDP and DeepSpeed the optimizer's have other names.
+_NEEDED = {
+    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt",),
+    "trainer_state.json": ("trainer_state.json",),
+}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -55,11 +63,27 @@ def move_into_place(draft: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    draft = path.with_name(path.name + ".unfinished")
-    draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+def check_files(checkpoint: Path) -> None:
+    """Check that a checkpoint's files are there and not cut short, before anything is loaded.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    advice = f"remove {checkpoint.name} to go on without it"
+    for name, patterns in _NEEDED.items():
+        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
+            raise ValueError(f"{checkpoint / name} is missing: {advice}")
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                read_json(path)
+        except (zipfile.BadZipFile, SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is cut short or damaged: {error}; {advice}") from None
 
 
 def check_architecture(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -71,10 +95,7 @@ def check_architecture(checkpoint: Path, model: PreTrainedModel) -> None:
     path = checkpoint / "config.json"
     if not path.is_file():
         return
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; remove {checkpoint.name} to go on without it") from None
+    saved = read_json(path)
     ours = model.config.to_dict()
     differences = [
         f"{key} {saved[key]!r} instead of {ours[key]!r}"

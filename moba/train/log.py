@@ -11,7 +11,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moba.files import replacing
 from moba.hf import get_moba_config
+from moba.lines import NOT_OURS
 from moba.train.checkpoints import step_of
 
 
@@ -30,11 +32,20 @@ class Log(TrainerCallback):
         self._since = (time.perf_counter(), state.global_step)
         if not state.is_world_process_zero or not self._path.is_file():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        draft = self._path.with_name("log.jsonl.unfinished")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(self._path)
+        # What is behind the last end of a line was being written.
+        *lines, _ = self._path.read_bytes().split(b"\n")
+        kept = [
+            line + b"\n" for number, line in enumerate(lines, start=1) if self._step(line, number) <= state.global_step
+        ]
+        with replacing(self._path) as file:
+            file.writelines(kept)
+
+    def _step(self, line: bytes, number: int) -> int:
+        """The step of a line of the log."""
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{self._path}, line {number}: {NOT_OURS}; remove it to go on without it") from None
 
     def on_log(
         self,

@@ -28,9 +28,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from moba.checks import first_line
 from moba.config import require_folder
 from moba.data import Shards, open_shards, tokenizer_hash
+from moba.files import read_json, write_json
 from moba.lines import locked
 from moba.parallel.models import cut_batch, parallelize
-from moba.train.checkpoints import UNFINISHED, check_architecture, last_checkpoint, write_json
+from moba.train.checkpoints import UNFINISHED, check_architecture, check_files, last_checkpoint
 from moba.train.estimate import Estimate, estimate
 from moba.train.log import Log, tensorboard
 from moba.train.loss import use_fused_loss
@@ -66,6 +67,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
     out = Path(recipe.out).expanduser()
     rows_at_a_time = _rows_at_a_time(recipe, state.num_processes)
     shards = open_shards(recipe.data.folder)
+    shards.verify()
     rows = training_rows(recipe, shards)
     held_out = _held_out(recipe)
     require_folder("out", out)
@@ -184,7 +186,9 @@ def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
     def make(shards: Shards, sources: list[str]) -> PackedRows:
         return PackedRows(shards, recipe.data.context, seed=None, sources=sources).first(recipe.data.held_out_rows)
 
-    return by_source(make, open_shards(recipe.data.folder, "held_out"))
+    shards = open_shards(recipe.data.folder, "held_out")
+    shards.verify()
+    return by_source(make, shards)
 
 
 def data_digest(shards: Shards) -> str:
@@ -206,14 +210,13 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
         raise ValueError(
             f"{out} has checkpoints but no recipe.json: `moba train` did not write them; choose another out"
         )
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        recipe_then, data_then = saved["recipe"], saved["data"]
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is not what `moba train` writes; choose another out") from None
-    same_run(recipe, recipe_then)
-    if data_then != data_digest(shards):
+    saved = read_json(path)
+    if not isinstance(saved.get("recipe"), dict) or "data" not in saved:
+        raise ValueError(f"{path} is not what `moba train` writes; choose another out")
+    same_run(recipe, saved["recipe"])
+    if saved["data"] != data_digest(shards):
         raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
+    check_files(checkpoint)
     return checkpoint
 
 
@@ -235,7 +238,7 @@ def _begin(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> No
     """Say whose folder it is, and take away what a killed run left half written."""
     if state.is_main_process:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)})
+        write_json(out / "recipe.json", {"recipe": recipe.to_dict(), "data": data_digest(shards)}, indent=1)
     state.wait_for_everyone()
 
 
