@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,7 +23,6 @@ settings.register_profile("search", settings.get_profile("kernels"), max_example
 settings.load_profile("kernels")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.repair()
     settings.load_profile("interpreter")
 
 CPU_BACKENDS = ("reference", "pytorch")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import interpreter
-
-    interpreter.repair()
 
 from guard import Bytes, guarded
 

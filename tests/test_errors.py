@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,6 +92,36 @@ def test_tensors(q, k, v, message):
 def test_packed(cu, cu_k, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         moba_attention_varlen(Q[0], K[0], V[0], cu_seqlens=cu, cu_seqlens_k=cu_k, **VALID)
+
+
+INTERPRETED = """
+import torch, triton
+from moba import moba_attention
+triton.__version__ = VERSION
+for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    q, k, v = (torch.randn(1, 40, 2, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+    results = []
+    for backend in ("reference", "triton"):
+        out = moba_attention(q, k, v, block_size=8, topk=2, backend=backend)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for expected, got in zip(*results):
+        assert (got - expected).abs().max() <= error * expected.abs().max()
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("triton.__version__", None), ("'3.5.1'", "Triton's interpreter serves in Triton 3.6.x only, this is 3.5.1")],
+)
+def test_the_interpreter_works_as_a_user_types_it(version, said):
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-c", INTERPRETED.replace("VERSION", version)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    if said is None:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.stderr.endswith(f"ValueError: backend='triton' is not available here: {said}\n")
 
 
 def test_a_named_backend_runs_or_raises():

@@ -1,19 +1,31 @@
-"""Triton 3.6's CPU interpreter, repaired where it does not do what a GPU does."""
+"""Triton's CPU interpreter, repaired where it does not do what a GPU does."""
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+import triton
+
+# The version whose interpreter this repairs; others have other parts.
+VERSION = "3.6."
 
 
+@functools.cache
 def repair() -> None:
-    """Change the interpreter of this process.
+    """Change the interpreter of this process, once.
 
     - A loop bound read from memory is a one-element array, which NumPy >= 2.4 does not turn into an int.
     - fp32 to bf16 is truncated, where a GPU rounds to nearest even.
     - A matrix product of bf16 takes the bits as integers.
     - An exclusive or along an axis, as sorting needs it, is a loop over elements.
     - The maximum or minimum of NaN and a number is NaN, where a GPU returns the number.
+
+    Raises:
+        ImportError: for another version of Triton.
     """
+    if not triton.__version__.startswith(VERSION):
+        raise ImportError(f"Triton's interpreter serves in Triton {VERSION}x only, this is {triton.__version__}")
     import triton.language as tl
     from triton.runtime import interpreter
 
