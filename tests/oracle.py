@@ -17,8 +17,12 @@ def select(q, k, position, block_size, topk, keep_first=0, keep_recent=0):
     return sorted([*kept, *best, own])
 
 
-def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=None, **keep):
-    """One sequence: q [T, H, D], k and v [S, G, D] -> out, lse in fp64, indices [T, H, K]."""
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=None, indices=None, **keep):
+    """One sequence: q [T, H, D], k and v [S, G, D] -> out, lse in fp64, indices [T, H, K]: those given, if any.
+
+    Differentiable.
+    """
+    given = indices
     num_queries, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -31,7 +35,10 @@ def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=
             continue
         for head in range(num_heads):
             keys, values = k[:, head // group], v[:, head // group]
-            blocks = select(q[row, head], keys, position, block_size, topk, **keep)
+            if given is None:
+                blocks = select(q[row, head].detach(), keys.detach(), position, block_size, topk, **keep)
+            else:
+                blocks = [j for j in given[row, head].tolist() if j >= 0]
             indices[row, head, : len(blocks)] = torch.tensor(blocks)
             chosen = [i for j in blocks for i in range(j * block_size, min((j + 1) * block_size, position + 1))]
             logits = scale * (keys[chosen].double() @ q[row, head].double())

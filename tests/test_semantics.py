@@ -236,10 +236,16 @@ def test_replayed_routing_is_fresh_routing(backend, device):
 
 
 def test_one_routing_gives_one_result(backend, device):
-    """Feeding the reference's routing separates arithmetic from ties."""
+    """A routing that the queries would not choose, of real numbers: arithmetic apart from selection and ties."""
     q, k, v = make_qkv(1, 70, 70, 4, 2, 32, device=device)
-    expected, routing = moba_attention(q, k, v, block_size=8, topk=3, backend="reference", return_routing=True)
-    assert_close(moba_attention(q, k, v, block_size=8, topk=3, routing=routing, backend=backend), expected, 2e-5)
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    routing = moba_attention(torch.randn_like(q), k, v, **options, return_routing=True)[1]
+    out, lse = moba_attention(q, k, v, **options, routing=routing, return_lse=True)
+    expected_out, expected_lse, _ = attend_sequence(
+        q[0].cpu(), k[0].cpu(), v[0].cpu(), block_size=8, topk=3, indices=routing.indices[0]
+    )
+    assert_close(out[0], expected_out, 2e-5)
+    assert_close(lse[0], expected_lse, 2e-5)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 9)])
@@ -275,17 +281,26 @@ def gradients(q, k, v, d_out, d_lse=None, **options):
     return torch.autograd.grad(roots, (q, k, v), grads)
 
 
+def expected_gradients(q, k, v, d_out, d_lse=None, **options):
+    """The gradients of the definition, in fp64."""
+    q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
+    out, lse, _ = attend_batch(q, k, v, **options)
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.double().cpu()
+    # Where a row has no key, its lse is a constant.
+    roots = (torch.where(lse.isfinite(), lse, 0.0), out)
+    return torch.autograd.grad(roots, (q, k, v), (d_lse, d_out.double().cpu()))
+
+
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out and lse"])
 @pytest.mark.parametrize("case", ["plain", "nine heads of three", "head dim 80", "chunk of a prefill", "block of seven",
                                   "own block only", "one query", "many blocks"])  # fmt: skip
-def test_gradients_match_the_fp64_reference(backend, device, case, with_lse):
+def test_gradients_match_the_definition(backend, device, case, with_lse):
     *shape, block_size, topk = CASES[case]
     q, k, v = make_qkv(*shape, device=device, exact_for=block_size)
     options = {"block_size": block_size, "topk": topk, "scale": 0.1}
     d_out = torch.randn_like(q)
     d_lse = torch.randn(q.shape[:3], device=device) if with_lse else None
-    wide = [x.double() for x in (q, k, v, d_out)]
-    expected = gradients(*wide, d_lse.double() if with_lse else None, **options, backend="reference")
+    expected = expected_gradients(q, k, v, d_out, d_lse, **options)
     for actual, wanted in zip(gradients(q, k, v, d_out, d_lse, **options, backend=backend), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
 
@@ -295,10 +310,18 @@ def test_gradients_of_padded_and_packed_sequences(backend, device):
     d_out = torch.randn_like(q)
     pad = torch.tensor([0, 11], dtype=torch.int32, device=device)
     options = {"block_size": 8, "topk": 2, "key_start": pad}
-    expected = gradients(*(x.double() for x in (q, k, v, d_out)), **options, backend="reference")
+    expected = expected_gradients(q, k, v, d_out, **options)
     for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend=backend), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
         assert (actual[1, :11] == 0).all()
+    cu = torch.tensor([0, 5, 5, 30], dtype=torch.int32, device=device)
+    packed = [x[0].detach().clone().requires_grad_() for x in (q, k, v)]
+    out = moba_attention_varlen(*packed, cu_seqlens=cu, block_size=8, topk=2, backend=backend)
+    actual = torch.autograd.grad(out, packed, d_out[0])
+    for rows in (slice(0, 5), slice(5, 30)):
+        wanted = expected_gradients(*(x[:1, rows] for x in (q, k, v, d_out)), block_size=8, topk=2)
+        for got, want in zip(actual, wanted, strict=True):
+            assert_close(got[rows], want[0], 5e-5)
 
 
 def test_unchosen_blocks_get_exact_zero_gradients(backend, device):
@@ -358,17 +381,22 @@ def test_autocast(backend, device):
 
 
 def test_close_scores_may_differ_only_within_summation_error(backend, device):
-    """On real inputs a selection may differ from fp64's only where the fp64 scores are closer than ε."""
+    """On real inputs no block is chosen over one whose fp64 score is higher by more than ε."""
     q, k, v = make_qkv(1, 512, 512, 2, 1, 64, device=device)
-    options = {"block_size": 8, "topk": 5, "return_routing": True}
-    chosen = moba_attention(q, k, v, **options, backend=backend)[1].block_mask(64)[0].cpu()
-    expected = moba_attention(q.cpu(), k.cpu(), v.cpu(), **options, backend="reference")[1].block_mask(64)[0]
-    means = k[0, :, 0].cpu().double().unflatten(0, (64, 8)).mean(1).float().double()
-    scores = q[0].cpu().double() @ means.T
-    epsilon = 64 * 2**-24 * (q[0].cpu().double().abs() @ means.abs().T).max()
-    for row, head in (chosen != expected).any(-1).nonzero().tolist():
-        gap = scores[row, head][chosen[row, head]].min() - scores[row, head][expected[row, head]].min()
-        assert gap.abs() <= epsilon
+    routing = moba_attention(q, k, v, block_size=8, topk=5, backend=backend, return_routing=True)[1]
+    chosen = routing.block_mask(64)[0].cpu()
+    q, means = q[0].cpu().double(), k[0, :, 0].cpu().double().unflatten(0, (64, 8)).mean(1)
+    scores = q @ means.T
+    # What sums of 64 products and of 8 keys, rounded to 24 bits, can differ by at most.
+    epsilon = (64 + 8) * 2**-24 * (q.abs() @ k[0, :, 0].cpu().double().abs().unflatten(0, (64, 8)).mean(1).T)
+    own = (torch.arange(512) // 8)[:, None, None]
+    block = torch.arange(64)
+    assert torch.equal(chosen.sum(-1), (own[..., 0] + 1).clamp(max=5).expand(-1, 2))
+    assert chosen.gather(-1, own.expand(-1, 2, 1)).all()
+    past = block < own
+    least_chosen = (scores + epsilon).masked_fill(~(chosen & past), torch.inf).amin(-1)
+    most_left = (scores - epsilon).masked_fill(chosen | ~past, -torch.inf).amax(-1)
+    assert (least_chosen >= most_left).all()
 
 
 shapes = st.fixed_dictionaries(
