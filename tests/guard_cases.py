@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-
 from guard import Bytes, guarded
 
 from moba import moba_attention, moba_attention_paged, moba_attention_varlen

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba.backends.triton import interpreter
 from moba.backends.triton.attend import attend as attend
 from moba.backends.triton.decode import append_means as append_means
 from moba.backends.triton.decode import decode as decode
@@ -20,7 +19,10 @@ from moba.backends.triton.route import route as route
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 if IS_INTERPRETED:
-    interpreter.repair()
+    # Not above: it needs NumPy, which kernels on a GPU do not.
+    from moba.backends.triton.interpreter import repair
+
+    repair()
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:
