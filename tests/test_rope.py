@@ -65,7 +65,7 @@ def test_a_stretched_model_is_saved_as_such(tmp_path):
     tokens = random_tokens(1, 300)
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no plain rotary embedding to stretch, but"):
+    with pytest.raises(ValueError, match="llama has no plain rotary embedding to stretch, but"):
         stretch_positions(loaded, factor=2, scaling="yarn")
 
 

@@ -1,12 +1,11 @@
-"""A loaded model ready for a command: checks before it is loaded, the prompt as tokens, silent libraries."""
+"""A model for a command: checks before it is loaded, the prompt as tokens, silent libraries."""
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
-from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moba.cli.options import Attention, Choice, Dtype
 from moba.config import MoBAConfig
-from moba.rope import can_stretch, stretch_positions
+from moba.rope import can_stretch, stretch_config, stretch_positions
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
@@ -33,24 +32,50 @@ def say(text: str) -> None:
 
 @dataclass
 class Session:
-    """A model, its tokenizer, the MoBA settings it runs with (None: full attention), how often its positions were
-    stretched.
+    """A model that is loaded when it is first used, its tokenizer, and the MoBA settings it runs with.
+
+    Attributes:
+        name: what `load_model` is told of the model.
+        tokenizer: the model's.
+        model_config: the decoder's config, its positions stretched.
+        config: the MoBA settings.
+        attention: what the model attends with; `use` changes it.
+        dtype, device: of the weights.
+        yarn: how often positions are stretched.
     """
 
-    model: Any
+    name: str | None
     tokenizer: Any
-    config: MoBAConfig | None
+    model_config: Any
+    config: MoBAConfig
+    attention: Attention
+    dtype: torch.dtype
+    device: torch.device
     yarn: float | None = None
 
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens that the model can read, if its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    @cached_property
+    def model(self) -> Any:
+        """The model.
+
+        Raises:
+            ValueError: if it is not a causal language model or does not fit the settings.
+        """
+        from moba.hf import register_moba, set_moba_config
+        from moba.models import EMBEDDED, load_model
+
+        say(f"loading {self.name or EMBEDDED} …")
+        register_moba(None)
+        loaded, _ = load_model(self.name, dtype=self.dtype)
+        set_moba_config(loaded, self.config)
+        stretch_positions(loaded, factor=self.yarn, scaling="yarn")
+        loaded.to(self.device)
+        loaded.set_attn_implementation(self.attention.value)
+        return loaded
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return self.model.config.get_text_config().num_hidden_layers
+        return self.model_config.num_hidden_layers
 
     def use(self, attention: Attention) -> None:
         """Switch the model's attention."""
@@ -74,10 +99,10 @@ class Session:
 
     def require_context(self, length: int, asked: str) -> None:
         """Raise a ValueError, which begins with what was `asked`, if the model cannot read `length` tokens."""
-        limit = self.context_length
+        limit = getattr(self.model_config, "max_position_embeddings", None)
         if limit is None or length <= limit:
             return
-        can = self.yarn is not None or can_stretch(self.model)
+        can = self.yarn is not None or can_stretch(self.model_config)
         advice = f"; --yarn {math.ceil(length / limit * (self.yarn or 1))} stretches it far enough" if can else ""
         raise ValueError(f"{asked}, but the model's context is {limit:,} tokens{advice}")
 
@@ -85,33 +110,25 @@ class Session:
 def open_session(
     model: str | None, choice: Choice, attention: Attention, dtype: Dtype, device: str, yarn: float | None = None
 ) -> Session:
-    """Load a model with the given attention, its positions stretched `yarn` times.
+    """A session with a model, its positions stretched `yarn` times; the weights are not loaded yet.
 
     Raises:
-        ValueError: if it is not a causal language model or does not fit the settings.
+        ValueError: if there is no such model or it does not fit the settings.
         ModuleNotFoundError: if a package is missing.
         OSError: if files cannot be read.
     """
     where = choose_device(device)
     quieten()
-    from moba.hf import register_moba, set_moba_config
-    from moba.models import load_model
+    from moba.models import EMBEDDED, load_config, load_tokenizer
 
-    narrow = torch.float32 if where.type == "cpu" else torch.bfloat16
-    name = model or "SmolLM2-135M-Instruct"
-    say(f"loading {name} …")
-    # Reading GGUF draws a progress bar of its own that cannot be turned off.
-    with redirect_stderr(io.StringIO()):
-        register_moba(None)
-        loaded, tokenizer = load_model(model, dtype=DTYPES.get(dtype, narrow))
-        set_moba_config(loaded, choice.config)
-        stretch_positions(loaded, factor=yarn, scaling="yarn")
-        loaded.to(where)
-    session = Session(loaded, tokenizer, choice.config, yarn)
-    session.use(attention)
-    precision = str(loaded.dtype).removeprefix("torch.")
+    precision = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else torch.bfloat16)
+    name = model or EMBEDDED
+    config = load_config(model).get_text_config(decoder=True)
+    stretch_config(config, factor=yarn, scaling="yarn")
+    session = Session(model, load_tokenizer(model), config, choice.config, attention, precision, where, yarn)
     stretched = f" · positions stretched {yarn:g} times" if yarn else ""
-    say(f"{name} · {precision} on {where} · {describe(choice.config, attention)}{stretched}")
+    dtype_name = str(precision).removeprefix("torch.")
+    say(f"{name} · {dtype_name} on {where} · {describe(choice.config, attention)}{stretched}")
     if choice.kept_by_default and attention is not Attention.sdpa:
         say(
             "This model was not trained with MoBA, so its first block, where untrained attention rests, is always "

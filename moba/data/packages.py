@@ -77,8 +77,9 @@ def fetch(source: Source, work: Path) -> Path:
         archives = [path for path in work.iterdir() if path.is_file()]
         if done.returncode == 0 and archives:
             return archives[0]
-        errors = [line for line in done.stderr.splitlines() if line.startswith(("E:", "ERROR:"))]
-        reason = errors[-1] if errors else f"exit code {done.returncode}"
+        said = done.stderr.splitlines()
+        errors = [line for line in said if line.startswith(("E:", "ERROR:"))]
+        reason = (errors or said or [f"exit code {done.returncode}"])[-1]
     raise ValueError(f"{source.name} cannot be downloaded: {reason}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +36,7 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
             for _, config in recipe.schedule.stages:
                 if config is not None:
                     config.check_layers(known)
-        # Reading GGUF draws a progress bar of its own that cannot be turned off.
-        with redirect_stderr(io.StringIO()):
-            model, tokenizer = load_model(_source(part.base))
+        model, tokenizer = load_model(_source(part.base))
         if part.base == EMBEDDED or part.base.endswith(".gguf") or adapters.adapter_file(part.base) is not None:
             model = _plain(model)
     length = recipe.data.span or recipe.data.context
