@@ -6,14 +6,20 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import make_qkv
 
 from moba import moba_attention
+from moba.backends import pytorch
+from moba.bench import decode_report, report
+from moba.bench.attention import run_case
 from moba.bench.cases import Case, length_name
 from moba.bench.check import check
+from moba.bench.report import rows, to_markdown
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_operations_are_counted():
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     options = shlex.split("--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32 --reference")
     command = [sys.executable, "-m", "moba", "bench", "attention", *options, "--out", str(tmp_path / "result")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "result.json").read_text())
@@ -74,6 +80,47 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     assert record["reference"]["forward_ms"] > 0
     assert "| 512, 2 heads" in (tmp_path / "result.md").read_text()
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def record(backend, topk):
+    case = Case(256, 2, 1, 16, 32, topk, torch.float32, backward=False, dense=False)
+    return run_case(case, torch.device("cpu"), backend, 1, False, {})["moba"]
+
+
+def test_routing_is_measured_where_there_is_some(monkeypatch):
+    route, calls = pytorch.route, []
+
+    def slow(*args, **options):
+        calls.append(args)
+        time.sleep(0.05)
+        return route(*args, **options)
+
+    monkeypatch.setattr(pytorch, "route", slow)
+    assert 50 <= record("pytorch", 3)["routing_ms"] < record("pytorch", 3)["forward_ms"] + 50
+    assert calls
+    assert record("pytorch", 8)["routing_ms"] >= 50, "a named backend routes in any case"
+    dense = record("auto", 8)
+    assert "routing_ms" not in dense, "dense attention serves"
+    assert "256" in to_markdown({}, [{"case": "256", "moba_flops": 1.0, "moba": dense}], rows)
+
+
+@pytest.mark.parametrize("lengths", [(128,), (1024,), (131072,), (512, 1024, 2048)])
+@pytest.mark.parametrize("kind", ["attention", "decode"])
+def test_the_legend_hides_no_point(tmp_path, monkeypatch, kind, lengths):
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 16, "block_size": 32, "topk": 3, "dtype": "float32", "batch": 1}
+    times = {"moba_ms": 1.0, "moba": {"forward_ms": 1.0}, "dense": {"forward_ms": 40.0}, "dense_bound_ms": 0.1}
+    times |= {"dense_ms": {"dense": 40.0}, "dense_failed": {}}
+    records = [{**shape, **times, "tokens": length} for length in lengths]
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    {"attention": report.plot, "decode": decode_report.plot}[kind]({"device": "here"}, records, tmp_path / "x.png")
+    monkeypatch.undo()
+    for axes in drawn[0].axes:
+        legend = axes.get_legend().get_window_extent()
+        points = [axes.transData.transform(point) for line in axes.lines for point in line.get_xydata()]
+        assert points
+        assert not any(legend.contains(*point) for point in points)
+    plt.close(drawn[0])
 
 
 @pytest.mark.parametrize("name", ["attention", "decode", "parallel"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moba import backends
 from moba.attention import moba_attention
 from moba.bench import machine
 from moba.bench.cases import Case, cpu_suite, cuda_suite, fixed_blocks_suite
@@ -27,12 +27,15 @@ from moba.bench.options import (
     HeadDimOption,
     HeadsOption,
     KvHeadsOption,
+    OutOption,
     RepeatsOption,
     TokensOption,
     TopkOption,
     dtype_of,
 )
 from moba.bench.report import plot, require_writable, table, write
+from moba.layout import Sequences
+from moba.routing import Selection
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Operations of a forward that take seconds: from there on one run is measured, not the median of several.
@@ -61,7 +64,7 @@ def attention(
         bool, typer.Option("--flex", help="Also FlexAttention with the same routing, up to 32K tokens.")
     ] = False,
     repeats: RepeatsOption = 3,
-    out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
+    out: OutOption = None,
 ) -> None:
     """Time MoBA's forward, backward and routing, and its memory, beside dense attention.
 
@@ -136,7 +139,9 @@ def run_case(
 
     runs = repeats if case.moba_flops < LONG[device.type] else 1
     record["moba"] = _measure(moba, q, k, v, d_out, runs, case.backward)
-    record["moba"]["routing_ms"] = max(0.0, record["moba"]["forward_ms"] - _replay_ms(moba, q, k, v, runs))
+    is_dense = backend == "auto" and case.topk * case.block_size >= case.tokens
+    if not is_dense:  # dense attention, where it is the same function, routes nothing
+        record["moba"]["routing_ms"] = _routing_ms(case, backend, q, k, runs)
     if flex and case.tokens <= 32768 and device.type == "cuda":
         from moba.bench.flex import flex_attention_of
 
@@ -169,11 +174,13 @@ def _gate(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, moba: Call
     return check(q, k, v, out, routing, case.topk, d_out, d_q)
 
 
-def _replay_ms(moba: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, repeats: int) -> float:
-    """The forward's time over a routing that is given: what routing costs is the difference."""
+def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) -> float:
+    """The time of choosing the blocks, alone."""
+    route = backends.resolve(backend, q, k).route
+    sequences = Sequences(1, case.tokens, case.tokens)
+    selection = Selection.of(sequences.fitting_block_size(case.block_size), case.topk, 0, 0, "mean")
     with torch.no_grad():
-        routing = moba(q, k, v, return_routing=True)[1]
-        return measure(lambda: moba(q, k, v, routing=routing), q.device, warmups=1, repeats=repeats).ms
+        return measure(lambda: route(q, k, sequences, selection), q.device, warmups=1, repeats=repeats).ms
 
 
 def _measure(

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from moba.bench.options import (
     DtypeOption,
     HeadDimOption,
     HeadsOption,
+    OutOption,
     RepeatsOption,
     TokensOption,
     TopkOption,
@@ -62,7 +62,7 @@ def decode(
     dtype: DtypeOption = "bf16",
     flex: Annotated[bool, typer.Option("--flex", help="Also FlexAttention, which compiles for a while.")] = False,
     repeats: RepeatsOption = 5,
-    out: Annotated[Path | None, typer.Option(help="Write PREFIX.json, PREFIX.md and PREFIX.png.")] = None,
+    out: OutOption = None,
 ) -> None:
     """Time one step of decoding, and count the bytes it reads, beside dense attention over the same cache.
 

@@ -75,7 +75,7 @@ def plot(header: dict[str, str], records: Records, path: Path) -> None:
         axes.set_xticks(ticks, [length_name(n) for n in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: no point lies under it
     figure.suptitle(header["device"])
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,6 +18,10 @@ BlockSizeOption = Annotated[int, typer.Option(help="Block size of the one case."
 TopkOption = Annotated[int, typer.Option(help="Top-k of the one case, the own block included.", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the one case.")]
 BackendOption = Annotated[str, typer.Option(help="Backend to measure.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "--output", "-o", metavar="PREFIX", help="Write PREFIX.json, PREFIX.md and PREFIX.png."),
+]
 RepeatsOption = Annotated[int, typer.Option(help="Measured runs of each, of which the median is taken.", min=1)]
 
 

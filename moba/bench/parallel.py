@@ -66,7 +66,12 @@ def parallel(
     dtype: DtypeOption = "bf16",
     clustered: Annotated[bool, typer.Option(help="Routings that touch few blocks, for the one case.")] = False,
     repeats: RepeatsOption = 3,
-    out: Annotated[Path | None, typer.Option(help="Write PREFIX.json and PREFIX.md, after every case.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--output", "-o", metavar="PREFIX", help="Write PREFIX.json and PREFIX.md, after every case."
+        ),
+    ] = None,
 ) -> None:
     """Time a forward, and one with its backward, over all ranks and on one, and count the bytes that travel.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moba.checks import require_packages
 from moba.files import write_json
 
 Records = list[dict[str, Any]]
@@ -22,7 +23,7 @@ BASELINES = {"dense": "dense", "dense_fa2": "dense FA2", "dense_cudnn": "dense c
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells: MoBA's times, then each baseline's with how many times longer it takes."""
     present = [name for name in BASELINES if any(name in record for record in records)]
-    titles = ["case", "MoBA fwd ms", "of that routing", "fwd+bwd ms", "TFLOP/s", "peak MiB"]
+    titles = ["case", "MoBA fwd ms", "routing alone ms", "fwd+bwd ms", "TFLOP/s", "peak MiB"]
     titles += [f"{BASELINES[name]} {what}" for name in present for what in ("fwd ms (×)", "fwd+bwd ms (×)")]
     cells = []
     for record in records:
@@ -30,7 +31,7 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
             cells.append([record["case"], f"failed: {problem}", *[""] * (len(titles) - 2)])
             continue
         moba = record["moba"]
-        line = [record["case"], _ms(moba["forward_ms"]), _ms(moba["routing_ms"]), _ms(moba.get("train_ms"))]
+        line = [record["case"], _ms(moba["forward_ms"]), _ms(moba.get("routing_ms")), _ms(moba.get("train_ms"))]
         line += [f"{record['moba_flops'] / moba['forward_ms'] / 1e9:.3g}", _mib(moba["forward_peak_bytes"])]
         for name in present:
             baseline = record.get(name, {})
@@ -52,11 +53,13 @@ def table(records: Records, rows: Rows = rows) -> Table:
 
 
 def require_writable(out: Path) -> None:
-    """Make OUT's folder, and check that OUT.json and OUT.md can be written.
+    """Make OUT's folder, and check that OUT.json, OUT.md and OUT.png can be written.
 
     Raises:
+        ModuleNotFoundError: without matplotlib.
         ValueError, OSError: if they cannot.
     """
+    require_packages("matplotlib")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in (out.with_suffix(".json"), out.with_suffix(".md")):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -112,7 +115,7 @@ def plot(header: dict[str, str], records: Records, path: Path) -> None:
         axes.set_xticks(ticks, [length_name(n) for n in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: no point lies under it
     figure.suptitle(header["device"])
     figure.savefig(path, dpi=110)
     plt.close(figure)
