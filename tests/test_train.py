@@ -132,7 +132,7 @@ def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
     command = [sys.executable, "-m", "moba", "train", str(file), "-s", "attention.schedule=activation"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment, timeout=900)
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
     killing = [
         sys.executable,
         "-c",
@@ -141,7 +141,7 @@ def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
         "attention.schedule=activation",
         f"out={json.dumps(str(killed))}",
     ]
-    result = subprocess.run(killing, capture_output=True, text=True, env=environment, timeout=900)
+    result = subprocess.run(killing, capture_output=True, text=True, env=environment)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "model").exists(), "it was killed before the end"
     resumed = subprocess.run(
@@ -374,7 +374,28 @@ def test_a_base_that_another_recipe_makes(moba, tmp_path, monkeypatch, recipe, f
         assert err.endswith(f" yet: `moba train recipes/{first}.toml` makes it\n")
     base = read_recipe(f"recipes/{recipe}.toml").model.base
     Path(base).mkdir(parents=True)
-    assert "there is no folder data/needle" in moba("train", f"recipes/{recipe}.toml", "--dry-run")[2]
+    said = "there is no folder data/needle yet: `moba data data/needle --retrieval data/permissive` makes it"
+    assert said in moba("train", f"recipes/{recipe}.toml", "--dry-run")[2]
+
+
+def test_a_recipes_data_is_made_by_the_command_that_its_error_names(moba, tmp_path, monkeypatch):
+    root = Path(__file__).parent.parent
+    for name in ("recipes", "docs", "README.md"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = moba("train", "recipes/toy.toml")
+    assert (code, out) == (2, "")
+    command = re.fullmatch("moba: error: data.folder: there is no folder data/toy yet: `moba (.+)` makes it\n", err)[1]
+    assert f"`moba {command}`" in (root / "README.md").read_text()
+    assert moba(*command.split())[0] == 0
+    assert moba("train", "recipes/toy.toml", "--dry-run")[0] == 0
+    assert "there is no folder elsewhere: make it with" in moba("train", "recipes/toy.toml", "--data", "elsewhere")[2]
+
+
+def test_every_recipe_names_the_command_that_makes_its_data():
+    for file in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml")):
+        data = read_recipe(file).data
+        assert data.made_by.startswith(f"moba data {data.folder} ")
 
 
 def test_paths_may_hold_quotes(moba, file, tmp_path):

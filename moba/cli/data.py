@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moba.checks import require_packages
+from moba.cli.options import OUT
 from moba.config import require_folder
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 def data(
     out: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where shards and manifest go.")] = None,
+    named: Annotated[Path | None, typer.Option(*OUT, metavar="FOLDER", help="Another way to say FOLDER.")] = None,
     texts: Annotated[
         list[Path] | None,
         typer.Option(
@@ -86,8 +89,12 @@ def data(
     if list_sources:
         _list()
         return
+    if out is not None and named is not None:
+        raise ValueError(f"FOLDER and --out say the same: got {out} and {named}")
+    out = out or named
     if out is None:
         raise ValueError("name the folder to write to, as in: moba data data/mine --from texts/")
+    require_packages("transformers")
     require_folder("out", out)
 
     from moba.cli.session import messages, quieten, say

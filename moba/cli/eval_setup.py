@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moba.checks import require_packages
 from moba.cli import options
 from moba.cli.options import Attention, Choice, Dtype
 from moba.config import MoBAConfig, require_folder
@@ -119,7 +120,7 @@ class Setup:
     chunk_tokens: int | None
 
     def open(self, length: int) -> Session:
-        """Load the model, for texts of `length` tokens.
+        """The session with the model, for texts of `length` tokens.
 
         Raises:
             ValueError: if its context cannot hold them.
@@ -147,7 +148,7 @@ class Setup:
         """What changes all records: what differs only by rounding may change between the runs of one evaluation."""
         given = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         stretched = {} if self.yarn is None else {"yarn": self.yarn}
-        return {"model": self.model, **stretched, "dtype": str(session.model.dtype), **given}
+        return {"model": self.model, **stretched, "dtype": str(session.dtype), **given}
 
     @property
     def model_name(self) -> str:
@@ -166,8 +167,7 @@ def _setup(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
-            "-o",
+            *options.OUT,
             metavar="DIR",
             help="Folder to write into.",
             show_default="moba-eval/NAME",
@@ -204,6 +204,7 @@ def _setup(
     ] = None,
 ) -> Setup:
     """The options that every evaluation has."""
+    require_packages("transformers", "matplotlib")
     require_folder("out", out or FOLDER)
     choice = options.choose_config(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
@@ -317,7 +318,7 @@ def run_cells(
     from moba.evals.records import open_records, record_of
 
     wanted = [{"attention": attention, **cell} for attention in attentions for cell in cells]
-    made_on = {**describe(session.model.device), "dtype": str(session.model.dtype)}
+    made_on = {**describe(session.device), "dtype": str(session.dtype)}
     with open_records(folder(setup, name) / f"{name}.jsonl", settings, made_on) as lines:
         num_done = sum(record_of(lines, cell) is not None for cell in wanted)
         if num_done:

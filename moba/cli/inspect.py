@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moba.checks import require_packages
 from moba.cli import options
 from moba.cli.options import Attention
 from moba.config import require_folder
@@ -28,7 +29,7 @@ def inspect(
     full_layers: options.FullLayersOption = None,
     router: options.RouterOption = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write into.", rich_help_panel="Output")
+        Path, typer.Option(*options.OUT, metavar="DIR", help="Folder to write into.", rich_help_panel="Output")
     ] = Path("moba-inspect"),
 ) -> None:
     """Read a prompt with MoBA and draw, for every layer and head, which blocks each query attends to.
@@ -42,6 +43,7 @@ def inspect(
         model, backend, full_layers, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
         router=router,
     )  # fmt: skip
+    require_packages("matplotlib")
     require_folder("out", out)
     text = options.read_prompt(prompt, prompt_file)
     out.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,9 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+# What every command calls where it writes to.
+OUT = ("--out", "--output", "-o")
+
 _SELECTION = "Which blocks a query attends to"
 _MODEL = "Model"
 _PROMPT = "Prompt"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moba.cli.options import Attention
+from moba.checks import require_packages
+from moba.cli.options import OUT, Attention
 from moba.cli.session import choose_device, describe, messages, quieten, say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ DataOption = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="Shards of `moba data`; the recipe's data.folder.")
 ]
 OutOption = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="Checkpoints, logs and the model; the recipe's out.")
+    str | None, typer.Option(*OUT, metavar="FOLDER", help="Checkpoints, logs and the model; the recipe's out.")
 ]
 ContextOption = Annotated[
     int | None,
@@ -55,6 +56,7 @@ def train(
 
     The same command goes on from the newest checkpoint in its folder, with the losses an uninterrupted run would have.
     """
+    require_packages("transformers", "accelerate")
     from moba.train.recipe import read_recipe
 
     # A path as JSON writes it is a TOML string, whatever is in it.
@@ -62,7 +64,10 @@ def train(
     changes = [*change, *(f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path)]
     changes += [f"training.context_parallel={context_parallel}"] if context_parallel is not None else []
     settings = read_recipe(recipe, changes)
+    if settings.lora is not None:
+        require_packages("peft")
     _require_base(settings, recipe)
+    _require_data(settings)
     quieten()
     if dry_run:
         _dry_run(settings)
@@ -95,6 +100,17 @@ def _require_base(recipe: Recipe, file: Path) -> None:
             continue
         if Path(out).expanduser() in base.parents:
             raise ValueError(f"model.base: there is no {base} yet: `moba train {other}` makes it")
+
+
+def _require_data(recipe: Recipe) -> None:
+    """Refuse a data folder that is not there yet, if the recipe says which command makes it.
+
+    Raises:
+        ValueError: naming that command.
+    """
+    folder, command = recipe.data.folder, recipe.data.made_by
+    if command is not None and folder in command.split() and not Path(folder).expanduser().exists():
+        raise ValueError(f"data.folder: there is no folder {folder} yet: `{command}` makes it")
 
 
 def _dry_run(recipe: Recipe) -> None:

@@ -40,6 +40,7 @@ class DataPart:
         held_out_rows: rows of each source's held-out documents that an evaluation reads.
         span: spread each sequence's positions over up to so many, by skips at random places, so that rows of `context`
             tokens teach the positions of texts of `span` tokens; None: positions count tokens. Evaluations do not skip.
+        made_by: the command that makes the folder, for whoever does not have it.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class DataPart:
     whole_rows: bool = False
     held_out_rows: int = 32
     span: int | None = None
+    made_by: str | None = None
 
     def __post_init__(self) -> None:
         require_int("data.context", self.context, 2)
@@ -376,7 +378,7 @@ def same_run(recipe: Recipe, saved: dict[str, Any]) -> None:
     differences = []
     for part in ("data", "model", "attention", "training", "lora"):
         new, old = now[part] or {}, then[part] or {}
-        for key in sorted({*new, *old} - free - {"held_out_rows", "folder"}):
+        for key in sorted({*new, *old} - free - {"held_out_rows", "folder", "made_by"}):
             if new.get(key) != old.get(key):
                 differences.append(f"{part}.{key} was {old.get(key)!r} and is {new.get(key)!r}")
     if differences:
