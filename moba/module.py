@@ -33,6 +33,17 @@ class MoBAttention(nn.Module):
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
 
+    Example: read a prompt, then go on token by token.
+
+        >>> import torch
+        >>> from moba import MoBAConfig, MoBAttention
+        >>> attention = MoBAttention(64, num_heads=4, num_kv_heads=2, config=MoBAConfig(16, topk=4, decode="moba"))
+        >>> prompt = torch.randn(1, 200, 64)
+        >>> out, past = attention(prompt, return_past=True)
+        >>> step, past = attention(torch.randn(1, 1, 64), past=past, return_past=True)
+        >>> out.shape, step.shape, past[0].shape
+        (torch.Size([1, 200, 64]), torch.Size([1, 1, 64]), torch.Size([1, 201, 2, 16]))
+
     Source: MoBA (arXiv 2502.13189), sections 2 and 3.2 (hybrids of full attention and MoBA).
     """
 

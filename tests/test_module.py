@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 from helpers import assert_close
 from tiny_models import random_tokens, tiny_model
 
-from moba import MoBAConfig, MoBAttention, moba_attention, register_moba
+from moba import MoBAConfig, MoBAttention, moba_attention, module, register_moba
 
 CONFIG = MoBAConfig(block_size=8, topk=3, decode="moba", backend="pytorch")
 
@@ -15,6 +17,10 @@ CONFIG = MoBAConfig(block_size=8, topk=3, decode="moba", backend="pytorch")
 def layer(**changes):
     torch.manual_seed(0)
     return MoBAttention(**{"hidden_size": 48, "num_heads": 6, "num_kv_heads": 2, "config": CONFIG, **changes})
+
+
+def test_the_example_in_the_documentation():
+    assert doctest.testmod(module) == (0, 7)
 
 
 def test_is_the_attention_of_a_llama_layer():
