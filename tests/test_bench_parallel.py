@@ -18,7 +18,7 @@ SMALL = ["--tokens", "512", "--heads", "2", "--head-dim", "16", "--block-size", 
 def launched(out, *options):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "moba", "bench", "parallel", *SMALL, *options, "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
@@ -76,7 +76,7 @@ def test_a_rank_that_measures_alone_is_waited_for_as_long_as_it_lives(tmp_path, 
     command = [sys.executable, "-c", ALONE, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([*command, str(rank), what], **pipes) for rank in (0, 1)]
-    said = [rank.communicate(timeout=900) for rank in ranks]
+    said = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == codes, said
     assert [out for out, _ in said] == ["measured\n" if what == "take long" else ""] * 2
 

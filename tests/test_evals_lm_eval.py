@@ -67,7 +67,7 @@ def test_lm_eval_scores_a_tiny_model_with_moba(tmp_path):
                 "--tasks", "toy", "--include_path", tmp_path, "--device", "cpu", "--batch_size", "2",
                 "--output_path", tmp_path / attention, "--log_samples",
             ],
-            check=True, timeout=900, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         (samples,) = (tmp_path / attention).rglob("samples_toy*.jsonl")
         scores[attention] = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]

@@ -16,7 +16,7 @@ EXAMPLE = str(Path(__file__).parent.parent / "examples" / "context_parallel.py")
 def launched(*arguments):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, EXAMPLE, *arguments], capture_output=True, text=True, timeout=900, env=environment)
+    return subprocess.run([*launch, EXAMPLE, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(

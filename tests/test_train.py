@@ -144,9 +144,7 @@ def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
     result = subprocess.run(killing, capture_output=True, text=True, env=environment)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "model").exists(), "it was killed before the end"
-    resumed = subprocess.run(
-        [*command, "--out", str(killed)], capture_output=True, text=True, env=environment, timeout=900
-    )
+    resumed = subprocess.run([*command, "--out", str(killed)], capture_output=True, text=True, env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from" in resumed.stderr
     assert len(log_of(whole, "loss")) == 24

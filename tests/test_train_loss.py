@@ -130,5 +130,5 @@ for got, wanted in zip(*gradients):
 torch.testing.assert_close(_liger(hidden, weight, labels), linear_cross_entropy(hidden, weight, labels))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
