@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moba import backends
-from moba.attention import moba_attention
+from moba.attention import moba_attention, moba_attention_varlen
 from moba.bench.machine import cpu_name
 from moba.routing import Routing
 
@@ -98,6 +98,7 @@ class Case:
     block_size: int
     topk: int
     keep_first: int = 0
+    packed: bool = False
 
 
 CASES = (
@@ -105,6 +106,8 @@ CASES = (
     Case("first block kept", 257, 257, 9, 3, 64, 32, 3, keep_first=1),
     Case("chunk of a prefill", 70, 300, 4, 1, 128, 64, 2),
     Case("one token", 1, 300, 4, 2, 80, 16, 4),
+    Case("short last block", 224, 224, 2, 1, 64, 96, 3),
+    Case("one packed sequence", 300, 300, 2, 2, 64, 128, 2, packed=True),
 )
 
 
@@ -162,7 +165,7 @@ def selftest() -> Iterator[Check]:
 def _check(case: Case, backend: str, device: str, dtype: torch.dtype) -> Check:
     inputs = [x.to(dtype) for x in _normal(case)]
     call = partial(
-        moba_attention,
+        _one_packed_sequence if case.packed else moba_attention,
         block_size=case.block_size,
         topk=case.topk,
         keep_first=case.keep_first,
@@ -188,6 +191,15 @@ def _check(case: Case, backend: str, device: str, dtype: torch.dtype) -> Check:
         grad_error=max(grad_errors),
         bound=_SPACINGS[dtype] * torch.finfo(dtype).eps,
     )
+
+
+def _one_packed_sequence(q: Tensor, k: Tensor, v: Tensor, routing: Routing | None = None, **options: Any) -> Any:
+    """`moba_attention` of one row, as a packed sequence."""
+    cu = torch.tensor([0, q.shape[1]], dtype=torch.int32, device=q.device)
+    if routing is not None:
+        options["routing"] = Routing(routing.indices[0], routing.block_size)
+    out, chosen = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu, **options)
+    return out[None], Routing(chosen.indices[None], chosen.block_size)
 
 
 def _normal(case: Case) -> list[Tensor]:
