@@ -205,10 +205,12 @@ class BlockMeans:
     Attributes:
         means: [B, G, N, D], room for as many blocks as there is room for keys; None before the first use.
         phase: what the cache's user is doing.
+        is_static: whether the means stay where they are, as a static cache's keys do.
     """
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Phase, *, is_static: bool = False) -> None:
         self.phase = phase
+        self.is_static = is_static
         self.means: Tensor | None = None
         self._block_size = 0
         self._key_start: Tensor | None = None
@@ -278,6 +280,9 @@ class BlockMeans:
         if means is None or means.shape != shape or means.dtype != k.dtype or means.device != k.device:
             with torch.inference_mode(False):
                 self.means = torch.empty(shape, dtype=k.dtype, device=k.device)
+            if self.is_static and not torch.compiler.is_compiling():
+                # As transformers marks static keys: torch.compile records no CUDA graph that writes to other inputs.
+                torch._dynamo.mark_static_address(self.means)
             if means is not None and means.shape[:2] == shape[:2]:
                 num_kept = min(means.shape[2], shape[2])
                 self.means[:, :, :num_kept] = means[:, :, :num_kept]

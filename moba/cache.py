@@ -167,7 +167,7 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
 
     def __init__(self, phase: Phase, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.block_means = BlockMeans(phase)
+        self.block_means = BlockMeans(phase, is_static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the room."""

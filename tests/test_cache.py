@@ -423,6 +423,14 @@ def test_a_static_cache_does_not_break_the_graph(llama, monkeypatch):
     assert_close(actual, read(llama, tokens, cache, [30] + [1] * 15)[:, 30:], CLOSE)
 
 
+def test_means_of_a_static_cache_may_be_written_in_a_cuda_graph(llama):
+    """As transformers' static keys may: torch.compile takes no graph that writes to inputs at other addresses."""
+    cache = MoBACache(llama.config, max_cache_len=64)
+    read(llama, random_tokens(2, PROMPT), cache)
+    layer = cache.layers[0]
+    assert layer.block_means.means._dynamo_static_input_type == layer.keys._dynamo_static_input_type
+
+
 def test_refusals(llama, tmp_path):
     with pytest.raises(ValueError, match="config must be a transformers model's config, got LlamaForCausalLM"):
         MoBACache(llama)
