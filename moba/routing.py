@@ -19,7 +19,7 @@ from moba.config import Router
 from moba.layout import Sequences, Span
 from moba.numerics import accumulation_dtype as accumulation_dtype
 from moba.numerics import full_fp32_matmul as full_fp32_matmul
-from moba.routers import ScoreFunction, TopP, score_function
+from moba.routers import ScoreFunction, TopP, score_function, shared_scores
 from moba.routers import mean_key_scores as mean_key_scores
 
 P = ParamSpec("P")
@@ -61,8 +61,21 @@ class Selection:
         """The part of the mass that is enough, where the rule has a budget."""
         return self.score.p if isinstance(self.score, TopP) else None
 
-    def scores(self, q: Tensor, means: Tensor) -> Tensor:
+    @property
+    def ranks_by_means(self) -> bool:
+        """Whether the rule depends on a block through its mean alone, as those of this package do."""
+        rule = self.score.score if isinstance(self.score, TopP) else self.score
+        return rule in (mean_key_scores, shared_scores)
+
+    def first_of_equals(self, means: Tensor) -> Tensor | None:
+        """For `scores`: the function of this name, or None where blocks of equal means may rank differently."""
+        return first_of_equals(means) if self.ranks_by_means else None
+
+    def scores(self, q: Tensor, means: Tensor, first: Tensor | None = None) -> Tensor:
         """`score` of query rows [rows, H, D] against block means [N, G, D]: floating [rows, H, N].
+
+        Args:
+            first: `first_of_equals` of these means and perhaps more.
 
         Raises:
             ValueError: if a user's function returns anything else.
@@ -72,7 +85,7 @@ class Selection:
         expected = (*q.shape[:2], means.shape[0])
         if not isinstance(scores, Tensor) or tuple(scores.shape) != expected or not scores.is_floating_point():
             raise ValueError(f"router must return floating scores [rows, H, N] = {expected}, got {describe(scores)}")
-        return scores
+        return scores if first is None else equal_scores(scores, first[: means.shape[0]])
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,38 @@ def _sum_by_halves(x: Tensor) -> Tensor:
     return total[..., 0, :, :]
 
 
+def first_of_equals(means: Tensor, pick: Callable[[Tensor], Tensor] = lambda means: means) -> Tensor | None:
+    """For each block the first one with the same mean, bit for bit: int64 [..., N, G]; None if no two are the same.
+
+    A CPU's matrix product may round equal columns to different numbers, by their place. On a GPU it does not, and
+    None is returned at once.
+
+    Args:
+        means: [..., N, G, D], or what `pick` takes these out of once the last dimension is cut.
+    """
+    if means.device.type != "cpu":
+        return None
+    # Almost always the first eight bytes say that all differ.
+    width = 8 // means.element_size()
+    beginning = pick(means[..., :width])
+    keys = F.pad(beginning, (0, width - beginning.shape[-1])).contiguous().view(torch.int64)[..., 0]
+    if not bool((keys.sort(dim=-2).values.diff(dim=-2) == 0).any()):
+        return None
+    bits = pick(means).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[means.element_size()])
+    first = keys.new_empty(keys.shape).movedim(-2, 0).flatten(1)
+    for column, of_head in enumerate(bits.movedim(-3, 0).flatten(1, -2).unbind(1)):
+        group = torch.unique(of_head, dim=0, return_inverse=True)[1]
+        in_order, block = group.sort(stable=True)
+        first[:, column] = block[F.pad(in_order.diff() != 0, (1, 0), value=True)][group]
+    return first.unflatten(1, (*keys.shape[:-2], keys.shape[-1])).movedim(0, -2)
+
+
+def equal_scores(scores: Tensor, first: Tensor) -> Tensor:
+    """Scores [..., rows, H, N] where blocks of equal means have that of their `first` [..., N, G]."""
+    of_heads = first.mT.repeat_interleave(scores.shape[-2] // first.shape[-1], dim=-2).unsqueeze(-3)
+    return scores.gather(-1, of_heads.expand(scores.shape))
+
+
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """Keep a function that loops over data out of torch.compile's graphs: `torch.compiler.disable`, but that imports
     the whole compiler, here only if something is being compiled.
@@ -301,13 +346,14 @@ def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Te
         return kept_indices(positions, selection)[:, None].expand(-1, num_heads, -1)
     indices = q.new_full((num_queries, num_heads, selection.topk), -1, dtype=torch.int32)
     own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
+    first = selection.first_of_equals(means)
     start = 0
     while start < num_queries:
         num_candidates = means.shape[0]
         rows = max(1, _SCORES_PER_CHUNK // max(1, num_heads * num_candidates))
         stop = min(num_queries, start + rows)
         num_candidates = (span.offset + stop - 1) // selection.block_size
-        scores = selection.scores(q[start:stop], means[:num_candidates])
+        scores = selection.scores(q[start:stop], means[:num_candidates], first)
         chosen = select_blocks(scores, own[start:stop], selection)
         indices[start:stop, :, : chosen.shape[-1]] = chosen
         start = stop

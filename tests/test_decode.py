@@ -350,6 +350,7 @@ def test_nothing_grows_with_the_context(kind, dtype, monkeypatch):
         q, k, v = make_qkv(1, 1, num_keys, 2, 1, 32, dtype=dtype)
         means, options = means_of(k, "pytorch", 64), {"block_size": 64, "topk": 3, "backend": "pytorch"}
         pages = Pages(k, v, [num_keys], 64, 64)
+        pages.append(num_keys, "pytorch")
         bounds = {"key_start": int32([64], "cpu")} if kind == "padded" else {}
         with LargestNewTensor() as made:
             if kind == "paged":

@@ -12,6 +12,7 @@ from oracle import attend_batch, attend_sequence
 
 from moba import Routing, moba_attention, moba_attention_varlen
 from moba.backends import load, reference
+from moba.routing import block_means
 
 BOTH = {"return_lse": True, "return_routing": True}
 
@@ -102,12 +103,30 @@ def test_causal(backend, device):
 
 
 def test_ties_go_to_the_lower_block(backend, device):
-    # Exact: a matrix product may round equal columns to different numbers.
     q, k, v = make_qkv(1, 64, 64, 2, 1, 16, device=device, exact_for=8)
     k = torch.ones_like(k)
     _, routing = moba_attention(q, k, v, block_size=8, topk=3, backend=backend, return_routing=True)
     assert routing.indices[0, 63].tolist() == [[0, 1, 7]] * 2
     assert routing.indices[0, 12].tolist() == [[0, 1, -1]] * 2
+
+
+# A matrix product may round equal columns to different numbers: MKL does for one row, and by its width for several.
+@pytest.mark.parametrize("router", ["mean", "top_p=0.999"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2)])
+def test_equal_means_tie(backend, device, dtype, heads, kv_heads, router):
+    needs_dtype(backend, dtype)
+    k = torch.randn(2, 3, kv_heads, 40, dtype=dtype, device=device)[:, torch.arange(31) // 2 % 3]
+    q = torch.randn(2, 31, heads, 40, dtype=dtype, device=device)
+    options = {"block_size": 2, "topk": 4, "router": router, "backend": backend, "return_routing": True}
+    by_prefill = moba_attention(q, k, k, **options)[1].indices
+    for means in (None, block_means(k, 2)):
+        by_step = moba_attention(q[:, -1:], k, k, **options, block_means=means)[1].indices
+        assert torch.equal(by_step, by_prefill[:, -1:])
+    for blocks in by_prefill.flatten(0, 2).tolist():
+        past = set(blocks) - {max(blocks), -1}
+        # Of three kinds of blocks in turn, a later one of a kind is taken after all earlier ones only.
+        assert all(block - 3 in past for block in past if block >= 3)
 
 
 @pytest.mark.parametrize(("first", "recent"), [(1, 0), (0, 1), (2, 1), (1, 2)])

@@ -14,11 +14,11 @@ contiguous last dimension) and the `Sequences` that lie in them:
         through both results. Entries of `indices` outside 0 … own block are ignored.
 
 Two of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
-or copied that grows with the context except scores of blocks. They read and write the means of finished blocks,
-[R, N, G, D] in k's dtype with N >= S // block_size; block j of row r is counted from the row's key_start. An entry that
-stands for an unfinished block holds anything, NaN included, and is never used. With `sequences.page_table`, k and v are
-pages [P, page_size, G, D] and the means [P, page_size // block_size, G, D], each where its keys lie; or
-[P, 1, G, D] where a block spans pages, each under the page of its block's first key.
+or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and
+write the means of finished blocks, [R, N, G, D] in k's dtype with N >= S // block_size; block j of row r is counted
+from the row's key_start. An entry that stands for an unfinished block holds anything, NaN included, and is never used.
+With `sequences.page_table`, k and v are pages [P, page_size, G, D] and the means [P, page_size // block_size, G, D],
+each where its keys lie; or [P, 1, G, D] where a block spans pages, each under the page of its block's first key.
 
     append_means(means, k, sequences, block_size) -> None
         Write the means of the blocks that the last T (= sequences.num_queries) keys of each row finished: the bits that

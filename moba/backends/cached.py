@@ -104,7 +104,9 @@ def _mean_scores(q: Tensor, means: Tensor, sequences: Sequences, block_size: int
             some = _some_means(means, sequences, start, min(start + at_once, num_blocks), block_size)
             parts.append(rows @ some.to(wide).permute(0, 2, 3, 1))
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # [R, G, T * H/G, N]
-    return scores.unflatten(2, (num_queries, -1)).transpose(1, 2).flatten(2, 3)
+    scores = scores.unflatten(2, (num_queries, -1)).transpose(1, 2).flatten(2, 3)
+    first = routing.first_of_equals(means, lambda x: _some_means(x, sequences, 0, num_blocks, block_size))
+    return scores if first is None else routing.equal_scores(scores, first)
 
 
 def _some_means(means: Tensor, sequences: Sequences, start: int, stop: int, block_size: int) -> Tensor:
@@ -127,7 +129,8 @@ def _function_scores(q: Tensor, means: Tensor, sequences: Sequences, selection: 
         place = (span.row,) if places is None else tuple(part[span.row, :num_candidates] for part in places)
         finished = means[place][:num_candidates]
         rows = slice(q.shape[1] - span.q_len, q.shape[1])
-        scores[span.row, rows, :, :num_candidates] = selection.scores(q[span.row, rows], finished).double()
+        of_span = selection.scores(q[span.row, rows], finished, selection.first_of_equals(finished))
+        scores[span.row, rows, :, :num_candidates] = of_span.double()
     return scores
 
 
