@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 # Compiling ahead of time is tested without the interpreter. tests/test_decode.py --backend triton is four minutes more.
 INTERPRETED := $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
-TRANSFORMERS := transformers==5.23.0
+TRANSFORMERS := transformers==5.24.0
 
 .PHONY: demo test test-compat test-gpu check bench aot clean
 

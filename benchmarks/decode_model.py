@@ -25,7 +25,7 @@ from moba import MoBAConfig, register_moba
 from moba.bench.machine import describe
 from moba.bench.report import Records, write
 from moba.cache import MoBACache
-from moba.generation import prefill
+from moba.generation import cache_name, prefill
 from moba.hf import set_moba_config
 from moba.models import load_model
 
@@ -77,7 +77,7 @@ def measure(model: Any, cache: MoBACache, token: torch.Tensor, turns: int) -> di
         for name, (attention, _) in SETTINGS.items():
             model.set_attn_implementation(attention)
             start = time.perf_counter()
-            model(token[None, None], past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+            model(token[None, None], use_cache=True, logits_to_keep=1, **{cache_name(model): caches[name]})
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(ms[WARMUPS:]) for name, ms in times.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,8 +98,13 @@ def end_tokens(model: Any) -> set[int]:
 
 def _step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     """Read tokens against the cache; the fp32 logits [vocabulary] that follow the last of them."""
-    output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=tokens[None], use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
     return output.logits[0, -1].float()
+
+
+def cache_name(model: Any) -> str:
+    """What a model's forward pass calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def chunk_bounds(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:

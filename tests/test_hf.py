@@ -347,8 +347,17 @@ def test_compile():
     with torch.no_grad():
         assert_close(compiled(tokens).logits, llama(tokens).logits, CLOSE)
         assert_close(compiled(tokens, attention_mask=mask).logits, llama(tokens, attention_mask=mask).logits, CLOSE)
-        with pytest.raises(RuntimeError, match="position_ids must ascend"):
-            compiled(tokens[:1], position_ids=positions_of([10, 20]), use_cache=False)
+        packed = {"position_ids": positions_of([10, 20]), "use_cache": False}
+        # Where transformers breaks the graph before the mask is made, the sequences are found as in eager mode.
+        raised = None
+        try:
+            out = compiled(tokens[:1], **packed).logits
+        except (RuntimeError, ValueError) as error:
+            raised = str(error)
+        if raised is None:
+            assert_close(out, llama(tokens[:1], **packed).logits, CLOSE)
+        else:
+            assert "position_ids must ascend" in raised
     torch.compiler.reset()
 
 

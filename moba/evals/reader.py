@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba.generation import chunk_bounds, prefill
+from moba.generation import cache_name, chunk_bounds, prefill
 
 if TYPE_CHECKING:
     from moba.cache import MoBACache
@@ -83,7 +83,7 @@ class Reader:
                     on_device[start + first : start + stop],
                     on_device[start + first + 1 : start + stop + 1],
                 )
-                logits = self.model(input_ids=chunk[None], past_key_values=self.cache, use_cache=True).logits[0]
+                logits = self._logits(chunk[None])
                 for rows, wanted in zip(logits.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=False):
                     losses.append(F.cross_entropy(rows[: wanted.numel()].float(), wanted, reduction="none").cpu())
         self._keep(tokens, start)
@@ -95,7 +95,10 @@ class Reader:
         """One step of decoding behind what was read; the fp32 logits [vocabulary] that follow."""
         ids = torch.tensor([[token]], device=self.model.device)
         self.num_read += 1
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[0, -1].float()
+        return self._logits(ids)[-1].float()
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=True, **{cache_name(self.model): self.cache}).logits[0]
 
     def _go_back(self, tokens: Tensor, most: int) -> int:
         """Drop from the cache all but what the text begins with, at most its first `most` tokens; how many are left."""

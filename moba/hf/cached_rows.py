@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 # Tokens that a cache can lose from its end, as where proposed tokens are taken back, and rows still be there.
 SPARE = 16
@@ -81,9 +82,11 @@ def cache_layer(module: Any, options: dict[str, Any]) -> Any:
     Raises:
         ValueError: for caches that rows cannot be kept beside.
     """
-    if options.get("cache") is not None or options.get("block_table") is not None:
+    # A layer's cache is called `cache` from transformers 5.24 on; before, that was continuous batching's.
+    cache = options.get("cache")
+    if isinstance(cache, PagedAttentionCache) or options.get("block_table") is not None:
         raise ValueError(f"{type(module).__name__}: a paged cache cannot keep what this model's keys need beside them")
-    cache = options.get("past_key_values")
+    cache = options.get("past_key_values") if cache is None else cache
     if cache is None:
         return None
     if torch.compiler.is_compiling():

@@ -8,10 +8,12 @@ no T × S masks), so the model bears such a name while a manager serves it, and 
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from math import ceil
 from types import MethodType
 from typing import Any
 
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -144,10 +146,22 @@ def _fit_manager(manager: Any, model: Any, batching: Any, book_type: type[PageBo
         if not hasattr(processor.cache, "moba"):
             book = book_type(processor.cache)
             processor.cache.moba = PagedMoBA(processor, book, config, text_config.num_hidden_layers)
+            processor.cache.update = partial(_leave_to_attention, processor.cache)
             _refuse_oversized(processor.scheduler, book)
         return processor
 
     manager._create_batch_processor = create_batch_processor
+
+
+def _leave_to_attention(
+    cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A paged cache's `update` that hands the new keys and values on, and the cache as `kwargs["cache"]`.
+
+    From transformers 5.24 on layers call `update` themselves; before, they passed `cache` to the attention function.
+    """
+    kwargs["cache"] = cache
+    return key_states, value_states
 
 
 def _refuse_oversized(scheduler: Any, book: PageBook) -> None:

@@ -159,7 +159,7 @@ def find_page_book() -> type[PageBook]:
             return book
     raise ValueError(
         f"transformers {transformers.__version__} cannot serve MoBA: its PagedAttentionCache has neither "
-        "perform_cache_copy with allocators that have get_cache_for_block_table (5.18 to 5.23), nor copy_cache with "
+        "perform_cache_copy with allocators that have get_cache_for_block_table (5.18 to 5.24), nor copy_cache with "
         "a cache_manager (5.17)"
     )
 

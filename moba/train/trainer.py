@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from moba.adapters import write_adapter
 from moba.checks import first_line
+from moba.generation import cache_name
 from moba.train.checkpoints import UNFINISHED, last_checkpoint, move_into_place
 from moba.train.recipe import Recipe
 
@@ -78,12 +79,13 @@ def read_before(model: nn.Module, inputs: dict[str, Any], tail: int) -> dict[str
         tail: tokens of a row that are left, < T.
 
     Returns:
-        what the model reads now: input_ids, labels and position_ids [B, tail], past_key_values.
+        what the model reads now: input_ids, labels and position_ids [B, tail], and its cache.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     num_read = input_ids.shape[1] - tail
     positions: Tensor = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     rest = positions[:, num_read:] + (inputs["skipped"][:, None] if "skipped" in inputs else 0)
+    name = cache_name(model)
     with torch.no_grad():
         read = model(
             input_ids=input_ids[:, :num_read], position_ids=positions[:, :num_read], use_cache=True, logits_to_keep=1
@@ -92,7 +94,7 @@ def read_before(model: nn.Module, inputs: dict[str, Any], tail: int) -> dict[str
         "input_ids": input_ids[:, num_read:],
         "labels": labels[:, num_read:],
         "position_ids": rest,
-        "past_key_values": read.past_key_values,
+        name: getattr(read, name),
         "use_cache": True,
     }
 
