@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_cache.py tests/test_models.py tests/test_module.py tests/test_compat.py \
+	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache.py tests/test_models.py tests/test_module.py tests/test_compat.py \
 		tests/test_convolution.py tests/test_projections.py tests/test_evals.py tests/test_train*.py
 
 $(COMPAT)/.installed: pyproject.toml Makefile

@@ -38,5 +38,5 @@ def register_moba(config: MoBAConfig | None = None) -> None:
     try:
         from moba import hf
     except ImportError as error:
-        raise ImportError("register_moba needs transformers >= 5: pip install 'moba[hf]'") from error
+        raise ImportError("register_moba needs transformers >= 5.17: pip install 'moba[hf]'") from error
     hf.register_moba(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -359,6 +360,19 @@ def test_compile():
         else:
             assert "position_ids must ascend" in raised
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("version", "says"), [("5.17.0", False), ("5.24.9", False), ("5.25.0.dev0", True), ("6.0", True)]
+)
+def test_untested_versions_are_named_once(monkeypatch, caplog, version, says):
+    monkeypatch.setattr("transformers.__version__", version)
+    monkeypatch.setattr("moba.hf.switch._has_warned", False)
+    with caplog.at_level(logging.WARNING, logger="moba"):
+        for _ in range(2):
+            register_moba(MoBAConfig(**SPARSE))
+    expected = [f"transformers {version} is not among those that moba was tested with, 5.17 to 5.24"] if says else []
+    assert [record.getMessage() for record in caplog.records] == expected
 
 
 def test_importing_moba_does_not_import_transformers():

@@ -5,13 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import logits, positions_of, random_tokens, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, MistralConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPVisionConfig,
+    LlamaForCausalLM,
+    LlamaPreTrainedModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    StaticCache,
+)
 from transformers.masking_utils import create_causal_mask
 
 from moba import MoBAConfig, register_moba
 from moba.cache import MoBACache
 from moba.hf import get_moba_config, set_moba_config
-from moba.hf.layout import layout_mask
+from moba.hf.layout import PackedRows, layout_mask
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +47,18 @@ def test_refuses_bidirectional_attention_among_tokens(llama, mask):
     llama.set_attn_implementation("moba")
     together = torch.full_like(tokens, -1)
     together[:, 5:9] = 0
-    inputs = {"inputs_embeds": llama.model.embed_tokens(tokens), "past_key_values": None, "config": llama.config}
-    with pytest.raises(ValueError, match=r"is_causal|mask that this model adds"):
-        create_causal_mask(**inputs, attention_mask=masks[mask], block_sequence_ids=together)
-    with pytest.raises(ValueError, match="extra mask functions"):
-        create_causal_mask(**inputs, attention_mask=masks[mask], or_mask_function=lambda b, h, q, k: q < k)
+    embeddings = llama.model.embed_tokens(tokens)
+    # No cache; its name is another in newer versions.
+    inputs = (llama.config, embeddings, masks[mask], None)
+    for asked, said in (
+        ({"block_sequence_ids": together}, r"is_causal|mask that this model adds"),
+        ({"or_mask_function": lambda b, h, q, k: q < k}, "extra mask functions"),
+    ):
+        made = create_causal_mask(*inputs, **asked)
+        with pytest.raises(ValueError, match=said), torch.no_grad():
+            llama.model.layers[0](
+                embeddings, made, position_embeddings=llama.model.rotary_emb(embeddings, torch.arange(20)[None])
+            )
 
 
 def test_masks_of_the_wrong_shape(llama):
@@ -74,7 +92,7 @@ def test_a_static_cache_on_a_gpu_is_not_waited_for():
     """A tensor on the device "meta" has no value to wait for."""
     offset = torch.tensor(16, device="meta")
     layout = {"batch_size": 1, "kv_length": 16, "q_length": 1, "device": "meta"}
-    assert layout_mask(**layout, q_offset=offset).shape == (1, 1, 3, 1)
+    assert layout_mask(**layout, q_offset=offset).shape == (1, 1, 3, 2)
     with pytest.raises(ValueError, match="so 1 cannot follow the 16 it holds"):
         layout_mask(**layout, q_offset=offset, attention_mask=torch.ones(1, 17, dtype=torch.bool))
 
@@ -149,6 +167,81 @@ def test_refuses_bidirectional_models(inputs):
     model.config.is_causal = False
     with pytest.raises(ValueError, match=r"is_causal|mask that this model adds"):
         logits(model, random_tokens(1, 20), **inputs)
+
+
+def own_attention(attention):
+    """A decoder such as somebody may write: masked by transformers, its attention by itself."""
+
+    class Own(LlamaPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+            self.post_init()
+
+        def forward(self, input_ids, attention_mask=None):
+            x = self.embed_tokens(input_ids)
+            mask = create_causal_mask(self.config, x, attention_mask, None)
+            scores = x @ x.transpose(1, 2)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, 0], -1e9) if mask.dtype == torch.bool else scores + mask[:, 0]
+            return scores.softmax(-1) @ x
+
+    Own.__module__ = "__main__"  # without source, as in a notebook
+    return Own(tiny_config(attn_implementation=attention))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 20])
+@pytest.mark.parametrize("padded", [False, True])
+def test_own_attention_that_nobody_notices_fails_on_the_mask(length, padded):
+    tokens = random_tokens(2, length)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, 0] = 0
+    assert own_attention("eager")(tokens, mask).isfinite().all()
+    with pytest.raises(RuntimeError, match="size"):
+        own_attention("moba")(tokens, mask)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 2], [1, 1, 1], [2, 2], [1, 1, 1, 1]])
+def test_a_mask_of_packed_rows_fits_no_scores(lengths):
+    """Whatever is computed with it, and however long the keys are: it fails, or it is not attention's output."""
+    length = sum(lengths)
+    scores, values = torch.zeros(1, 4, length, length), torch.zeros(1, 4, length, 8)
+    starts = torch.tensor([[0, *torch.tensor(lengths).cumsum(0)]], dtype=torch.int32)
+    with pytest.raises(RuntimeError):
+        _ = (scores + PackedRows(starts).encode()) @ values
+
+
+@pytest.mark.parametrize("name", ["moba", "moba_naive"])
+def test_a_class_without_source_is_what_it_is_made_from(name):
+    for base in (LlamaForCausalLM, BloomForCausalLM):
+        cls = type("Mine", (base,), {"__module__": "__main__"})
+        config = tiny_config() if base is LlamaForCausalLM else BloomConfig(vocab_size=64, hidden_size=32, n_head=4)
+        model = cls(config)
+        if base is LlamaForCausalLM:
+            assert logits(model, random_tokens(1, 20), name).isfinite().all()
+            continue
+        with pytest.raises(ValueError, match=r"^Mine computes its attention itself"):
+            model.set_attn_implementation(name)
+        assert model.config._attn_implementation == "eager"
+        with pytest.raises(ValueError, match=r"^Mine computes its attention itself"):
+            cls._from_config(config, attn_implementation=name)
+
+
+def test_an_image_encoder_is_refused_and_the_way_named():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = LlavaConfig(vision_config=vision, text_config=tiny_config(), image_token_index=5)
+    model = LlavaForConditionalGeneration(config).eval()
+    tokens = torch.tensor([[7, 5, 5, 5, 5, 8, 9, 10, 11]])
+    image = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r'is_causal=False.*\{"text_config": "moba"\}'):
+        logits(model, tokens, pixel_values=image)
+    model.set_attn_implementation("sdpa")
+    expected = logits(model, tokens, {"text_config": "moba"}, pixel_values=image)
+    assert model.config.text_config._attn_implementation == "moba"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert expected.isfinite().all()
 
 
 def test_refuses_bad_configs(llama):

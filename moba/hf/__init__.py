@@ -21,6 +21,7 @@ from moba.hf.convolution import add_key_convolution, load_key_convolution
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
 from moba.hf.projections import watch_projections
+from moba.hf.switch import refuse_other_models, warn_if_untested
 
 __all__ = [
     "add_key_convolution",
@@ -37,7 +38,8 @@ def register_moba(config: MoBAConfig | None = None) -> None:
     """Make `attn_implementation="moba"` and `"moba_naive"` known to transformers.
 
     "moba" runs the config's backend, "moba_naive" the mask-based reference. Both work with `from_pretrained` and with
-    `model.set_attn_implementation`. A later call replaces the config for models loaded before, too.
+    `model.set_attn_implementation`, which raise a ValueError for a model whose attention does not go through
+    transformers' AttentionInterface. A later call replaces the config for models loaded before, too.
 
     Args:
         config: used by every model that does not carry its own (see `set_moba_config`). None: each model must.
@@ -47,6 +49,8 @@ def register_moba(config: MoBAConfig | None = None) -> None:
     """
     if config is not None and not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig, got {config!r}")
+    warn_if_untested()
+    refuse_other_models("moba", "moba_naive")
     for name, backend in (("moba", None), ("moba_naive", "reference")):
         AttentionInterface.register(name, partial(moba_attention_forward, default=config, backend=backend))
         AttentionMaskInterface.register(name, layout_mask)

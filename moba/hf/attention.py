@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MoBAConfig
 from moba.hf.convolution import require_convolution
-from moba.hf.layout import PackedRows, PaddedRows, decode_layout, require
+from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, require
 from moba.hf.projections import unrotated
 from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
@@ -202,7 +202,7 @@ def refuse_unknown(module: nn.Module, dropout: float, is_causal: bool | None, kw
     if dropout:
         raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.attention_dropout=0.0")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError("is_causal=False: MoBA is causal and cannot serve encoders or cross-attention")
+        raise ValueError(f"is_causal=False: MoBA is causal and cannot serve encoders or cross-attention; {SWITCH_PART}")
     for name, value in kwargs.items():
         if name not in HARMLESS and value is not None and value is not False:
             got = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -3,6 +3,10 @@
 transformers asks the mask function registered under an attention's name for a mask, and hands the result to every
 layer. Ours answers with a few integers a row instead of a T × S mask. They travel as one int32 tensor of four
 dimensions, which transformers passes on untouched, also between devices and through `generate`.
+
+transformers asks for masks that no layer uses, so what cannot be honoured is refused by the layer that is given it.
+An attention that is not MoBA's must fail on a mask, not run without causality: whoever adds one of these shapes to
+scores [B, H, T, S], T <= S, gets an error there, or at the latest when multiplying with values and weights.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class PaddedRows:
     query_end: Tensor
 
     def encode(self) -> Tensor:
-        """As the mask that transformers passes on: [B, 1, 3, 1]."""
-        return torch.stack([self.key_start, self.real_end, self.query_end], dim=1)[:, None, :, None]
+        """As the mask that transformers passes on: [B, 1, 3, 2], the second column equal to the first."""
+        return _in_columns(torch.stack([self.key_start, self.real_end, self.query_end], dim=1))
 
 
 @dataclass(frozen=True)
@@ -40,21 +44,42 @@ class PackedRows:
     """Each row holds several sequences, one after another.
 
     Attributes:
-        cu_seqlens: int32 [B, num_sequences + 1]; rows with fewer sequences repeat their length.
+        cu_seqlens: int32 [B, num_sequences + 1], at least two; rows with fewer sequences repeat their length.
     """
 
     cu_seqlens: Tensor
 
     def encode(self) -> Tensor:
-        """As the mask that transformers passes on: [B, 1, 1, num_sequences + 1]."""
-        return self.cu_seqlens[:, None, None, :]
+        """As the mask that transformers passes on: [B, 1, num_sequences + 2, 2]; the last row says nothing."""
+        return _in_columns(torch.nn.functional.pad(self.cu_seqlens, (0, 1)))
+
+
+def _in_columns(rows: Tensor) -> Tensor:
+    return rows[:, None, :, None].expand(-1, -1, -1, 2)
+
+
+# What layers refuse to honour.
+SWITCH_PART = 'of a model of several modalities, switch the language model alone: {"text_config": "moba"}'
+WINDOW = (
+    "sliding_window: MoBA cannot honour the sliding window or chunk of this model's layers; change its config "
+    "(sliding_window=None, full_attention layers) if they may attend to everything"
+)
+EXTRA = "attention_mask: MoBA cannot honour the extra mask functions that this model applies"
+BIDIRECTIONAL = (
+    "is_causal: MoBA is causal and cannot honour the bidirectional or partial attention that this model asks for; "
+    + SWITCH_PART
+)
+OTHER = "attention_mask: MoBA cannot honour the mask that this model adds to causality and padding"
+# The place of each is the last extent of the mask [B, 1, 0, place]; at 0 all tokens are real.
+REASONS = (None, WINDOW, EXTRA, BIDIRECTIONAL, OTHER)
 
 
 def decode_layout(mask: Any) -> PaddedRows | PackedRows | None:
     """Read what `layout_mask` wrote; None where every row is one whole sequence.
 
     Raises:
-        ValueError: for a mask that did not come from `layout_mask`, such as a 4-D mask given by the user.
+        ValueError: for a mask that did not come from `layout_mask`, such as a 4-D mask given by the user, or one that
+            MoBA cannot honour.
     """
     if mask is None:
         return None
@@ -64,26 +89,49 @@ def decode_layout(mask: Any) -> PaddedRows | PackedRows | None:
             f"attention_mask must be a padding mask [B, S] with 1 for real tokens; MoBA cannot honour other masks or "
             f"attention biases, got {got}"
         )
-    if mask.shape[2:] == (3, 1):
-        return PaddedRows(*(part.contiguous() for part in mask[:, 0, :, 0].unbind(dim=1)))
-    return PackedRows(mask[:, 0, 0])
+    if mask.shape[2] == 0:
+        if (reason := REASONS[mask.shape[3]]) is not None:
+            raise ValueError(reason)
+        return None
+    rows = mask[:, 0, :, 0].contiguous()
+    if rows.shape[1] == 3:
+        return PaddedRows(*(x.contiguous() for x in rows.unbind(dim=1)))
+    return PackedRows(rows[:, :-1].contiguous())
 
 
-def layout_mask(
+def layout_mask(*, batch_size: int, device: torch.device | str | None = None, **asked: Any) -> Tensor:
+    """The mask function of MoBA's attention names: the layout of the rows, encoded.
+
+    Args:
+        batch_size: B. asked: what `_find_layout` takes.
+
+    Returns:
+        What `decode_layout` reads, never None, which elsewhere than in MoBA means that nothing is masked. For sliding
+        windows and chunks, masks of the user's own making and bidirectional attention it is refused when it is read.
+
+    Raises:
+        ValueError: for padding between real tokens, or a static cache with too little room.
+    """
+    layout = _find_layout(batch_size=batch_size, device=device, **asked)
+    if isinstance(layout, Tensor):
+        return layout
+    return torch.empty(batch_size, 1, 0, REASONS.index(layout), dtype=torch.int32, device=device)
+
+
+def _find_layout(
     batch_size: int,
     kv_length: int,
-    q_length: int | None = None,
+    q_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
-    cache_position: Tensor | None = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """The mask function of MoBA's attention names: the layout of the rows, encoded, or None where all is real.
+) -> Tensor | str | None:
+    """The layout, encoded; None where all tokens are real, or one of REASONS.
 
     Args:
         batch_size, kv_length, q_length: B, S and T.
@@ -91,32 +139,18 @@ def layout_mask(
         mask_function: causal, or what transformers builds for packed sequences.
         attention_mask: bool [B, at most S], padding mask.
         local_size: width of a sliding window or chunk.
-        cache_position: stands for q_length and q_offset in transformers before 5.2.
-        kwargs: what other mask functions need (dtype, config, …).
-
-    Raises:
-        ValueError: for what MoBA cannot honour: sliding windows and chunks, masks of the user's own making,
-            bidirectional attention, padding between real tokens; or if a static cache has too little room.
+        kwargs: what other mask functions need (dtype, …).
     """
     if local_size is not None or kv_offset:
-        raise ValueError(
-            f"sliding_window: MoBA cannot honour the sliding window or chunk of {local_size} tokens of this model; "
-            "change its config (sliding_window=None, full_attention layers) if it may attend to everything"
-        )
+        return WINDOW
     if use_vmap:
-        raise ValueError("attention_mask: MoBA cannot honour the extra mask functions that this model applies")
-    if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
-        device = cache_position.device
-        if not torch.compiler.is_compiling():
-            q_offset = int(q_offset)
-    assert q_length is not None
+        return EXTRA
+    if mask_function is bidirectional_mask_function:
+        return BIDIRECTIONAL
     _check_room(kv_length, q_length, q_offset, attention_mask)
     if mask_function is not causal_mask_function:
         if attention_mask is not None or q_length != kv_length:
-            raise ValueError(
-                "attention_mask: MoBA cannot honour the mask that this model adds to causality and padding"
-            )
+            return OTHER
         return _packed(mask_function, batch_size, q_length, device)
     if attention_mask is not None:
         return _padded(attention_mask, batch_size, q_length, q_offset, kv_length)
@@ -189,7 +223,7 @@ def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor
     return PaddedRows(key_start, real_end, end).encode()
 
 
-def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> Tensor | None:
+def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> Tensor | str | None:
     """Find the sequences that a mask function keeps apart by asking, for every token, about its neighbours only."""
     batch = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(q_length, device=device)[None]
@@ -199,13 +233,13 @@ def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any
         return mask_function(batch, head, query, key).expand(batch_size, query.shape[1])
 
     before, after = token[:, :-1], token[:, 1:]
-    require(
-        sees(token, token).all() & ~sees(before, after).any(),
-        "is_causal: MoBA is causal and cannot honour the bidirectional or partial attention that this model asks for",
-    )
+    is_causal = sees(token, token).all() & ~sees(before, after).any()
     if torch.compiler.is_compiling():
+        torch._assert_async(is_causal, BIDIRECTIONAL)
         # How many sequences there are is data, so a graph cannot depend on it; the layers assert that there is one.
         return None
+    if not is_causal:
+        return BIDIRECTIONAL
     is_start = torch.nn.functional.pad(~sees(after, before), (1, 0), value=True)
     most = int(is_start.sum(dim=1).max())
     if most == 1:

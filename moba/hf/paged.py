@@ -21,6 +21,7 @@ from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.attention import read_config
 from moba.hf.paged_step import PagedMoBA, paged_attention_forward
 from moba.hf.pages import PageBook, find_page_book
+from moba.hf.switch import require_interface, warn_if_untested
 
 # Up to 5.18 transformers puts "paged|" before a name that lacks it, from 5.20 on it takes it away.
 ATTENTION = "paged|moba_flash" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else "moba_flash"
@@ -68,6 +69,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
             f"continuous batching keeps nothing beside keys and values in its pages, which router={chosen.router!r} or "
             "this model's key convolution needs"
         )
+    warn_if_untested()
     book_type = find_page_book()
     _check_model(model, text_config)
     AttentionInterface.register(ATTENTION, paged_attention_forward)
@@ -86,8 +88,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
 
 
 def _check_model(model: PreTrainedModel, text_config: Any) -> None:
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{type(model).__name__} does not call its attention through transformers' AttentionInterface")
+    require_interface(model)
     window = getattr(text_config, "sliding_window", None)
     kinds = getattr(text_config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
     if set(kinds) != {"full_attention"}:

@@ -24,6 +24,7 @@ from moba.hf import get_moba_config
 from moba.hf.attention import is_full_layer, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
+from moba.hf.switch import refuse_other_models
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
 from moba.parallel.shards import Shards, agree, ranks_of
 
@@ -74,6 +75,7 @@ def parallelize(
         if hasattr(module, "key_convolution"):
             raise ValueError("key convolutions read the keys before a shard's first: they cannot be parallelized")
         module.moba_across = across
+    refuse_other_models(NAME)
     AttentionInterface.register(NAME, parallel_attention_forward)
     AttentionMaskInterface.register(NAME, layout_mask)
     model.set_attn_implementation(NAME)

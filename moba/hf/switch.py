@@ -1,0 +1,113 @@
+"""What is checked where a model is switched to MoBA: transformers' version, and who computes the model's attention.
+
+transformers hands a registered attention to every model, also to those whose layers never ask for it: they would go on
+as before, or take MoBA's masks for none. It has no hook to refuse a model by, so the two methods that set a model's
+attention are wrapped; for other attentions than MoBA's they do what they did.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+from functools import cache, wraps
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from moba.hf.layout import SWITCH_PART
+
+logger = logging.getLogger("moba")
+
+# Tested as thoroughly as each other. pip may install newer ones.
+OLDEST, NEWEST = (5, 17), (5, 24)
+
+# Fields of the configs of models that select keys by themselves, out of masks that MoBA does not make.
+SELECTIONS = ("index_topk", "indexer_budget", "keep_window_size")
+
+_refusing: set[str] = set()
+_has_warned = False
+
+
+def warn_if_untested() -> None:
+    """Say once if the installed transformers lies outside the versions that were tested."""
+    global _has_warned
+    version = tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2]))
+    if not OLDEST <= version <= NEWEST and not _has_warned:
+        _has_warned = True
+        tested = " to ".join(".".join(map(str, ends)) for ends in (OLDEST, NEWEST))
+        logger.warning(
+            "transformers %s is not among those that moba was tested with, %s", transformers.__version__, tested
+        )
+
+
+def refuse_other_models(*names: str) -> None:
+    """Let only models whose attention is transformers' AttentionInterface be switched to the attentions `names`."""
+    if not _refusing:
+        _wrap()
+    _refusing.update(names)
+
+
+def require_interface(model: PreTrainedModel) -> None:
+    """Raise a ValueError that names the model if its attention is not that of transformers' AttentionInterface."""
+    name = type(model).__name__
+    if _has_own_attention(type(model)):
+        raise ValueError(
+            f"{name} computes its attention itself, not through transformers' AttentionInterface, and cannot have "
+            f"MoBA; {SWITCH_PART}"
+        )
+    for field in SELECTIONS:
+        if getattr(model.config, field, None) is not None:
+            raise ValueError(f"{name} chooses by itself which keys a query reads (config.{field}) and cannot have MoBA")
+
+
+@cache
+def _has_own_attention(model_class: type) -> bool:
+    """Whether the source beside a class has modules of attention, and none of them asks the interface.
+
+    Without source, as of a class typed into a notebook, what the class is made from decides.
+    """
+    for cls in model_class.__mro__:
+        if cls is PreTrainedModel:
+            break
+        try:
+            source = inspect.getsource(sys.modules[cls.__module__])
+        except (OSError, TypeError, KeyError):
+            continue
+        has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module", source, re.MULTILINE) is not None
+        if has_attention and "ALL_ATTENTION_FUNCTIONS.get_interface(" not in source:
+            return True
+        # Modules that are made by an implementation's name know transformers' names only.
+        if re.search(r"_CLASSES\[(self\.)?config\._attn_implementation\]", source):
+            return True
+    return False
+
+
+def _wrap() -> None:
+    owner: Any = PreTrainedModel
+    check, switch = owner.get_correct_attn_implementation, owner.set_attn_implementation
+
+    @wraps(check)
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested_attention in _refusing:
+            require_interface(self)
+        return check(self, requested_attention, *args, **kwargs)
+
+    @wraps(switch)
+    def set_attn_implementation(self: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        # transformers itself leaves a model that it cannot switch as it is, with a line in the log.
+        is_of_parts = isinstance(attn_implementation, dict)
+        asked = attn_implementation.values() if is_of_parts else [attn_implementation]
+        if any(isinstance(name, str) and name in _refusing for name in asked):
+            text_config = self.config.get_text_config(decoder=True)
+            for part in self.modules():
+                if isinstance(part, PreTrainedModel) and (
+                    part.config is text_config or (part is self and not is_of_parts)
+                ):
+                    require_interface(part)
+        switch(self, attn_implementation, *args, **kwargs)
+
+    owner.get_correct_attn_implementation = get_correct_attn_implementation
+    owner.set_attn_implementation = set_attn_implementation
