@@ -11,7 +11,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 INTERPRETED := $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.24.0
 
-.PHONY: demo test test-compat test-gpu check bench aot clean
+.PHONY: demo test test-compat test-ecosystem test-gpu check bench aot clean
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,11 @@ test: $(VENV)/.installed
 test-compat: $(COMPAT)/.installed
 	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache.py tests/test_models.py tests/test_module.py tests/test_compat.py \
 		tests/test_convolution.py tests/test_projections.py tests/test_evals.py tests/test_train*.py
+
+# With the training libraries that call moba and are not needed by it.
+test-ecosystem: $(VENV)/.installed
+	$(BIN)/pip install --quiet trl==1.16.0
+	$(PYTEST) tests/test_trl.py
 
 $(COMPAT)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(COMPAT)

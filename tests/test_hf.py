@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from tiny_models import FAMILIES, logits, positions_of, random_tokens, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from moba import MoBAConfig, moba_attention, register_moba
 from moba.hf import get_moba_config, set_moba_config
@@ -159,6 +159,20 @@ LENGTHS = [17, 1, 40, 12]
 
 def separately(model, tokens, lengths):
     return torch.cat([logits(model, part) for part in tokens.split(lengths, dim=1)], dim=1)
+
+
+def test_what_a_collator_says_of_packed_rows_is_taken(llama):
+    """`DataCollatorWithFlattening(return_seq_idx=True)`, and TRL's packing, number the tokens' sequences, too."""
+    parts = random_tokens(1, sum(LENGTHS)).split(LENGTHS, dim=1)
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    batch = collate([{"input_ids": part[0].tolist()} for part in parts])
+    assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "seq_idx", "position_ids"} <= set(batch)
+    labels, tokens = batch.pop("labels"), batch.pop("input_ids")
+    out = logits(llama, tokens, use_cache=False, **batch)
+    assert_close(out, separately(llama, tokens, LENGTHS), CLOSE)
+    assert labels[0, 0] == -100
+    with pytest.raises(ValueError, match="seq_idx"):
+        logits(llama, tokens, use_cache=False, seq_idx=batch["seq_idx"])
 
 
 @pytest.mark.parametrize("full_layers", [0, 2])

@@ -85,7 +85,7 @@ def moba_attention_forward(
     Raises:
         ValueError: naming what MoBA cannot honour.
     """
-    refuse_unknown(module, dropout, is_causal, kwargs)
+    refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
     require_convolution(module)
     config = layer_config(module, default)
     backend = backend or config.backend
@@ -197,14 +197,20 @@ def is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
     return config.is_full_layer(layer, model_config.num_hidden_layers)
 
 
-def refuse_unknown(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
-    """Raise for everything that would change the attention and that MoBA does not know."""
+def refuse_unknown(
+    module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any], *, is_packed: bool = False
+) -> None:
+    """Raise for everything that would change the attention and that MoBA does not know.
+
+    Beside the cu_seq_lens of packed sequences, `seq_idx` says the same once more, for layers of other kinds.
+    """
     if dropout:
         raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.attention_dropout=0.0")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"is_causal=False: MoBA is causal and cannot serve encoders or cross-attention; {SWITCH_PART}")
     for name, value in kwargs.items():
-        if name not in HARMLESS and value is not None and value is not False:
+        known = name in HARMLESS or (is_packed and name == "seq_idx")
+        if not known and value is not None and value is not False:
             got = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name}: MoBA cannot honour what this model passes, got {got}")
 

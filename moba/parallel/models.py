@@ -121,7 +121,7 @@ def parallel_attention_forward(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def check() -> dict[str, int]:
-        refuse_unknown(module, dropout, is_causal, kwargs)
+        refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
         _check_call(q, k, attention_mask, cu_seq_lens_q, config.router)
         return {}
 
