@@ -55,6 +55,49 @@ def test_blocks_are_those_that_unrotated_queries_and_keys_choose(family):
     assert not torch.equal(rotated[0][0].indices, expected)
 
 
+@pytest.mark.parametrize("family", ["Phi", "StableLm", "Lfm2"])
+@pytest.mark.parametrize("length", [4, 40])
+def test_norms_by_other_names_and_heads_before_tokens(family, length):
+    """`length` equal to the number of heads: a tensor's shape does not tell which is which."""
+    changes = {
+        "Phi": {"qk_layernorm": True},
+        "StableLm": {"qk_layernorm": True},
+        "Lfm2": {"layer_types": ["full_attention"] * 3, "block_auto_adjust_ff_dim": False},
+    }[family]
+    model = tiny_model(family, **changes).double()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.3, 3.0)
+    block_size = 1 if length == 4 else 2
+    set_moba_config(model, MoBAConfig(block_size, 2, router="unrotated"))
+    model.set_attn_implementation("moba")
+    layer, inputs = model.model.layers[0].self_attn, []
+    layer.register_forward_pre_hook(
+        lambda module, args, options: inputs.append(
+            options["hidden_states"] if "hidden_states" in options else args[0]
+        ),
+        with_kwargs=True,
+    )
+    with record_routings(model) as record, torch.no_grad():
+        model(random_tokens(2, length), use_cache=False)
+    with torch.no_grad():
+        by_head = [
+            norm(projection(inputs[0]).view(2, length, heads, 8).transpose(1, 2)).transpose(1, 2)
+            for projection, norm, heads in (
+                (layer.q_proj, layer.q_layernorm, 4),
+                (layer.k_proj, layer.k_layernorm, 2),
+            )
+        ]
+    expected = moba_attention(by_head[0], by_head[1], by_head[1], block_size=block_size, topk=2, return_routing=True)[1]
+    assert torch.equal(record[0][0].indices, expected.indices)
+
+
+@pytest.mark.parametrize(("family", "named"), [("NanoChat", "q_norm"), ("HunYuanDenseV1", "query_layernorm")])
+def test_norms_behind_the_rotary_embedding_are_refused(family, named):
+    with pytest.raises(ValueError, match=f'router="unrotated".*{named}'):
+        logits(unrotated_model(family), random_tokens(1, 20))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "MoBA", "MoBA static"])
 @pytest.mark.parametrize("convolved", [False, True], ids=["", "convolved"])
 def test_decoding_is_prefill(kind, convolved):

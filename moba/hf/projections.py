@@ -5,9 +5,11 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +18,9 @@ from moba.hf.cached_rows import cache_layer, remember
 from moba.hf.hooks import attentions, require_hook
 
 ROWS = "unrotated keys"
+# What models call the norms of queries and keys between their projections and the rotary embedding.
+_IS_NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?norms?")
+NORMS = {"q": ("q_norm", "q_layernorm"), "k": ("k_norm", "k_layernorm")}
 
 
 class Projections:
@@ -29,6 +34,7 @@ class Projections:
         """Let go of everything."""
         self.q: Tensor | None = None
         self.k: Tensor | None = None
+        self.raw: dict[str, Tensor] = {}
         self.cache_layer: Any = None
 
 
@@ -45,7 +51,7 @@ def watch_projections(model: PreTrainedModel) -> None:
         model: of a family with separate projections (`q_proj`, `k_proj`). Add adapters (PEFT) first.
 
     Raises:
-        ValueError: if the model has no such projections.
+        ValueError: if the model has no such projections, or norms of queries and keys that are not known.
     """
     for attention in attentions(model):
         if hasattr(attention, "moba_projections"):
@@ -53,8 +59,10 @@ def watch_projections(model: PreTrainedModel) -> None:
         attention.moba_projections = Projections()
         attention.register_forward_pre_hook(_begin, with_kwargs=True)
         attention.register_forward_hook(_end)
-        for name, (_, module) in _sources(attention).items():
-            module.register_forward_hook(partial(_take, attention.moba_projections, name))
+        for name, (source, module) in _sources(attention).items():
+            projection = getattr(attention, f"{name}_proj")
+            projection.register_forward_hook(partial(_take_raw, attention.moba_projections, name))
+            module.register_forward_hook(partial(_take, attention.moba_projections, name, source))
 
 
 def unrotated(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,14 +88,25 @@ def unrotated(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sources(attention: Any) -> dict[str, tuple[str, nn.Module]]:
-    """The names and modules whose results are the last before the rotary embedding."""
-    names = {name: f"{name}_norm" if hasattr(attention, f"{name}_norm") else f"{name}_proj" for name in ("q", "k")}
-    return {name: (source, getattr(attention, source)) for name, source in names.items()}
+    """The names and modules whose results are the last before the rotary embedding.
+
+    Raises:
+        ValueError: if the module has other norms of queries or keys than NORMS.
+    """
+    children = dict(attention.named_children())
+    unknown = [name for name in children if _IS_NORM.fullmatch(name) and name not in (*NORMS["q"], *NORMS["k"])]
+    if unknown:
+        raise ValueError(
+            f'router="unrotated" does not know where {type(attention).__name__} applies its {", ".join(unknown)}'
+        )
+    names = {name: next((norm for norm in norms if norm in children), f"{name}_proj") for name, norms in NORMS.items()}
+    return {name: (source, children[source]) for name, source in names.items()}
 
 
 def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     projections = attention.moba_projections
-    for source, module in _sources(attention).values():
+    for name, (source, module) in _sources(attention).items():
+        require_hook(getattr(attention, f"{name}_proj"), projections, f"{name}_proj", "watch_projections")
         require_hook(module, projections, source, "watch_projections")
     projections.clear()
     projections.cache_layer = cache_layer(attention, options)
@@ -100,13 +119,29 @@ def _end(attention: Any, args: tuple[Any, ...], output: Any) -> None:
     attention.moba_projections.clear()
 
 
-def _take(projections: Projections, name: str, module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+def _take_raw(projections: Projections, name: str, module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+    if projections.is_open:
+        projections.raw[name] = result.detach()
+
+
+def _take(
+    projections: Projections, name: str, source: str, module: nn.Module, args: tuple[Any, ...], result: Tensor
+) -> None:
     if not projections.is_open:
         return
+    given, raw, rows = args[0], projections.raw[name], result.detach()
+    if rows.ndim == 4:
+        if not torch.compiler.is_compiling() and given.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
+            raise ValueError(
+                f'router="unrotated": {source} is not called with what {name}_proj gave, but behind rotation'
+            )
+        # Heads first, as attention wants them, or tokens first; where there are as many of both, the strides tell.
+        by_head = rows.shape[1] != raw.shape[1] or (rows.shape[2] == raw.shape[1] and given.stride(1) < given.stride(2))
+        rows = rows.transpose(1, 2) if by_head else rows
     if name == "q":
-        projections.q = result.detach()
+        projections.q = rows
         return
-    keys = result.detach().flatten(2)
+    keys = rows.flatten(2)
     if projections.cache_layer is not None:
         keys = remember(projections.cache_layer, ROWS, keys, need=None)
     projections.k = keys
