@@ -9,6 +9,7 @@ from tiny_models import random_tokens, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from moba import MoBAConfig, register_moba
+from moba.cache import MoBACache
 
 SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
 CLOSE = 1e-4
@@ -166,3 +167,30 @@ def test_a_mask_must_cover_the_cache(model):
         model(tokens, past_key_values=cache)
         with pytest.raises(ValueError, match="attention_mask must cover the 45 cached and the 5 new tokens, got 5"):
             model(tokens[:, :5], past_key_values=cache, attention_mask=torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("cache", [None, "MoBA", "MoBA static"])
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("decode", ["full", "moba"])
+def test_proposed_tokens_count_as_decoding(model, decode, how, cache):
+    """What an assistant or the prompt proposes changes the speed of greedy generation, not its tokens."""
+    register_moba(MoBAConfig(**{**SPARSE, "topk": 2, "decode": decode}))
+    # A prompt that repeats itself is one to propose from.
+    tokens = random_tokens(1, 15).repeat(1, 3)
+    assistant = use(tiny_model("Llama", num_hidden_layers=1).double())
+    options = {"prompt_lookup_num_tokens": 4} if how == "prompt lookup" else {"assistant_model": assistant}
+
+    def caches():
+        room = {"MoBA": None, "MoBA static": 96}
+        return {} if cache is None else {"past_key_values": MoBACache(model.config, max_cache_len=room[cache])}
+
+    expected = generate(model, tokens, max_new_tokens=30, **caches())
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    proposed = generate(model, tokens, max_new_tokens=30, **caches(), **options)
+    hook.remove()
+    assert any(length > 1 for length in lengths[1:]), "nothing was proposed"
+    assert torch.equal(proposed, expected)
+    assert not hasattr(model.config, "moba_num_prompt")

@@ -20,6 +20,7 @@ from moba.config import MoBAConfig
 from moba.hf.convolution import require_convolution
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, require
 from moba.hf.projections import unrotated
+from moba.hf.switch import PROMPT_FIELD
 from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
 
@@ -65,9 +66,9 @@ def moba_attention_forward(
 ) -> tuple[Tensor, None]:
     """MoBA, or full attention where the config says so, for one layer of a transformers model.
 
-    A call with one query and several keys is a decode step and follows `config.decode`. A prompt's last chunk cannot be
-    told from one if it has one token, except inside `MoBACache.reading`; several tokens proposed at once (speculative
-    decoding) look like a chunk.
+    A call with one query and several keys is a decode step and follows `config.decode`, and so does every token behind
+    the prompt in assisted generation, whose steps read several proposed tokens. A prompt's last chunk cannot be told
+    from a step if it has one token, except inside `MoBACache.reading`.
 
     Args:
         module: the attention layer; its `config.moba` overrides `default`.
@@ -97,39 +98,71 @@ def moba_attention_forward(
     is_full = is_full_layer(module, config)
     by_unrotated = config.router == "unrotated"
     means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or by_unrotated)
-    if not is_full and not (is_decode and config.decode == "full"):
-        if is_decode and cached is None and not by_unrotated:
-            _advise_cache()
-        options = {
-            **config.selection,
-            **({"router": "mean"} if by_unrotated else {}),
-            "backend": backend,
-            **({} if means is None else {"block_means": means}),
-            **({"route_by": unrotated(module, q, k)} if by_unrotated else {}),
-        }
-        if observe is None:
-            return _attend(q, k, v, layout, scaling, options), None
-        if not (layout is None or isinstance(layout, PaddedRows)):
-            raise ValueError("the routing of packed sequences cannot be recorded; give one sequence a row")
+    num_full = 0
+    if config.decode == "full":
+        num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
+    if is_full or 0 < num_full == q.shape[1]:
+        return _attend_fully(module, query, key, value, layout, scaling, backend), None
+    if is_decode and cached is None and not by_unrotated:
+        _advise_cache()
+    options = {
+        **config.selection,
+        **({"router": "mean"} if by_unrotated else {}),
+        "backend": backend,
+        **({} if means is None else {"block_means": means}),
+        **({"route_by": unrotated(module, q, k)} if by_unrotated else {}),
+    }
+    if observe is None:
+        out = _attend(q, k, v, layout, scaling, options)
+    elif layout is None or isinstance(layout, PaddedRows):
         out, routing = _attend(q, k, v, layout, scaling, {**options, "return_routing": True})
         observe(module, routing)
-        return out, None
+    else:
+        raise ValueError("the routing of packed sequences cannot be recorded; give one sequence a row")
+    if num_full:
+        proposed = _attend_fully(module, query[:, :, -num_full:], key, value, layout, scaling, backend)
+        out = torch.cat([out[:, :-num_full], proposed], dim=1)
+    return out, None
 
+
+def _num_proposed(module: nn.Module, q: Tensor, k: Tensor, layout: Any) -> int:
+    """How many of the last queries stand behind the prompt of an assisted generation."""
+    num_prompt = getattr(getattr(module, "config", None), PROMPT_FIELD, None)
+    if num_prompt is None:
+        return 0
+    num_keys = int(layout.query_end.max()) if isinstance(layout, PaddedRows) else k.shape[1]
+    return min(max(num_keys - num_prompt, 0), q.shape[1])
+
+
+def _attend_fully(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
+    scaling: float | None,
+    backend: str,
+) -> Tensor:
+    """Full attention of query [B, H, T, D] over key and value [B, G, S, D]: [B, T, H, D]."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
     if layout is None:
-        if q.shape[1] in (1, k.shape[1]):
-            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        if num_queries in (1, num_keys):
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
         # The bias calls kernels of its own, which autocast does not reach.
         query, key, value = to_autocast_dtype(query, key, value)
-        last = causal_lower_right(q.shape[1], k.shape[1])
-        out = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=q.shape[2] != k.shape[2])
-        return out.transpose(1, 2), None
-    if is_decode and isinstance(layout, PaddedRows):
-        column = torch.arange(k.shape[1], device=k.device)
+        last = causal_lower_right(num_queries, num_keys)
+        is_grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=is_grouped)
+        return out.transpose(1, 2)
+    if num_queries == 1 and num_keys > 1 and isinstance(layout, PaddedRows):
+        column = torch.arange(num_keys, device=key.device)
         real = (column >= layout.key_start[:, None]) & (column < layout.query_end[:, None])
-        return sdpa_attention_forward(module, query, key, value, real[:, None, None], scaling=scaling)
+        return sdpa_attention_forward(module, query, key, value, real[:, None, None], scaling=scaling)[0]
     # One block that holds every key is full attention, and needs no T × S mask for padding and packing.
-    whole = {"block_size": max(k.shape[1], 1), "topk": 1, "backend": backend}
-    return _attend(q, k, v, layout, scaling, whole), None
+    whole = {"block_size": max(num_keys, 1), "topk": 1, "backend": backend}
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out: Tensor = _attend(q, k, v, layout, scaling, whole)
+    return out
 
 
 def _block_means(

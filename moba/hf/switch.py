@@ -2,7 +2,8 @@
 
 transformers hands a registered attention to every model, also to those whose layers never ask for it: they would go on
 as before, or take MoBA's masks for none. It has no hook to refuse a model by, so the two methods that set a model's
-attention are wrapped; for other attentions than MoBA's they do what they did.
+attention are wrapped; for other attentions than MoBA's they do what they did. Nor does it tell layers where a prompt
+ends; assisted generation is wrapped to note it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from functools import cache, wraps
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 
 from moba.hf.layout import SWITCH_PART
 
@@ -26,6 +28,9 @@ OLDEST, NEWEST = (5, 17), (5, 24)
 
 # Fields of the configs of models that select keys by themselves, out of masks that MoBA does not make.
 SELECTIONS = ("index_topk", "indexer_budget", "keep_window_size")
+
+# Where a model's config has the prompt's length while an assisted generation runs.
+PROMPT_FIELD = "moba_num_prompt"
 
 _refusing: set[str] = set()
 _has_warned = False
@@ -109,5 +114,19 @@ def _wrap() -> None:
                     require_interface(part)
         switch(self, attn_implementation, *args, **kwargs)
 
+    assist = GenerationMixin._assisted_decoding
+
+    @wraps(assist)
+    def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Its steps read several tokens at once, and the first the prompt with them; only here its end is known.
+        config = self.config.get_text_config(decoder=True)
+        setattr(config, PROMPT_FIELD, input_ids.shape[1])
+        try:
+            return assist(self, input_ids, *args, **kwargs)
+        finally:
+            delattr(config, PROMPT_FIELD)
+
+    mixin: Any = GenerationMixin
+    mixin._assisted_decoding = _assisted_decoding
     owner.get_correct_attn_implementation = get_correct_attn_implementation
     owner.set_attn_implementation = set_attn_implementation
