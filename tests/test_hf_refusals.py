@@ -10,6 +10,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaPreTrainedModel,
     LlavaConfig,
@@ -157,8 +159,17 @@ def test_refuses_dropout_in_training_only():
     model, tokens = tiny_model(attention_dropout=0.1), random_tokens(1, 20)
     logits(model, tokens)
     model.train()
-    with pytest.raises(ValueError, match=r"dropout=0\.1"):
+    with pytest.raises(ValueError, match=r"dropout=0\.1.*config\.attention_dropout=0\.0"):
         logits(model, tokens)
+
+
+def test_dropout_is_called_as_the_model_calls_it():
+    """GPT-2 has three of equal size."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).train()
+    with pytest.raises(ValueError, match=r"set config\.attn_pdrop=0\.0"):
+        logits(model, random_tokens(1, 20))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)).train()
+    assert logits(model, random_tokens(1, 20)).isfinite().all()
 
 
 @pytest.mark.parametrize("inputs", [{}, {"attention_mask": torch.tensor([[0] + [1] * 19])}], ids=["plain", "padded"])

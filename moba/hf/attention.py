@@ -238,7 +238,10 @@ def refuse_unknown(
     Beside the cu_seq_lens of packed sequences, `seq_idx` says the same once more, for layers of other kinds.
     """
     if dropout:
-        raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.attention_dropout=0.0")
+        config: Any = getattr(module, "config", object)
+        names = [name for name, value in vars(config).items() if "drop" in name and value == dropout]
+        own_name = min(names, key=lambda name: "att" not in name, default="attention_dropout")
+        raise ValueError(f"dropout={dropout}: MoBA has no attention dropout; set config.{own_name}=0.0")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"is_causal=False: MoBA is causal and cannot serve encoders or cross-attention; {SWITCH_PART}")
     for name, value in kwargs.items():
