@@ -21,6 +21,7 @@ from moba.numerics import accumulation_dtype as accumulation_dtype
 from moba.numerics import full_fp32_matmul as full_fp32_matmul
 from moba.routers import ScoreFunction, TopP, score_function, shared_scores
 from moba.routers import mean_key_scores as mean_key_scores
+from moba.threads import for_each
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -347,16 +348,23 @@ def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Te
     indices = q.new_full((num_queries, num_heads, selection.topk), -1, dtype=torch.int32)
     own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
     first = selection.first_of_equals(means)
-    start = 0
-    while start < num_queries:
-        num_candidates = means.shape[0]
-        rows = max(1, _SCORES_PER_CHUNK // max(1, num_heads * num_candidates))
+    # A user's function is called by the thread that it was given in.
+    is_shared = selection.ranks_by_means and q.device.type == "cpu"
+    rows = max(1, (_SCORES_PER_CHUNK >> is_shared) // max(1, num_heads * means.shape[0]))
+
+    def run(start: int) -> None:
         stop = min(num_queries, start + rows)
         num_candidates = (span.offset + stop - 1) // selection.block_size
         scores = selection.scores(q[start:stop], means[:num_candidates], first)
         chosen = select_blocks(scores, own[start:stop], selection)
         indices[start:stop, :, : chosen.shape[-1]] = chosen
-        start = stop
+
+    chunks = range(0, num_queries, rows)
+    if is_shared:
+        for_each(run, chunks, q.device)
+    else:
+        for start in chunks:
+            run(start)
     return indices
 
 

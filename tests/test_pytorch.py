@@ -15,8 +15,8 @@ from moba.bench.measure import measure
 
 @pytest.fixture
 def tiny_passes(monkeypatch):
-    monkeypatch.setattr(pytorch, "PASS_BYTES", 1)
-    monkeypatch.setattr(pytorch, "STEP_BYTES", 1)
+    monkeypatch.setattr(pytorch, "CPU_PASS_BYTES", 1)
+    monkeypatch.setattr(pytorch, "CPU_STEP_BYTES", 1)
 
 
 @pytest.mark.usefixtures("tiny_passes")

@@ -10,6 +10,8 @@ Letters: T query tokens, H query heads, G key/value heads, D head dim, N blocks,
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,10 +26,13 @@ from moba.layout import Sequences, Span
 from moba.numerics import all_finite, positive_scale
 from moba.routing import accumulation_dtype, by_block, outside_graphs
 from moba.routing import route as route
+from moba.threads import for_each
 
-# Working memory of a pass: its parts, and the gathered tiles of one step. Small enough to stay near the cores' caches.
+# Working memory of a pass: its parts, and the gathered tiles of one step. On a CPU each thread has its own.
 PASS_BYTES = 24 << 20
 STEP_BYTES = 16 << 20
+CPU_PASS_BYTES = 12 << 20
+CPU_STEP_BYTES = 4 << 20
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:
@@ -53,8 +58,11 @@ class _Attend(torch.autograd.Function):
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
         for is_careful in (False, True):
-            for part in _passes(q, k, v, indices, sequences, block_size):
+
+            def run(part: _Pass, is_careful: bool = is_careful) -> None:
                 out[part.where], lse[part.where] = _forward_pass(part, scale, is_careful)
+
+            for_each(run, list(_passes(q, k, v, indices, sequences, block_size)), q.device)
             # What is not finite may have come through a mask: see `dense`.
             if all_finite(out):
                 break
@@ -72,17 +80,54 @@ class _Attend(torch.autograd.Function):
         wide = accumulation_dtype(q.dtype)
         for is_careful in (False, True):
             d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
-            for part in _passes(q, k, v, indices, ctx.sequences, ctx.block_size):
+
+            def run(part: _Pass, d_k: Tensor = d_k, d_v: Tensor = d_v, is_careful: bool = is_careful) -> None:
                 results = _Results(
                     out[part.where],
                     lse[part.where],
                     d_out[part.where],
                     None if d_lse is None else d_lse[part.where],
                 )
-                d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], ctx.scale, is_careful)
+                try:
+                    d_q[part.where] = _backward_pass(
+                        part, results, d_k[part.keys], d_v[part.keys], ctx.scale, is_careful
+                    )
+                finally:
+                    part.turn.end()
+
+            for_each(run, list(_passes(q, k, v, indices, ctx.sequences, ctx.block_size)), q.device)
             if all_finite(d_q, d_k, d_v):
                 break
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
+
+
+class _Turn:
+    """When a pass may add to the gradients of its keys: behind the pass before it, block by block, so that every sum
+    is taken in the same order whichever thread is faster.
+    """
+
+    def __init__(self, before: _Turn | None) -> None:
+        self._before = before
+        self._num_done: float = 0
+        self._changed = threading.Condition()
+
+    def wait(self, num_blocks: float) -> None:
+        """Until the pass before has added all that it adds to blocks 0 … num_blocks - 1."""
+        if (before := self._before) is not None:
+            with before._changed:
+                before._changed.wait_for(lambda: before._num_done >= num_blocks)
+
+    def done(self, num_blocks: float) -> None:
+        """This pass adds no more to blocks 0 … num_blocks - 1, nor does one before it."""
+        with self._changed:
+            self._num_done = num_blocks
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """This pass adds nothing more."""
+        self.wait(math.inf)
+        self._before = None
+        self.done(math.inf)
 
 
 class _Pass(NamedTuple):
@@ -96,6 +141,7 @@ class _Pass(NamedTuple):
     block_size: int
     where: tuple[int, slice, slice]  # of the pass's rows in q
     keys: tuple[int, slice, int]  # of the sequence's keys in k
+    turn: _Turn  # among the passes of the same keys
 
     @property
     def num_past(self) -> int:
@@ -140,15 +186,22 @@ def _passes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequenc
         most_blocks = (span.k_len - 1) // block_size + 1
         topk = min(indices.shape[3], most_blocks)
         bytes_per_query = group * topk * q.shape[3] * q.element_size()
-        num_queries = max(block_size, 64, PASS_BYTES // bytes_per_query)
+        if q.device.type == "cpu":  # at least two ranges of a long sequence, for threads to share
+            num_queries = min(CPU_PASS_BYTES // bytes_per_query, max(1024, span.q_len // 2))
+        else:
+            num_queries = PASS_BYTES // bytes_per_query
+        num_ranges = -(-span.q_len // max(block_size, 64, num_queries))
+        num_queries = -(-span.q_len // (num_ranges * block_size)) * block_size
         keys = slice(span.k_start, span.k_start + span.k_len)
-        for kv_head in range(k.shape[2]):
-            heads = slice(kv_head * group, (kv_head + 1) * group)
-            for start, stop in _ranges(span, num_queries, block_size):
+        turns: list[_Turn | None] = [None] * k.shape[2]
+        for start, stop in _ranges(span, num_queries, block_size):
+            for kv_head in range(k.shape[2]):
+                turns[kv_head] = turn = _Turn(turns[kv_head])
+                heads = slice(kv_head * group, (kv_head + 1) * group)
                 where = (span.row, slice(span.q_start + start, span.q_start + stop), heads)
                 at = (span.row, keys, kv_head)
                 chosen = _narrowed(indices[where], topk)
-                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, block_size, where, at)
+                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, block_size, where, at, turn)
 
 
 def _ranges(span: Span, num_queries: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -211,9 +264,10 @@ def _steps(part: _Pass) -> Iterator[_Step]:
     place = torch.minimum(place, last[:, None] - 1)
 
     tile_bytes = 2 * (size + part.block_size) * part.q.shape[2] * part.q.element_size()
-    if part.q.device.type != "cpu":
-        tile_bytes += 16 * size * part.block_size  # `dense` holds its scores there
-    step = max(1, STEP_BYTES // tile_bytes)
+    if part.q.device.type == "cpu":
+        step = max(1, CPU_STEP_BYTES // tile_bytes)
+    else:  # `dense` holds its scores there
+        step = max(1, STEP_BYTES // (tile_bytes + 16 * size * part.block_size))
     for start in range(0, block.numel(), step):
         some = slice(start, start + step)
         entry = entries[place[some].flatten()]
@@ -293,6 +347,15 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, sca
     q_rows, out_rows, lse_rows, d_out_rows = (x.flatten(0, 1) for x in (part.q, *results[:3]))
     d_lse_rows = None if results.d_lse is None else results.d_lse.flatten(0, 1)
     k_blocks, v_blocks, d_k_blocks, d_v_blocks = (part.finished_blocks(x) for x in (part.k, part.v, d_k, d_v))
+    # First: a later pass waits only until the past blocks are done.
+    for own in _own_blocks(part):
+        q, out, lse, d_out = (own.take(x) for x in (part.q, *results[:3]))
+        d_lse = None if results.d_lse is None else own.take(results.d_lse)
+        k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
+        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal, is_careful)
+        own.take(part.by_part(d_qs)[own.part]).copy_(d_q)
+        own.add_to_keys(d_k, d_k_own)
+        own.add_to_keys(d_v, d_v_own)
     for step in _steps(part):
         real = step.real[:, None]
         d_out = step.gather(d_out_rows) * real[..., None]
@@ -302,15 +365,9 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, sca
             step.gather(out_rows), step.gather(lse_rows), scale, is_causal=False, is_careful=is_careful,
         )  # fmt: skip
         d_qs[step.parts] = d_q.flatten(0, 2)
+        last = int(step.blocks[-1])
+        part.turn.wait(last + 1)
         step.add_to_blocks(d_k_blocks, d_k_tiles)
         step.add_to_blocks(d_v_blocks, d_v_tiles)
-    d_qs = part.by_part(d_qs)
-    for own in _own_blocks(part):
-        q, out, lse, d_out = (own.take(x) for x in (part.q, *results[:3]))
-        d_lse = None if results.d_lse is None else own.take(results.d_lse)
-        k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
-        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal, is_careful)
-        own.take(d_qs[own.part]).copy_(d_q)
-        own.add_to_keys(d_k, d_k_own)
-        own.add_to_keys(d_v, d_v_own)
-    return d_qs.sum(dim=0, dtype=d_k.dtype).to(part.q.dtype)
+        part.turn.done(last)  # the next step may have more tiles of the last block
+    return part.by_part(d_qs).sum(dim=0, dtype=d_k.dtype).to(part.q.dtype)
