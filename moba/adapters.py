@@ -69,8 +69,15 @@ def apply_adapter(model: nn.Module, path: Path) -> None:
     """
     tensors = load_file(path)
     weights = dict(model.named_parameters())
-    factors = {name.removesuffix(".A"): value for name, value in tensors.items() if name.endswith(".A")}
-    changes = {f"{name}.weight": tensors[f"{name}.B"].float() @ a.float() for name, a in factors.items()}
+    changes = {}
+    for name in sorted({name[:-2] for name in tensors if name.endswith((".A", ".B"))}):
+        a, b = tensors.get(f"{name}.A"), tensors.get(f"{name}.B")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            got = ", ".join(f".{key} {'missing' if x is None else list(x.shape)}" for key, x in (("A", a), ("B", b)))
+            raise ValueError(
+                f"{path} is no adapter that `moba train` wrote: {name} needs .A [r, in], .B [out, r]: {got}"
+            )
+        changes[f"{name}.weight"] = b.float() @ a.float()
     whole = {name: value for name, value in tensors.items() if not name.endswith((".A", ".B"))}
     for name, value in (*changes.items(), *whole.items()):
         if name not in weights or weights[name].shape != value.shape:

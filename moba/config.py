@@ -178,6 +178,8 @@ class MoBAConfig:
         Raises:
             ValueError: if a key is unknown or a value is not valid.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"not a MoBAConfig: must be a dict as to_dict makes it, got {values!r}")
         unknown = sorted(set(values) - _FIELDS)
         missing = sorted({"block_size", "topk"} - set(values))
         if unknown or missing:

@@ -52,6 +52,34 @@ def write_json(path: str | os.PathLike[str], values: dict[str, Any], indent: int
         file.write(json.dumps(values, indent=indent).encode() + b"\n")
 
 
+def check_text(where: str, text: str) -> None:
+    """Check that a string is text: JSON and file names can hold halves of surrogate pairs, which nothing encodes.
+
+    Raises:
+        ValueError: naming `where`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not text: half of a surrogate pair, {text[error.start]!a}") from None
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The value of a line of JSON.
+
+    Raises:
+        ValueError: naming `where`.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -59,10 +87,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: naming the file, if it holds something else.
         OSError: if it cannot be read.
     """
-    try:
-        values = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    values = parse_json(Path(path).read_bytes(), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise ValueError(f"{path}: not a JSON object")
     return values

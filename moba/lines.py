@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,11 +80,13 @@ def open_lines(path: Path, *, begins: tuple[str, ...], advice: str) -> Iterator[
         advice: what to do about a file that cannot be gone on from, for messages.
 
     Raises:
-        ValueError: if it holds something else, or another process is writing to it.
+        ValueError: if it holds something else, is a device or a pipe, or another process is writing to it.
         OSError: if it cannot be written.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ValueError(f"{path} is no regular file: choose another")
         _take(file, path)
         yield Lines(path, file, begins, advice)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache, lru_cache
@@ -17,6 +16,7 @@ import torch
 from moba.adapters import adapter_file, apply_adapter, read_about
 from moba.checks import first_line
 from moba.embedded import EMBEDDED, EMBEDDED_LAYERS, embedded_model
+from moba.files import read_json
 from moba.rope import renew_rotary
 
 # One of them is in every folder of a model, or of peft's adapter, which transformers reads too.
@@ -107,7 +107,7 @@ def num_layers_of(model: str | None = None) -> int | None:
     if model is None:
         return EMBEDDED_LAYERS
     config = read_config(Path(model).expanduser()) or {}
-    layers = (config.get("text_config") or config).get("num_hidden_layers")
+    layers = (text_config(config) or config).get("num_hidden_layers")
     return layers if isinstance(layers, int) else None
 
 
@@ -120,18 +120,28 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model={str(folder)!r}: its config.json is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"model={str(folder)!r}: its config.json is no JSON object")
-    return values
+    return read_json(path)
+
+
+def text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The part for the language model of what a config.json says of a model of several modalities."""
+    part = values.get("text_config")
+    return part if isinstance(part, dict) else {}
 
 
 def base_of(adapter: Path) -> str | None:
-    """The model that an adapter changes, as `load_model` is told of it."""
-    name = str(read_about(adapter)["base"])
+    """The model that an adapter changes, as `load_model` is told of it.
+
+    Raises:
+        ValueError: for a file that is no adapter's, or one whose bases lead back to it.
+    """
+    name = base = str(read_about(adapter)["base"])
+    seen = {adapter.resolve()}
+    while (file := adapter_file(base)) is not None:
+        if file.resolve() in seen:
+            raise ValueError(f"{adapter}: its base {name!r} leads back to {file}")
+        seen.add(file.resolve())
+        base = str(read_about(file)["base"])
     return None if name == EMBEDDED else name
 
 
@@ -140,8 +150,11 @@ def _adapted(path: Path, dtype: torch.dtype, attn_implementation: str) -> tuple[
     base = base_of(path)
     loaded, tokenizer = load_model(base, dtype=dtype, attn_implementation=attn_implementation)
     apply_adapter(loaded, path)
-    if "rope_parameters" in _carry(path, loaded.config):
-        renew_rotary(loaded)
+    try:
+        if "rope_parameters" in _carry(path, loaded.config):
+            renew_rotary(loaded)
+    except Exception as error:  # transformers' checks of a config have classes of their own
+        raise ValueError(f"{path}: the model does not take its config: {' '.join(str(error).split())}") from error
     return loaded, tokenizer
 
 

@@ -32,13 +32,15 @@ def write_page(
         row: the sequence of the batch.
 
     Raises:
-        ValueError: if there is no routing, or not one token text per token.
+        ValueError: if there is no routing, or not one token text per token, or more than 65,535 blocks.
     """
     layers, num_blocks = layers_and_blocks(routings)
     first = routings[layers[0]]
     num_tokens, num_heads = first.indices.shape[1:3]
     if len(tokens) != num_tokens:
         raise ValueError(f"tokens must hold one text for each of the {num_tokens} tokens, got {len(tokens)}")
+    if num_blocks >= 2**16:
+        raise ValueError(f"a page shows at most {2**16 - 1:,} blocks, got {num_blocks:,}: choose a larger block_size")
     # The largest value means "no block", which -1 becomes when narrowed to an unsigned integer.
     narrow = np.uint8 if num_blocks < 2**8 else np.uint16
     data = {
@@ -54,8 +56,8 @@ def write_page(
         "tokens": list(tokens),
         "choices": [_packed(routings[layer].indices[row].permute(1, 2, 0).cpu().numpy(), narrow) for layer in layers],
     }
-    # Inside a script element only "</" could end the data early.
-    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    # Inside a script element "</script" ends the data, and behind "<!--" "<script" hides that end.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = files("moba").joinpath("viz_page.html").read_text(encoding="utf-8")
     Path(path).write_text(template.replace(_PLACE, text), encoding="utf-8")
 

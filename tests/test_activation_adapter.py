@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,33 @@ def test_files_that_are_none_are_refused(trained, moba, tmp_path):
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(ValueError, match="does not fit this model"):
         adapters.apply_adapter(other, trained / "one" / "adapter.safetensors")
+
+
+def test_adapters_that_do_not_hold_together_are_refused(trained, moba, tmp_path):
+    q, good = "model.layers.0.self_attn.q_proj", {"moba": {"block_size": 8, "topk": 2}}
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+
+    def said(path=first, base=trained / "base", config=good, **shapes):
+        metadata = {"adapter": json.dumps({"base": str(base), "config": config})}
+        shapes = shapes or {"A": (2, 32), "B": (32, 2)}
+        save_file({f"{q}.{factor}": torch.zeros(shape) for factor, shape in shapes.items()}, path, metadata)
+        code, _, err = moba("generate", "--no-chat", "-m", path, "-p", "w1", "-n", 1)
+        assert "Traceback" not in err
+        return "" if code == 0 else err.splitlines()[-1].removeprefix("moba: error: ")
+
+    assert said() == ""
+    needs = f"{first} is no adapter that `moba train` wrote: {q} needs .A [r, in], .B [out, r]: "
+    assert said(A=(2, 32)) == f"{needs}.A [2, 32], .B missing"
+    assert said(B=(32, 2)) == f"{needs}.A missing, .B [32, 2]"
+    assert said(A=(3, 32), B=(32, 2)) == f"{needs}.A [3, 32], .B [32, 2]"
+    assert said(A=(2,), B=(32, 2)) == f"{needs}.A [2], .B [32, 2]"
+    assert said(config={"moba": "x"}).startswith(f"{first}: moba: not a MoBAConfig")
+    assert said(config={**good, "rope_parameters": 3}).startswith(f"{first}: the model does not take its config: ")
+    assert said(base=first) == f"{first}: its base {str(first)!r} leads back to {first}"
+    assert said(base=second) == f"model: there is no {str(second)!r}"
+    assert said(second, base=first) == f"{second}: its base {str(first)!r} leads back to {second}"
+    said()
+    assert said(second, base=first) == "", "an adapter on an adapter"
 
 
 def test_the_packages_own_finds_what_the_untrained_model_does_not(smollm2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,7 @@ BINARY, EMPTY, MISSING = "binary.txt", "empty.txt", "missing.txt"
         (["-p", "w1", "--attn", "sdpa", "--compare"], "--compare"),
         (["-p", "w1", "--demo"], "--demo"),
         (["-p", "  "], "the prompt is empty"),
+        (["-p", "w1 \udcff"], r"--prompt: not text: half of a surrogate pair, '\udcff'"),
         (["-f", MISSING], MISSING),
         (["-f", "."], "directory"),
         (["-f", BINARY], "not"),
@@ -210,8 +212,32 @@ def test_files_that_do_not_say_how_many_layers(tmp_path):
     assert num_layers_of(str(tmp_path)) is None
     assert num_layers_of("some/name") is None
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"its config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON object"):
         num_layers_of(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"text_config": "x", "num_hidden_layers": 3}')
+    assert num_layers_of(str(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "eval"])
+@pytest.mark.parametrize("part", [{}, {"text_config": {}}])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("x", "not a MoBAConfig: must be a dict as to_dict makes it, got 'x'"),
+        ([1, 2], "not a MoBAConfig: must be a dict as to_dict makes it, got [1, 2]"),
+        ({"block_size": 8}, "not a MoBAConfig: unknown keys [], missing keys ['topk']; valid: "),
+        ({"block_size": "8", "topk": 2}, "block_size must be an integer >= 1, got '8'"),
+    ],
+)
+def test_a_config_that_says_something_else_of_moba(moba, folder, tmp_path, command, part, value, said):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **({"text_config": {"moba": value}} if part else {"moba": value})}))
+    args = ["loss"] if command == "eval" else ["-p", "w1"]
+    code, out, err = moba(command, *args, "-m", tmp_path / "model")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"moba: error: {path}: moba: {said}")
 
 
 @pytest.mark.parametrize("family", ["T5", "Bert"])

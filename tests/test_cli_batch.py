@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -180,6 +181,15 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(moba, folder, tmp_
     assert code == 2
     assert "not a line that this command wrote" in err
     assert output.read_text() == content
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null", "/dev/zero", "pipe"])
+def test_what_is_no_regular_file_is_refused_at_once(moba, folder, tmp_path, device):
+    file = write_lines(tmp_path / "in.jsonl", prompts(1))
+    if device == "pipe":
+        os.mkfifo(device := tmp_path / "pipe")
+    code, _, err = moba("generate", "-m", folder, "--batch-file", file, "--batch-output", device, *OPTIONS)
+    assert (code, err) == (2, f"moba: error: {device} is no regular file: choose another\n")
 
 
 @pytest.mark.parametrize("end", ["", "\n"])

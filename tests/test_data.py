@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -148,9 +151,15 @@ def test_a_changed_or_unreadable_folder_is_refused(tmp_path, tokenizer):
     bad = write(tmp_path / "bad", a__jsonl='{"text": "w1"}\n{"txt": 1}')
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*'text'"):
         built(tmp_path / "out2", folder_units(bad, **options), tokenizer)
-    (bad / "a.jsonl").write_bytes(b"{")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        built(tmp_path / "out2", folder_units(bad, **options), tokenizer)
+    for line, said in (
+        (b"{", "not JSON"),
+        (b'{"text": "w1 \\ud800"}', r"not text: half of a surrogate pair, '\\ud800'"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"text": "\xff"}', r"not UTF-8 \(byte 10\)"),
+    ):
+        (bad / "a.jsonl").write_bytes(b'{"text": "w1"}\n' + line)
+        with pytest.raises(ValueError, match=f"a.jsonl, line 2: {said}"):
+            built(tmp_path / "out2", folder_units(bad, **options), tokenizer)
     (bad / "a.jsonl").rename(bad / "a.txt")
     (bad / "a.txt").write_bytes(b"w1 \xff")
     with pytest.raises(ValueError, match=r"a.txt: not UTF-8 \(byte 3\)"):
@@ -245,11 +254,34 @@ def test_packages_are_downloaded_into_a_relative_folder(tmp_path, monkeypatch):
     assert fetch(Source("some", "pypi", "MIT"), work).is_file()
 
 
-def test_broken_archives_and_binary_files_are_seen(tmp_path):
-    path = tmp_path / "x.whl"
-    path.write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"x.whl cannot be unpacked"):
-        unpack(path, tmp_path / "root")
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip"])
+def test_broken_archives_are_named(tmp_path, kind):
+    (tmp_path / "text").write_bytes(random.Random(0).randbytes(200_000))
+    path = tmp_path / (f"x.tar.{kind}" if kind != "zip" else "x.zip")
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(tmp_path / "text", "text")
+    else:
+        with tarfile.open(path, f"w:{kind}") as tar:
+            tar.add(tmp_path / "text", "text")
+    whole = path.read_bytes()
+    broken = [b"", b"no archive", *(whole[: len(whole) * part // 8] for part in range(1, 8))]
+    for data in broken:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path.name} cannot be unpacked"):
+            unpack(path, tmp_path / "root")
+
+
+def test_names_that_are_no_text_can_be_held_out(tmp_path, tokenizer):
+    (tmp_path / "texts").mkdir()
+    for name in (b"a\xff.txt", b"b\xfe.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path / "texts") + b"/" + name)).write_text("w1")
+    built(tmp_path / "out", folder_units(tmp_path / "texts", text_key="text", held_out=0.0, licence=""), tokenizer)
+    names = [document.name for document in open_shards(tmp_path / "out").documents]
+    assert sorted(names) == ["a\udcff.txt", "b\udcfe.txt"]
+
+
+def test_binary_files_are_seen(tmp_path):
     assert read_text(write(tmp_path, a__txt="a\0b") / "a.txt") == ""
 
 

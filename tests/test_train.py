@@ -475,8 +475,9 @@ def test_recipes_that_cannot_be_read(moba, file, tmp_path):
     assert "nowhere.toml" in moba("train", tmp_path / "nowhere.toml")[2]
     file.write_bytes(b"\xff")
     assert "is not UTF-8 text (byte 0)" in moba("train", file)[2]
-    file.write_text("out = [")
-    assert "is not TOML" in moba("train", file)[2]
+    for text in ("out = [", "out = " + "[" * 100_000):
+        file.write_text(text)
+        assert "is not TOML" in moba("train", file)[2]
     file.write_text('out = "x"')
     assert "data is missing" in moba("train", file)[2]
     file.write_text('out = "x"\n[data]\nfolder = "x"')
@@ -531,7 +532,7 @@ def test_a_run_of_another_recipe_or_data_is_not_gone_on_with(moba, file, tmp_pat
     before = saved.read_text()
     for text in ("{}", '{"recipe": 3, "data": ""}', "[]"):
         saved.write_text(text)
-        assert "recipe.json is not" in moba("train", file, "-s", "training.tokens=512")[2]
+        assert "recipe.json: not " in moba("train", file, "-s", "training.tokens=512")[2]
     saved.write_text(before)
     config = tmp_path / "out" / "checkpoint-4" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))

@@ -124,11 +124,12 @@ def test_page_holds_the_choices_and_needs_nothing_else(tmp_path, num_blocks):
     routing = made_routing()
     if num_blocks == 300:
         routing = Routing(routing.indices + 294 * (routing.indices == 5).int(), BLOCK)
-    tokens = ["</script>", "naïve\n", "<b>", *["x"] * (TOKENS - 3)]
+    tokens = ["</script>", "naïve\n", "<b>", "<!--", "<script>", *["x"] * (TOKENS - 5)]
     write_page(tmp_path / "r.html", {3: routing}, tokens, title="A & B")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|src=|<link|@import", page)
     assert page.count("</script>") == 2, "a token must not end the data"
+    assert "<!--" not in page.partition('id="data">')[2], "nor hide its end"
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
     assert data["tokens"] == tokens
     assert (data["layers"], data["num_blocks"], data["topk"]) == ([3], num_blocks, TOPK)
@@ -136,6 +137,12 @@ def test_page_holds_the_choices_and_needs_nothing_else(tmp_path, num_blocks):
     choices = stored.reshape(2, TOPK, TOKENS).transpose(2, 0, 1).astype(int)
     none = 2 ** (8 * data["bytes"]) - 1
     assert (np.where(choices == none, -1, choices) == routing.indices[0].numpy()).all()
+
+
+def test_a_page_of_too_many_blocks_is_refused(tmp_path):
+    routing = Routing(torch.tensor([[[[0, 2**16 - 1]]]], dtype=torch.int32), 1)
+    with pytest.raises(ValueError, match="at most 65,535 blocks, got 65,536: choose a larger block_size"):
+        write_page(tmp_path / "r.html", {0: routing}, ["x"])
 
 
 def test_page_needs_a_text_for_each_token(tmp_path, routings):

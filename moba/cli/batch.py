@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moba.cli.options import Attention, Choice, Drawing, Dtype
+from moba.files import check_text, parse_json
 from moba.lines import NOT_OURS, Lines, open_lines
 
 if TYPE_CHECKING:
@@ -140,23 +141,13 @@ def read_batch(path: Path) -> list[BatchPrompt]:
 
 
 def _parse(data: bytes, line: int, where: str) -> BatchPrompt:
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+    values = parse_json(data, where)
     text = values.get("prompt") if isinstance(values, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{where}: must be a JSON object with a text "prompt", got {_short(values)}')
     if unknown := sorted(set(values) - set(KEYS)):
         raise ValueError(f"{where}: unknown keys {unknown}; valid: {list(KEYS)}")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not text: half of a surrogate pair, {error.object[error.start]!a}") from None
+    check_text(where, json.dumps(values, ensure_ascii=False))
     limit = values.get("max_new_tokens")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{where}: max_new_tokens must be an integer >= 1, got {_short(limit)}")

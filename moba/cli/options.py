@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moba.config import MoBAConfig, require_seed
+from moba.files import check_text
 
 # The sparsest setting whose perplexity at 8K tokens stays within 5 % of full attention's: docs/quality.md.
 DEFAULT_BLOCK_SIZE = 128
@@ -244,15 +245,23 @@ def carried_config(model: str | None) -> dict[str, Any] | None:
     """What a model folder's config.json, or an adapter, says of MoBA; None if nothing.
 
     Raises:
-        ValueError: if the file is not JSON, or no adapter.
+        ValueError: if the file is not JSON, or no adapter, or says something invalid.
     """
     from moba.adapters import adapter_file, read_about
-    from moba.models import read_config
+    from moba.models import read_config, text_config
 
     if (adapter := adapter_file(model)) is not None:
-        return read_about(adapter)["config"]["moba"]
-    values = (None if model is None else read_config(Path(model).expanduser())) or {}
-    return values.get("moba") or values.get("text_config", {}).get("moba")
+        carried, path = read_about(adapter)["config"]["moba"], adapter
+    else:
+        values = (None if model is None else read_config(Path(model).expanduser())) or {}
+        carried, path = values.get("moba") or text_config(values).get("moba"), Path(f"{model}/config.json")
+    if carried is None:
+        return None
+    try:
+        MoBAConfig.from_dict(carried)
+    except ValueError as error:
+        raise ValueError(f"{path}: moba: {error}") from None
+    return carried
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -268,6 +277,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     parts = [] if source is None else [_read_text(source)]
     parts += [] if prompt is None else [prompt]
     text = "\n\n".join(part.strip("\n") for part in parts)
+    check_text("--prompt", text)
     if not text.strip():
         raise ValueError(f"the prompt is empty{'' if source in (None, '-') else f': {source}'}")
     return text

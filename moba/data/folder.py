@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moba.data.build import Text, Unit
+from moba.files import check_text, parse_json
 
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
 JSON_ENDINGS = (".jsonl", ".ndjson")
@@ -79,17 +81,17 @@ def _json_texts(file: Path, name: str, text_key: str, held_out: float) -> Iterat
         for number, data in enumerate(lines, start=1):
             if not data.strip():
                 continue
-            try:
-                value = json.loads(data)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON: {error}") from None
+            where = f"{file}, line {number}"
+            value = parse_json(data, where)
             text = value.get(text_key) if isinstance(value, dict) else None
             if not isinstance(text, str):
-                raise ValueError(f"{file}, line {number}: must be a JSON object with a text {text_key!r}")
+                raise ValueError(f"{where}: must be a JSON object with a text {text_key!r}")
+            check_text(where, text)
             if text.strip():
                 yield Text(f"{name}:{number}", [text], is_held_out(f"{name}:{number}", held_out))
 
 
 def is_held_out(name: str, share: float) -> bool:
     """Whether a document of this name is among the share that is held out."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") < share * 2**48
+    # A file's name need not be UTF-8.
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6], "big") < share * 2**48

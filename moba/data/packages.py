@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import lzma
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -22,6 +25,9 @@ _SKIPPED = re.compile(
     r"(^|/)(genindex|py-modindex|modindex|search|searchindex|bookindex|doc-index|contents)[^/]*$"
     r"|(^|/)_(modules|sources|static)/|\.min\.js$|bundle|vendored"
 )
+# What unpacking a broken archive raises.
+_BROKEN = (subprocess.CalledProcessError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error,
+           lzma.LZMAError, EOFError)  # fmt: skip
 _LONGEST_FILE = 2_000_000
 _LEAST_PAGE = 200
 
@@ -98,7 +104,7 @@ def unpack(archive: Path, root: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 tar.extractall(root, filter="data")
-    except (subprocess.CalledProcessError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{archive.name} cannot be unpacked: {error}") from None
 
 

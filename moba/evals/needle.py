@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moba.config import require_int
 from moba.evals.reader import Reader
+from moba.files import check_text, read_json
 
 # fmt: off
 _CITIES = (
@@ -84,7 +85,8 @@ def read_task(name: str) -> Task:
     if not path.is_file():
         raise ValueError(f"task must be one of {sorted(TASKS)} or a file, got {name!r}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
+        check_text(str(path), json.dumps(values, ensure_ascii=False))
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }

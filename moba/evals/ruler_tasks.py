@@ -7,13 +7,14 @@ answers. Of the same generator, examples of all sizes ask for the same.
 from __future__ import annotations
 
 import functools
-import json
 import random
 import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from moba.files import read_json
 
 # Sentences that say nothing, between the steps of `vt`.
 _IDLE = ("The rain fell all morning.", "Nobody was on the road.", "A window stood open.", "Then it was quiet again.")
@@ -215,9 +216,7 @@ def read_material(text: str, squad: Path | None = None) -> Material:
     if squad is None:
         return Material(sentences)
     try:
-        paragraphs = [
-            p for article in json.loads(squad.read_text(encoding="utf-8"))["data"] for p in article["paragraphs"]
-        ]
+        paragraphs = [p for article in read_json(squad)["data"] for p in article["paragraphs"]]
         questions = [
             (asked["question"], tuple(dict.fromkeys(answer["text"] for answer in asked["answers"])), i)
             for i, paragraph in enumerate(paragraphs)

@@ -210,8 +210,6 @@ def read_config(model_config: Any) -> MoBAConfig | None:
     values = getattr(model_config, "moba", None)
     if values is None:
         return None
-    if not isinstance(values, dict):
-        raise ValueError(f"config.moba must be the dict that set_moba_config writes, got {values!r}")
     return MoBAConfig.from_dict(values)
 
 

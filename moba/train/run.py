@@ -212,7 +212,7 @@ def _check_run(recipe: Recipe, out: Path, shards: Shards) -> Path | None:
         )
     saved = read_json(path)
     if not isinstance(saved.get("recipe"), dict) or "data" not in saved:
-        raise ValueError(f"{path} is not what `moba train` writes; choose another out")
+        raise ValueError(f"{path}: not what `moba train` writes; choose another out")
     same_run(recipe, saved["recipe"])
     if saved["data"] != data_digest(shards):
         raise ValueError(f"{out} holds a run on other data than {recipe.data.folder} has now; choose another out")
