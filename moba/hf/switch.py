@@ -57,8 +57,9 @@ def refuse_other_models(*names: str) -> None:
 
 def require_interface(model: PreTrainedModel) -> None:
     """Raise a ValueError that names the model if its attention is not that of transformers' AttentionInterface."""
-    name = type(model).__name__
-    if _has_own_attention(type(model)):
+    model_class: Any = type(model)
+    name = model_class.__name__
+    if _has_own_attention(model_class):
         raise ValueError(
             f"{name} computes its attention itself, not through transformers' AttentionInterface, and cannot have "
             f"MoBA; {SWITCH_PART}"
@@ -104,7 +105,7 @@ def _wrap() -> None:
     def set_attn_implementation(self: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         # transformers itself leaves a model that it cannot switch as it is, with a line in the log.
         is_of_parts = isinstance(attn_implementation, dict)
-        asked = attn_implementation.values() if is_of_parts else [attn_implementation]
+        asked = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
         if any(isinstance(name, str) and name in _refusing for name in asked):
             text_config = self.config.get_text_config(decoder=True)
             for part in self.modules():
@@ -114,7 +115,7 @@ def _wrap() -> None:
                     require_interface(part)
         switch(self, attn_implementation, *args, **kwargs)
 
-    assist = GenerationMixin._assisted_decoding
+    assist: Any = GenerationMixin._assisted_decoding
 
     @wraps(assist)
     def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
