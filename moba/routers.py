@@ -82,6 +82,13 @@ class TopP:
         return self.score(q, means) * q.shape[-1] ** -0.5
 
 
+def ranks_by_means(rule: ScoreFunction | None) -> bool:
+    """Whether a rule scores a block by its mean for a kv head and the queries of that head alone, as all of these do;
+    of a user's function that is not known.
+    """
+    return (rule.score if isinstance(rule, TopP) else rule) in (mean_key_scores, shared_scores)
+
+
 def score_function(router: Router) -> ScoreFunction:
     """The function for a router's name, or the function itself."""
     if callable(router):

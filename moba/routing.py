@@ -19,7 +19,7 @@ from moba.config import Router
 from moba.layout import Sequences, Span
 from moba.numerics import accumulation_dtype as accumulation_dtype
 from moba.numerics import full_fp32_matmul as full_fp32_matmul
-from moba.routers import ScoreFunction, TopP, score_function, shared_scores
+from moba.routers import ScoreFunction, TopP, ranks_by_means, score_function
 from moba.routers import mean_key_scores as mean_key_scores
 from moba.threads import for_each
 
@@ -62,15 +62,9 @@ class Selection:
         """The part of the mass that is enough, where the rule has a budget."""
         return self.score.p if isinstance(self.score, TopP) else None
 
-    @property
-    def ranks_by_means(self) -> bool:
-        """Whether the rule depends on a block through its mean alone, as those of this package do."""
-        rule = self.score.score if isinstance(self.score, TopP) else self.score
-        return rule in (mean_key_scores, shared_scores)
-
     def first_of_equals(self, means: Tensor) -> Tensor | None:
         """For `scores`: the function of this name, or None where blocks of equal means may rank differently."""
-        return first_of_equals(means) if self.ranks_by_means else None
+        return first_of_equals(means) if ranks_by_means(self.score) else None
 
     def scores(self, q: Tensor, means: Tensor, first: Tensor | None = None) -> Tensor:
         """`score` of query rows [rows, H, D] against block means [N, G, D]: floating [rows, H, N].

@@ -457,9 +457,12 @@ def is_given(rank, what):
         options["block_size"] = 1 << 70 if rank else 8
     elif what == "selective":
         options |= {"transport": "selective", "cu_seqlens": torch.tensor([0, 48]).int()}
+    elif what == "some heads":
+        options |= {"transport": "heads", "router": by_first_head}
+        q = torch.zeros(1, 16, 3, 8)
     else:
         options["cu_seqlens"] = torch.tensor({"beyond the end": [0, 49], "not ascending": [0, 20, 10, 48]}[what]).int()
-    k = torch.zeros(1, 16, 3 if what == "heads" else 1, 8)
+    k = torch.zeros(1, 16, 3 if what in ("heads", "some heads") else 1, 8)
     context_parallel_attention(q, k, k, **options)
 
 
@@ -473,6 +476,7 @@ def is_given(rank, what):
         ("backend", "backend='triton' cannot run here: needs a CUDA device"),
         ("too large", "Overflow"),
         ("selective", 'cu_seqlens needs batch size 1 and transport="gather" or "heads"'),
+        ("some heads", "a router that is a function needs all heads"),
         ("beyond the end", "cu_seqlens must ascend from 0 to at most 48, got [0, 49]"),
         ("not ascending", "cu_seqlens must ascend from 0, got [0, 20, 10, 48]"),
     ],

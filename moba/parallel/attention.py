@@ -38,6 +38,7 @@ from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
 from moba.parallel.selective import all_wishes, beside_own, chosen_before, fetch
 from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
+from moba.routers import ranks_by_means
 from moba.routing import Routing
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
@@ -82,7 +83,8 @@ def context_parallel_attention(
             batch size 1, and not with "selective".
         transport: "gather", "selective" or "heads". "selective" needs shards of whole blocks (but for the last), and
             waits for the device to learn what travels; "heads" needs as many key/value heads as ranks, or a multiple,
-            as a mesh of two dimensions needs them inside a node.
+            as a mesh of two dimensions needs them inside a node; neither takes a router that is a function, which might
+            look at all heads.
         shards: of an earlier call with these lengths and settings on every rank, such as that of a model's first layer.
             Nothing is compared then, so the host need not wait for the device; a difference would end in a timeout.
         return_lse, return_routing, return_shards: also return this rank's log-sum-exp [B, T, H], the `Routing`, whose
@@ -108,6 +110,11 @@ def context_parallel_attention(
         require_one_of("backend", backend, BACKENDS)
         require_tensors(q=q, k=k, v=v)
         _check_shapes(q, k, v, cu_seqlens, transport, ranks)
+        if callable(router) and not ranks_by_means(router) and (transport == "heads" or ranks.between is not None):
+            raise ValueError(
+                'a router that is a function needs all heads, and transport="heads" or a mesh of two dimensions gives '
+                f'a rank some of them: take "gather" or "selective" and a mesh of one dimension, got router={router!r}'
+            )
         check_scale(scale, q.shape[3])
         backends.resolve(backend, q, k)
 
