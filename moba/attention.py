@@ -72,7 +72,7 @@ def moba_attention(
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
             key_start, that `append_block_means` wrote for these keys. With at most 16 queries a row and no gradient
             asked for, a step of decoding then reads the means and the selected keys only. More queries, or gradients,
-            take the prefill's way without computing the means again.
+            take the prefill's way without computing the means again. Routers that score nothing read none.
         route_by: queries [B, T, H, any D] and keys [B, S, G, the same D] to choose blocks by in the place of q and k,
             such as those from before the rotary embedding. No gradient flows to them.
         backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
@@ -96,7 +96,8 @@ def moba_attention(
         raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]} and {k.shape[0]}")
     if q.shape[1] > k.shape[1]:
         raise ValueError(
-            f"queries are the last of the keys, so T must be at most S, got T={q.shape[1]}, S={k.shape[1]}"
+            f"queries are the last of the keys, so T must be at most S, got T={q.shape[1]}, S={k.shape[1]} for "
+            f"q [B, T, H, D] {tuple(q.shape)} and k [B, S, G, D] {tuple(k.shape)}"
         )
     check_bounds(key_start, key_end, q, k.shape[1])
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end)
@@ -209,6 +210,13 @@ def attention(
     block_size, topk = call.block_size, call.topk
     validate_selection(block_size, topk, call.keep_first, call.keep_recent, call.router)
     require_one_of("backend", call.backend, BACKENDS)
+    if routing is not None and (call.router != "mean" or call.keep_first or call.keep_recent):
+        raise ValueError(
+            "routing says which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
+            f"got {call.router!r}, {call.keep_first} and {call.keep_recent}"
+        )
+    if route_by is not None and call.router in ("recent", "sink"):
+        raise ValueError(f"route_by serves to score blocks, and router={call.router!r} scores none")
     scale = check_scale(call.scale, q.shape[-1])
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)

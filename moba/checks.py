@@ -44,6 +44,8 @@ def check_tensors(ndim: int, **tensors: Tensor) -> None:
             raise ValueError(f"{names} must be on one device; {name} is on {x.device}, {first} on {q.device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
+    if q.device.type == "meta":
+        raise ValueError(f"{names} must hold values, got tensors on the device meta")
     head_dim = q.shape[-1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -69,7 +71,8 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Check that query heads share key/value heads evenly."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
-            f"key/value heads must divide query heads, got {num_heads} query and {num_kv_heads} key/value heads"
+            f"key/value heads must divide query heads, got {num_heads} query and {num_kv_heads} key/value heads: heads "
+            "are the last dimension but one, [B, T, H, D] and [B, S, G, D]"
         )
 
 

@@ -30,9 +30,12 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"outs must be [P, ..., D] and lses [P, ...], got {tuple(outs.shape)} and {tuple(lses.shape)}")
     wide = accumulation_dtype(outs.dtype)
     lses = lses.to(wide)
-    lse = torch.logsumexp(lses, dim=0)
     has_key = lses != -torch.inf
-    weights = torch.where(has_key, torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)), 0.0)
+    # Rows without a key are computed as if there were one, as the gradient of log 0 is not a number.
+    is_empty = ~has_key.any(dim=0)
+    lse = torch.logsumexp(lses.masked_fill(is_empty, 0.0), dim=0)
+    weights = torch.where(has_key, torch.exp(lses - lse), 0.0)
+    lse = lse.masked_fill(is_empty, -torch.inf)
     out = torch.zeros(outs.shape[1:], dtype=wide, device=outs.device)
     for part, weight, is_used in zip(outs, weights, has_key, strict=True):
         out.addcmul_(part.to(wide).masked_fill(~is_used[..., None], 0.0), weight[..., None])

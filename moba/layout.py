@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_POSITIONS = 2**31 - 1
 # Blocks larger than this, and than all keys, are cut to what holds all keys.
 LARGE_BLOCK = 1 << 16
 
@@ -56,6 +57,10 @@ class Sequences:
     cu_q: Tensor | None = None
     cu_k: Tensor | None = None
     page_table: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_keys > MAX_POSITIONS:
+            raise ValueError(f"there can be at most {MAX_POSITIONS} keys, as positions are int32, got {self.num_keys}")
 
     @property
     def is_plain(self) -> bool:

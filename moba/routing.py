@@ -51,7 +51,7 @@ class Selection:
         if router == "recent":
             keep_recent = topk - 1 - keep_first
         elif router == "sink":
-            keep_first = max(keep_first, min(1, topk - 1))
+            keep_first = max(keep_first, min(1, topk - 1 - keep_recent))
             keep_recent = topk - 1 - keep_first
         places = topk - 1 - keep_first - keep_recent
         score = None if places == 0 else score_function(router)
@@ -343,7 +343,7 @@ def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Te
     own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
     first = selection.first_of_equals(means)
     # A user's function is called by the thread that it was given in.
-    is_shared = selection.ranks_by_means and q.device.type == "cpu"
+    is_shared = ranks_by_means(selection.score) and q.device.type == "cpu"
     rows = max(1, (_SCORES_PER_CHUNK >> is_shared) // max(1, num_heads * means.shape[0]))
 
     def run(start: int) -> None:

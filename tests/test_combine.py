@@ -48,6 +48,20 @@ def test_gradients():
     assert torch.autograd.gradcheck(combine, (outs, lses))
 
 
+def test_gradients_where_no_part_has_a_key():
+    outs = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    lses = torch.tensor(
+        [[0.5, -torch.inf, -torch.inf], [1.5, 2.0, -torch.inf]], dtype=torch.float64, requires_grad=True
+    )
+    out, lse = combine(outs, lses)
+    d_outs, d_lses = torch.autograd.grad((out, lse), (outs, lses), (torch.ones_like(out), torch.ones_like(lse)))
+    assert torch.isfinite(d_outs).all()
+    assert torch.isfinite(d_lses).all()
+    assert d_lses[0, 1:].tolist() == [0.0, 0.0]
+    assert d_lses[1, 1:].tolist() == [1.0, 0.0]
+    assert (d_outs[:, 2] == 0).all()
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"got \(3, 4, 2\) and \(3, 5\)"):
         combine(torch.zeros(3, 4, 2), torch.zeros(3, 5))

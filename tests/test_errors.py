@@ -46,6 +46,16 @@ def int32(*values):
             {"routing": Routing(torch.zeros(2, 12, 4, 3, dtype=torch.int32), 4)},
             "routing.indices must be int32 (2, 12, 4, 2)",
         ),
+        (
+            {"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4), "router": "recent"},
+            "routing says which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
+            "got 'recent', 0 and 0",
+        ),
+        (
+            {"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4), "keep_first": 1},
+            "cannot be combined with router, keep_first and keep_recent, got 'mean', 1 and 0",
+        ),
+        ({"route_by": (Q, K), "router": "sink"}, "route_by serves to score blocks, and router='sink' scores none"),
         ({"router": lambda q, means: torch.zeros(3, 1, 1)}, "router must return floating scores [rows, H, N]"),
         ({"router": lambda q, means: torch.zeros(q.shape[0], 4, means.shape[0], dtype=torch.long)}, "torch.int64"),
     ],
@@ -63,13 +73,26 @@ def test_options(named, options, message):
         (Q.double(), K, V, "q, k and v must share one dtype"),
         (Q.int(), K.int(), V.int(), "q, k and v must share one dtype of fp16, bf16, fp32, fp64; q is torch.int32"),
         (Q, K[:1], V[:1], "q, k and v must have one batch size, got 2 and 1"),
-        (Q, K[:, :11], V[:, :11], "T must be at most S, got T=12, S=11"),
+        (
+            Q,
+            K[:, :11],
+            V[:, :11],
+            "T must be at most S, got T=12, S=11 for q [B, T, H, D] (2, 12, 4, 8) and k [B, S, G",
+        ),
         (Q[:, :, :3], K, V, "got 3 query and 2 key/value heads"),
         (Q, K, V[..., :4], "q, k and v must have one head dim, got 8, 8 and 4"),
         (Q, K, V[:, :15], "k and v must have one shape"),
         (Q.repeat(1, 1, 1, 40), K.repeat(1, 1, 1, 40), V.repeat(1, 1, 1, 40), "head dim must be 1 to 256, got 320"),
         (Q.mT.contiguous().mT, K, V, "the last dimension of q must be contiguous"),
+        (Q[:, :1], K[:, :, :0], V[:, :, :0], "4 query and 0 key/value heads: heads are the last dimension but one"),
+        (
+            Q.transpose(1, 2),
+            K.transpose(1, 2),
+            V.transpose(1, 2),
+            "got 12 query and 16 key/value heads: heads are the last dimension but one",
+        ),
         (Q.to("meta"), K, V, "must be on one device"),
+        (Q.to("meta"), K.to("meta"), V.to("meta"), "q, k and v must hold values, got tensors on the device meta"),
     ],
 )
 def test_tensors(q, k, v, message):
@@ -171,6 +194,14 @@ def test_what_is_no_tensor_is_named(changes, message):
 def test_routing_alone(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         moba_route(**{"q": Q, "block_means": K, "num_keys": 16, **VALID, **changes})
+
+
+def test_more_positions_than_int32_counts():
+    far = torch.zeros(1).expand(1, 2**31, 1, 1)
+    with pytest.raises(ValueError, match="at most 2147483647 keys, as positions are int32, got 2147483648"):
+        moba_attention(far[:, :1], far, far, **VALID)
+    with pytest.raises(ValueError, match="at most 2147483647 keys"):
+        moba_route(far[:, :1], far[:, :1], num_keys=2**31, block_size=2**31, topk=2)
 
 
 @pytest.mark.parametrize("named", ["pytorch", "reference"])

@@ -161,6 +161,22 @@ def test_routers(backend, device, router, same_as):
     assert torch.equal(out, expected_out)
 
 
+@pytest.mark.parametrize(
+    ("router", "keep", "same_as"),
+    [
+        ("sink", {"keep_recent": 1}, {"keep_recent": 1}),
+        ("sink", {"keep_first": 1}, {"keep_first": 1}),
+        ("recent", {"keep_recent": 1}, {"keep_recent": 1}),
+        ("recent", {"keep_first": 1}, {"keep_first": 1}),
+    ],
+)
+def test_kept_blocks_hold_with_routers_that_score_nothing(backend, device, router, keep, same_as):
+    q, k, v = make_qkv(1, 60, 60, 2, 1, 16, device=device)
+    options = {"block_size": 6, "topk": 2, "backend": backend, "return_routing": True}
+    indices = moba_attention(q, k, v, **options, **keep, router=router)[1].indices
+    assert torch.equal(indices, moba_attention(q, k, v, **options, **same_as)[1].indices)
+
+
 def moba_scores(q, means):
     """The default rule, written as a user would write it."""
     means = means.repeat_interleave(q.shape[1] // means.shape[1], dim=1)
@@ -277,6 +293,9 @@ def test_no_queries(backend, device, queries, keys):
     packed = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device),
                                    block_size=8, topk=3, backend=backend)  # fmt: skip
     assert packed.shape == (0, 4, 16)
+    grads = gradients(q, k, v, torch.zeros_like(q), torch.zeros_like(lse), block_size=8, topk=3, backend=backend)
+    for x, grad in zip((q, k, v), grads, strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("view", ["transposed", "sliced heads", "expanded batch"])

@@ -152,8 +152,8 @@ def _attend_fully(
         query, key, value = to_autocast_dtype(query, key, value)
         last = causal_lower_right(num_queries, num_keys)
         is_grouped = query.shape[1] != key.shape[1]
-        out: Tensor = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=is_grouped)
-        return out.transpose(1, 2)
+        heads_first = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=is_grouped)
+        return heads_first.transpose(1, 2)
     if num_queries == 1 and num_keys > 1 and isinstance(layout, PaddedRows):
         column = torch.arange(num_keys, device=key.device)
         real = (column >= layout.key_start[:, None]) & (column < layout.query_end[:, None])
@@ -161,7 +161,7 @@ def _attend_fully(
     # One block that holds every key is full attention, and needs no T × S mask for padding and packing.
     whole = {"block_size": max(num_keys, 1), "topk": 1, "backend": backend}
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out = _attend(q, k, v, layout, scaling, whole)
+    out: Tensor = _attend(q, k, v, layout, scaling, whole)
     return out
 
 
