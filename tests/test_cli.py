@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_folder import save_tiny_model, words
 
-from moba import MoBAConfig
+from moba import MoBAConfig, generation
 from moba.cli import options
-from moba.models import num_layers_of
+from moba.cli.session import Session
+from moba.models import load_tokenizer, num_layers_of
 
 PROGRAM = [sys.executable, "-m", "moba"]
 LICENSE = Path(__file__).parent.parent / "LICENSE"
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def in_subprocess(*args, **options):
-    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=900, **options)
+    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, **options)
 
 
 def test_generate_reads_a_file_with_the_embedded_model(tmp_path):
@@ -86,6 +88,69 @@ def test_backends_write_the_same(moba, folder):
 def test_drawn_tokens_repeat_with_their_seed(moba, folder):
     args = ("generate", "-m", folder, "-p", words(30), "-n", 20, "--temperature", 1.5, "--block-size", 8, "--topk", 3)
     assert moba(*args, "--seed", 1)[1] == moba(*args, "--seed", 1)[1] != moba(*args, "--seed", 2)[1]
+
+
+def test_both_attentions_are_warm_when_they_are_compared(moba, folder, monkeypatch):
+    events = []
+    monkeypatch.setattr(Session, "use", lambda self, attention: events.append(attention.value))
+    read = generation.prefill
+
+    def watched(model, ids, **options):
+        events.append(ids.numel())
+        return read(model, ids, **options)
+
+    monkeypatch.setattr(generation, "prefill", watched)
+    monkeypatch.setattr(sys.modules["moba.cli.generate"], "WARM_TOKENS", 40)
+    moba("generate", "-m", folder, "-p", words(100), "-n", 2, "--block-size", 16, "--topk", 3, "--compare")
+    assert events == ["sdpa", 40, "moba", 40, "moba", 100, "sdpa", 100]
+    events.clear()
+    moba("generate", "-m", folder, "-p", words(100), "-n", 2, "--block-size", 16, "--topk", 3)
+    assert events == ["moba", 100]
+
+
+def test_the_demo_reads_with_both_attentions_in_turns(moba, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ("-m", folder, "-n", 5, "--block-size", 16, "--topk", 3, "--prefill-chunk", 40)
+    texts = [moba("generate", *settings, "-p", words(100), "--attn", name)[1] for name in ("moba", "sdpa")]
+    monkeypatch.setattr(sys.modules["moba.cli.generate"], "demo_prompt", lambda: words(100))
+    events = []
+    use, read = Session.use, generation.prefill
+    monkeypatch.setattr(Session, "use", lambda self, attention: events.append(attention.value) or use(self, attention))
+
+    def watched(model, ids, **options):
+        events.append(ids.numel())
+        return read(model, ids, **options)
+
+    monkeypatch.setattr(generation, "prefill", watched)
+    code, out, err = moba("generate", *settings, "--demo")
+    assert code == 0, err
+    turns = [("moba", length, "sdpa", length) for length in (40, 40, 19)]
+    assert events == ["sdpa", 100, "moba", 100, *sum(turns, ()), "moba", 1, "sdpa", 1]
+    assert out.startswith("".join(texts))
+    assert "time to first token" in out
+    assert np.load("moba-inspect/routing.npz")["indices"].shape == (3, 100, 4, 3)
+    assert err.count("100 tokens read in ") == 2
+    assert err.index("expect") < err.index("loading")
+
+
+@pytest.mark.parametrize("option", ["--out", "--output", "-o"])
+def test_commands_that_write_say_where_alike(moba, folder, tmp_path, option):
+    source = tmp_path / "text.txt"
+    source.write_text(words(200))
+    case = shlex.split("--tokens 64 --heads 1 --head-dim 16 --block-size 16 --dtype fp32 --repeats 1")
+    for name, command in {
+        "inspect": ["inspect", "-m", folder, "-p", words(20)],
+        "eval": ["eval", "loss", "-m", folder, "--length", 64, "--documents", 1, "--last", 32, "--text", source],
+        "data": ["data", "--from", source, "--tokenizer", folder, "--end-of-text", "<pad>"],
+        "attention": ["bench", "attention", *case],
+        "decode": ["bench", "decode", *case, "--kv-heads", 1],
+    }.items():
+        code, _, err = moba(*command, option, tmp_path / name)
+        assert code == 0, err
+        assert list(tmp_path.glob(f"{name}*")), name
+    assert "say the same" in moba("data", tmp_path / "data", option, tmp_path / "other", "--from", source)[2]
+    assert option in moba("train", "--help")[1]
+    assert option in moba("bench", "parallel", "--help")[1]
 
 
 def test_standard_input_is_a_prompt(folder):
@@ -182,6 +247,34 @@ def test_a_users_mistake_is_one_line(moba, folder, tmp_path, monkeypatch, args, 
     assert said in last
     assert "Traceback" not in err
     assert sum("error" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("yarn", [(), ("--yarn", 2)])
+def test_a_prompt_beyond_the_context_is_refused_before_the_weights_are_loaded(
+    moba, models, monkeypatch, tmp_path, yarn
+):
+    monkeypatch.setattr("moba.models.load_model", None)
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text(json.dumps({"prompt": words(600)}))
+    for model in models.values():
+        for command in (
+            ["generate", "-p", words(600), "-n", 1],
+            ["inspect", "-p", words(600), "-o", tmp_path],
+            ["generate", "--batch-file", batch, "-n", 1],
+        ):
+            code, out, err = moba(*command, "-m", model, *yarn)
+            assert (code, out) == (2, "")
+            limit = 512 if yarn else 256
+            assert f"the model's context is {limit} tokens; --yarn 3 stretches it far enough" in err.splitlines()[-1]
+
+
+def test_the_embedded_model_refuses_a_long_prompt_before_its_weights_are_loaded(moba, monkeypatch):
+    load_tokenizer()
+    monkeypatch.setattr("moba.models.load_model", None)
+    for model, limit in (((), "8,192"), (("--activated",), "32,768")):
+        code, _, err = moba("generate", "-p", "yes " * 40_000, *model)
+        assert code == 2
+        assert f"the model's context is {limit} tokens" in err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -382,7 +475,7 @@ def test_a_reader_that_leaves_is_no_error():
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    process.wait(timeout=900)
+    process.wait()
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
 

