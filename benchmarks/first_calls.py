@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moba import moba_attention
-from moba.bench.machine import describe
+from moba_lab.bench.machine import describe
 
 K = 1024
 # Tokens, rows, query and key/value heads, head dim, block size, topk.

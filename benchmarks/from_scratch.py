@@ -35,18 +35,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moba import MoBAConfig, register_moba
-from moba.bench.machine import describe
-from moba.cli.session import quieten
-from moba.data import Shards, open_shards
-from moba.evals.language import append_copy, summarise_copy
-from moba.evals.routing import averages, routing_quality
 from moba.files import write_json
-from moba.hf import get_moba_config, load_key_convolution, set_moba_config
-from moba.train.checkpoints import checkpoints, step_of
-from moba.train.packing import PackedRows, by_source
-from moba.train.recipe import Recipe
-from moba.train.run import data_digest, training_rows
-from moba.train.schedule import throughout
+from moba.hf import get_moba_config
+from moba.hf.schedule import throughout
+from moba_lab.bench.machine import describe
+from moba_lab.cli.session import quieten
+from moba_lab.data import Shards, open_shards
+from moba_lab.evals.language import append_copy, summarise_copy
+from moba_lab.evals.routing import averages, routing_quality
+from moba_lab.models.key_convolution import load_key_convolution
+from moba_lab.models.unrotated import apply_config
+from moba_lab.train.checkpoints import checkpoints, step_of
+from moba_lab.train.packing import PackedRows, by_source
+from moba_lab.train.recipe import Recipe
+from moba_lab.train.run import data_digest, training_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -146,7 +148,7 @@ def measure_run(
     reads |= {setting_name(config): config for config in configs if setting_name(config) not in reads}
     final = {}
     for name, config in reads.items():
-        set_moba_config(model, config)
+        apply_config(model, config)
         losses = reader.losses(model, rows)
         positions: dict[str, dict[str, Any]] = {source: _of_rows(losses[source]) for source in texts}
         if name == attention_name_of(own, num_layers):

@@ -32,11 +32,11 @@ from torch.utils._pytree import tree_leaves
 from moba import backends, moba_attention
 from moba.backends import triton
 from moba.backends.triton.launch import Plan
-from moba.bench import machine
-from moba.bench.parallel_cases import ParallelCase
-from moba.bench.report import Records, write
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention, selective
 from moba.parallel import attention as parallel_attention
+from moba_lab.bench import machine
+from moba_lab.bench.parallel_cases import ParallelCase
+from moba_lab.bench.report import Records, write
 
 RESULTS = Path(__file__).parent / "results"
 K = 1024

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import typer
 
-from moba.bench import machine
-from moba.bench.cases import Case, length_name
-from moba.bench.report import Records, write
 from moba.parallel.attention import HEAD_GROUPS
 from moba.parallel.routing import LENDING_BLOCKS, lent_rows
+from moba_lab.bench import machine
+from moba_lab.bench.cases import Case, length_name
+from moba_lab.bench.report import Records, write
 
 RESULTS = Path(__file__).parent / "results"
 M = 1 << 20

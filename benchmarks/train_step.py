@@ -26,11 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba import MoBAConfig, register_moba
-from moba.bench.cases import length_name
-from moba.bench.machine import describe
-from moba.bench.report import Records, write
-from moba.train.loss import use_fused_loss
-from moba.train.model import checkpoint_activations, compile_layers
+from moba_lab.bench.cases import length_name
+from moba_lab.bench.machine import describe
+from moba_lab.bench.report import Records, write
+from moba_lab.train.loss import use_fused_loss
+from moba_lab.train.model import checkpoint_activations, compile_layers
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = MoBAConfig(128, 16)

@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from moba import MoBAConfig, register_moba
-from moba.models import load_model
+from moba_lab.models.load import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="folder or name of the model; without it the embedded SmolLM2-135M-Instruct")

@@ -13,9 +13,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from moba import MoBAConfig
-from moba.cli.demo import demo_prompt
 from moba.hf import enable_paged
-from moba.models import load_model
+from moba_lab.cli.demo import demo_prompt
+from moba_lab.models.load import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="folder or name of the model; without it the embedded SmolLM2-135M-Instruct")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from moba import interrupt  # noqa: F401  # before anything that takes long to import
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.block_means import append_block_means, moba_attention_paged, moba_route
 from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.config import MoBAConfig
 from moba.module import MoBAttention
-from moba.retrieval import snr
 from moba.routing import Routing
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "moba_attn_varlen_naive",
     "moba_route",
     "register_moba",
-    "snr",
 ]
 
 

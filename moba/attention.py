@@ -10,7 +10,11 @@ from torch import Tensor
 
 from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
-from moba.checks import (
+from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
+from moba.numerics import all_finite, positive_scale, to_autocast_dtype
+from moba.routing import Routing, Selection, replayed_indices
+from moba.sequences import Sequences
+from moba.validate import (
     check_attention,
     check_bounds,
     check_cu_seqlens,
@@ -21,10 +25,6 @@ from moba.checks import (
     is_readable,
     require_tensors,
 )
-from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
-from moba.layout import Sequences
-from moba.numerics import all_finite, positive_scale, to_autocast_dtype
-from moba.routing import Routing, Selection, replayed_indices
 
 
 def moba_attention(

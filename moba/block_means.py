@@ -14,7 +14,11 @@ from torch import Tensor
 from moba import backends
 from moba.attention import Call, attention
 from moba.backends import MAX_DECODE_QUERIES
-from moba.checks import (
+from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
+from moba.numerics import to_autocast_dtype
+from moba.routing import Routing, Selection
+from moba.sequences import Sequences
+from moba.validate import (
     check_attention,
     check_bounds,
     check_heads,
@@ -25,10 +29,6 @@ from moba.checks import (
     check_tensors,
     require_tensors,
 )
-from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
-from moba.layout import Sequences
-from moba.numerics import to_autocast_dtype
-from moba.routing import Routing, Selection
 
 
 @torch.no_grad()

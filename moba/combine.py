@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba.routing import accumulation_dtype
+from moba.numerics import accumulation_dtype
 
 
 def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,9 @@ def validate_selection(block_size: int, topk: int, keep_first: int, keep_recent:
 
 def _check_router(router: Any) -> None:
     if router in MODEL_ROUTERS:
-        raise ValueError(f"router={router!r} needs the projections of a transformers model (moba.hf.watch_projections)")
+        raise ValueError(
+            f"router={router!r} needs queries and keys that a transformers model provides (moba.hf.provide_route_by)"
+        )
     if named_top_p(router) is None:
         require_one_of("router", router, (*ROUTERS, "top_p=0.9"))
 
@@ -111,7 +113,7 @@ class MoBAConfig:
         router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice
             for the query heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk),
             "unrotated" (scores from before the rotary embedding; transformers models only, see
-            `moba.hf.watch_projections`), or a function (query rows [rows, H, D], block means [N, G, D]) -> scores
+            `moba.hf.provide_route_by`), or a function (query rows [rows, H, D], block means [N, G, D]) -> scores
             [rows, H, N], larger is better (see `moba.routers`).
         backend: "auto", "reference", "pytorch" or "triton".
 

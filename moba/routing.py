@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba.checks import describe, is_readable
 from moba.config import Router
-from moba.layout import Sequences, Span
-from moba.numerics import accumulation_dtype as accumulation_dtype
-from moba.numerics import full_fp32_matmul as full_fp32_matmul
+from moba.numerics import accumulation_dtype
 from moba.routers import ScoreFunction, TopP, ranks_by_means, score_function
-from moba.routers import mean_key_scores as mean_key_scores
+from moba.sequences import Sequences, Span
 from moba.threads import for_each
+from moba.validate import describe, is_readable
 
 P = ParamSpec("P")
 T = TypeVar("T")

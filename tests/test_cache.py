@@ -16,8 +16,8 @@ from tiny_models import random_tokens, tiny_model
 from transformers import LlamaConfig, MistralConfig, StaticCache
 
 from moba import MoBAConfig, register_moba
-from moba.cache import GROWTH, LEAST_GROWTH, MoBACache
 from moba.hf import attention as hf_attention
+from moba.hf.cache import GROWTH, LEAST_GROWTH, MoBACache
 from moba.routing import block_means
 
 SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
@@ -370,7 +370,7 @@ def test_advice_without_a_cache_of_means(llama, monkeypatch, caplog):
         generate(llama, random_tokens(1, PROMPT))
         generate(llama, random_tokens(1, PROMPT), past_key_values=StaticCache(llama.config, max_cache_len=80))
     assert len(caplog.records) == 1
-    assert "past_key_values=moba.cache.MoBACache(model.config)" in caplog.text
+    assert "past_key_values=moba.hf.cache.MoBACache(model.config)" in caplog.text
 
 
 def compiled_steps(model, tokens, cache, **options):

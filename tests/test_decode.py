@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from oracle import attend_batch
 
 from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
-from moba.backends import cached, load
-from moba.layout import Sequences
+from moba.backends import load
+from moba.backends.pytorch import decoding as cached
 from moba.routing import top_blocks
+from moba.sequences import Sequences
 
 BOTH = {"return_lse": True, "return_routing": True}
 BLOCK, TOPK = 8, 3

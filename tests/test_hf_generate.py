@@ -9,7 +9,7 @@ from tiny_models import random_tokens, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from moba import MoBAConfig, register_moba
-from moba.cache import MoBACache
+from moba.hf.cache import MoBACache
 
 SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
 CLOSE = 1e-4

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -506,25 +503,6 @@ def test_a_transformers_that_cannot_be_served(model, monkeypatch):
     monkeypatch.delattr(PagedAttentionCache, "copy_cache" if OLD else "perform_cache_copy")
     with pytest.raises(ValueError, match=f"transformers {transformers.__version__} cannot serve MoBA"):
         enable_paged(model, MoBAConfig(**SPARSE))
-
-
-def test_smollm2_serves_concurrent_requests(smollm2):  # noqa: F811
-    model, tokenizer = smollm2
-    use(model, block_size=32, keep_first=1)
-    text = "The committee met on Tuesday to discuss the harvest, the roads and the school. "
-    prompts = [tokenizer(text * n + "In short:")["input_ids"] for n in (10, 1, 5)]
-    expected = [alone(model, tokens, 20) for tokens in prompts]
-    assert serve(model, prompts, 20, batching(64, 16, 128)) == expected
-
-
-def test_the_serving_example():
-    script = Path(__file__).parent.parent / "examples" / "serve_batch.py"
-    command = [sys.executable, str(script), "--every", "0.5", "--max-new-tokens", "4"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert sum("arrives with" in line for line in lines) == sum("done after" in line for line in lines) == 5
-    assert lines[-1].startswith("20 tokens for 5 requests in ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and asynchronous batching need a GPU")

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from moba import MoBAConfig, register_moba
-from moba.cache import MoBACache
 from moba.hf import get_moba_config, set_moba_config
+from moba.hf.cache import MoBACache
 from moba.hf.layout import PackedRows, layout_mask
 
 

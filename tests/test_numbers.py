@@ -14,9 +14,9 @@ from test_semantics import gradients
 
 from moba import moba_attention
 from moba.backends import reference
-from moba.layout import Span
 from moba.numerics import full_fp32_matmul
 from moba.routing import block_means
+from moba.sequences import Span
 
 BOTH = {"return_lse": True, "return_routing": True}
 

@@ -14,8 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from moba import MoBAConfig, register_moba
 from moba.hf import set_moba_config
 from moba.parallel.models import cut_batch, parallelize, shard_batch
-from moba.train.loss import use_fused_loss
-from moba.train.model import checkpoint_activations
 
 CONFIG = MoBAConfig(8, 2, full_layers=1)
 DOCUMENTS = [7, 30, 1, 26]
@@ -54,10 +52,6 @@ def model_of(settings):
     model = tiny_model(settings.get("family", "Llama")).double()  # as in test_hf_generate.py
     set_moba_config(model, CONFIG)
     model.set_attn_implementation("moba")
-    if settings.get("fused"):
-        use_fused_loss(model)
-    if settings.get("recomputed"):
-        checkpoint_activations(model)
     return model.train()
 
 
@@ -78,10 +72,12 @@ def assert_as_one_process(outcomes, model, batch):
             assert_close(torch.from_numpy(gradients[name]), parameter.grad, 1e-4)
 
 
-def step(rank, kind, settings):
+def step(rank, kind, settings, prepare=None):
     """This rank's share of the loss, and the gradients that all ranks average."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
     model = model_of(settings)
+    if prepare is not None:
+        prepare(model)
     parallelize(model, mesh["cp"], transport=settings.get("transport", "gather"))
     if settings.get("sharded"):
         shard_parameters(model, mesh)
@@ -102,8 +98,7 @@ def step(rank, kind, settings):
 SETTINGS = {
     "plain": {},
     "heads": {"transport": "heads"},
-    "fused loss, recomputed": {"fused": True, "recomputed": True},
-    "FSDP2": {"sharded": True, "fused": True, "recomputed": True},
+    "FSDP2": {"sharded": True},
     "Qwen3": {"family": "Qwen3"},
 }
 
@@ -119,10 +114,12 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
     assert_as_one_process(outcomes, model_of({**options, "sharded": False}), batch_of(kind))
 
 
-def step_of_two_groups(rank, transport):
+def step_of_two_groups(rank, transport, prepare=None):
     """As `step`, of four ranks: two share each row of a batch, and all four the parameters."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    model = model_of({"fused": True, "recomputed": True})
+    model = model_of({})
+    if prepare is not None:
+        prepare(model)
     parallelize(model, mesh["cp"], transport=transport)
     shard_parameters(model, mesh)
     row = {name: x[rank // 2 : rank // 2 + 1] for name, x in batch_of("plain").items()}
@@ -165,15 +162,13 @@ def test_torchs_own_context_parallelism_cuts_batches_for_ours_where_its_balance_
     assert sum(ranks.run(inside_torchs_own, False)) / 2 == pytest.approx(expected, rel=1e-5)
 
 
-def refused(rank, what):
+def refused(rank, what, prepare=None):
     model = model_of({})
+    if prepare is not None:
+        prepare(model)
     batch = shard_batch(batch_of("packed" if what == "no bounds" else "plain"))
     if what == "no config":
         set_moba_config(model, None)
-    if what == "convolution":
-        from moba.hf import add_key_convolution
-
-        add_key_convolution(model)
     parallelize(model)
     if what == "no bounds":
         del batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]
@@ -192,7 +187,6 @@ def refused(rank, what):
     ("what", "message"),
     [
         ("no config", "call set_moba_config"),
-        ("convolution", "key convolutions read the keys before"),
         ("no bounds", "packed documents across ranks need cu_seq_lens_q"),
         ("positions", "position_ids must count in the whole sequence"),
         ("padding", "cannot have padding"),

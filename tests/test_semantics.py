@@ -484,7 +484,7 @@ def test_routing_properties(backend, device, shape, kept):
 def test_reference_mask_holds_the_routing():
     q, k, v = make_qkv(1, 20, 20, 2, 1, 16)
     out, routing = moba_attention(q, k, v, block_size=4, topk=2, backend="reference", return_routing=True)
-    from moba.layout import Span
+    from moba.sequences import Span
 
     mask = reference.attention_mask(routing.indices[0], Span(0, 0, 20, 0, 20), 4)
     assert mask.shape == (2, 20, 20)

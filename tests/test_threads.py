@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba import moba_attention, routing
 from moba.backends import pytorch
+from moba.backends.pytorch import attention as pytorch_attention
 from moba.threads import for_each
 
 CPU = torch.device("cpu")
@@ -34,8 +35,8 @@ def two_threads():
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(pytorch, "CPU_PASS_BYTES", 1 << 18)
-    monkeypatch.setattr(pytorch, "CPU_STEP_BYTES", 1 << 17)
+    monkeypatch.setattr(pytorch_attention, "CPU_PASS_BYTES", 1 << 18)
+    monkeypatch.setattr(pytorch_attention, "CPU_STEP_BYTES", 1 << 17)
     monkeypatch.setattr(routing, "_SCORES_PER_CHUNK", 1 << 12)
 
 

@@ -8,9 +8,9 @@ from helpers import assert_close, make_qkv, relative_error
 
 from moba import moba_attention, moba_attention_varlen
 from moba.backends import reference
-from moba.layout import Sequences
 from moba.routing import Selection
 from moba.routing import route as plain_route
+from moba.sequences import Sequences
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):

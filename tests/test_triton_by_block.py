@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.backends import reference
-from moba.layout import Sequences
 from moba.routing import Selection
+from moba.sequences import Sequences
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.backends import reference
-from moba.layout import Sequences, page_means_shape
 from moba.routing import Selection
+from moba.sequences import Sequences, page_means_shape
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba.backends import reference
-from moba.layout import Sequences
-from moba.routing import Selection, block_means, mean_key_scores
+from moba.routers import mean_key_scores
+from moba.routing import Selection, block_means
+from moba.sequences import Sequences
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):

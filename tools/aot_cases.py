@@ -15,7 +15,7 @@ from moba.backends.triton.decode import plan_append, plan_decode
 from moba.backends.triton.device import bounds_of
 from moba.backends.triton.launch import Plan, Variant, make_plan
 from moba.backends.triton.route import plan_select
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 HEAD_DIMS = {
     torch.bfloat16: (16, 64, 80, 128, 256),

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from from_scratch_report.runs import ROUTING_PARTS, Result, difference, own_positions, routing_curves, training_gaps
-from moba.evals.pictures import Panel, plot_panels
+from moba_lab.pictures.evaluations import Panel, plot_panels
 
 MILLION = 1e6
 TOKENS_READ = "million tokens read"

@@ -19,7 +19,7 @@ from from_scratch_report.runs import (
     routing_curves,
     training_gaps,
 )
-from moba.bench.report import to_markdown
+from moba_lab.bench.report import to_markdown
 
 
 def tables(families: Sequence[Family]) -> str:

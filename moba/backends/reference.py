@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moba import routing
-from moba.layout import Sequences, Span
-from moba.routing import Selection, accumulation_dtype, outside_graphs
+from moba.numerics import accumulation_dtype
+from moba.routing import Selection, outside_graphs
+from moba.sequences import Sequences, Span
 
 
 def unsupported(q: Tensor, k: Tensor) -> str | None:

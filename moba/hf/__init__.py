@@ -3,7 +3,7 @@
 register_moba(MoBAConfig(block_size=512, topk=3))
 model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
 
-With `decode="moba"`, give generation a cache that keeps the block means (`moba.cache`); any other works, slower:
+With `decode="moba"`, give generation a cache that keeps the block means (`moba.hf.cache`); any other works, slower:
 
 model.generate(**inputs, past_key_values=MoBACache(model.config))
 """
@@ -15,22 +15,19 @@ from functools import partial
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from moba.config import MoBAConfig
+from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.attention import moba_attention_forward, read_config
-from moba.hf.convolution import add_key_convolution, load_key_convolution
+from moba.hf.extensions import provide_route_by, require_route_by
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
-from moba.hf.projections import watch_projections
 from moba.hf.switch import refuse_other_models, warn_if_untested
 
 __all__ = [
-    "add_key_convolution",
     "enable_paged",
     "get_moba_config",
-    "load_key_convolution",
+    "provide_route_by",
     "register_moba",
     "set_moba_config",
-    "watch_projections",
 ]
 
 
@@ -63,7 +60,8 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
         config: None takes the model's own config away again.
 
     Raises:
-        ValueError: if the config cannot be saved (its router is a function) or names a layer the model does not have.
+        ValueError: if the config cannot be saved (its router is a function), names a layer the model does not have,
+            or routes by what nothing provides (see `provide_route_by`).
     """
     model_config = _text_config(model)
     if config is None:
@@ -73,8 +71,8 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
     config.check_layers(model_config.num_hidden_layers)
-    if config.router == "unrotated":
-        watch_projections(model)
+    if config.router in MODEL_ROUTERS:
+        require_route_by(model, config.router)
     model_config.moba = config.to_dict()
 
 

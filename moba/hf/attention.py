@@ -16,10 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba.attention import moba_attention, moba_attention_varlen
-from moba.config import MoBAConfig
-from moba.hf.convolution import require_convolution
+from moba.config import MODEL_ROUTERS, MoBAConfig
+from moba.hf.extensions import require_parts, route_by
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, require
-from moba.hf.projections import unrotated
 from moba.hf.switch import PROMPT_FIELD
 from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
@@ -76,7 +75,7 @@ def moba_attention_forward(
         attention_mask: what `layout_mask` made of the padding mask.
         default: the config given to `register_moba`.
         backend: takes the place of the config's backend unless None.
-        observe: called with the module and its routing when this call is MoBA (see `moba.record`).
+        observe: called with the module and its routing when this call is MoBA (see `moba.hf.record`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
         kwargs: anything else must be None, False or known not to change the attention.
 
@@ -87,7 +86,7 @@ def moba_attention_forward(
         ValueError: naming what MoBA cannot honour.
     """
     refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
-    require_convolution(module)
+    require_parts(module)
     config = layer_config(module, default)
     backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -96,21 +95,21 @@ def moba_attention_forward(
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
     is_full = is_full_layer(module, config)
-    by_unrotated = config.router == "unrotated"
-    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or by_unrotated)
+    is_provided = config.router in MODEL_ROUTERS
+    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or is_provided)
     num_full = 0
     if config.decode == "full":
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
         return _attend_fully(module, query, key, value, layout, scaling, backend), None
-    if is_decode and cached is None and not by_unrotated:
+    if is_decode and cached is None and not is_provided:
         _advise_cache()
     options = {
         **config.selection,
-        **({"router": "mean"} if by_unrotated else {}),
+        **({"router": "mean"} if is_provided else {}),
         "backend": backend,
         **({} if means is None else {"block_means": means}),
-        **({"route_by": unrotated(module, q, k)} if by_unrotated else {}),
+        **({"route_by": route_by(module, config.router, q, k)} if is_provided else {}),
     }
     if observe is None:
         out = _attend(q, k, v, layout, scaling, options)
@@ -189,7 +188,7 @@ def _advise_cache() -> None:
         _has_advised = True
         logger.warning(
             'decode="moba" without a MoBACache computes the means of all blocks at every step; pass '
-            "past_key_values=moba.cache.MoBACache(model.config) to generate or to the model"
+            "past_key_values=moba.hf.cache.MoBACache(model.config) to generate or to the model"
         )
 
 

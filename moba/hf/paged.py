@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.attention import read_config
+from moba.hf.extensions import wanted_parts
 from moba.hf.paged_step import PagedMoBA, paged_attention_forward
 from moba.hf.pages import PageBook, find_page_book
 from moba.hf.switch import require_interface, warn_if_untested
@@ -64,7 +65,7 @@ def enable_paged(model: PreTrainedModel, config: MoBAConfig | None = None) -> No
     if chosen is None:
         raise ValueError("no MoBA config: give enable_paged one, or write it to the model with set_moba_config")
     chosen.check_layers(text_config.num_hidden_layers)
-    if chosen.router in MODEL_ROUTERS or getattr(text_config, "moba_key_convolution", None) is not None:
+    if chosen.router in MODEL_ROUTERS or wanted_parts(text_config):
         raise ValueError(
             f"continuous batching keeps nothing beside keys and values in its pages, which router={chosen.router!r} or "
             "this model's key convolution needs"

@@ -17,7 +17,7 @@ from moba.block_means import append_block_means, moba_attention_paged
 from moba.config import MoBAConfig
 from moba.hf.attention import refuse_unknown
 from moba.hf.pages import PageBook
-from moba.layout import page_means_shape
+from moba.sequences import page_means_shape
 
 # What continuous batching passes through the model to every layer, by the names of any version served here.
 FROM_THE_MANAGER = frozenset(

@@ -30,9 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moba import backends
 from moba.attention import moba_attention, moba_attention_varlen
-from moba.checks import check_attention, check_cu_seqlens, check_scale, require_tensors
 from moba.config import BACKENDS, Router, require_one_of, validate_selection
-from moba.layout import Sequences
 from moba.numerics import to_autocast_dtype
 from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
@@ -40,6 +38,8 @@ from moba.parallel.selective import all_wishes, beside_own, chosen_before, fetch
 from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
 from moba.routers import ranks_by_means
 from moba.routing import Routing
+from moba.sequences import Sequences
+from moba.validate import check_attention, check_cu_seqlens, check_scale, require_tensors
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
 _Results = tuple[Tensor, Tensor, Tensor]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moba.routing import accumulation_dtype
+from moba.numerics import accumulation_dtype
 
 
 class Transfer:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from moba.config import require_one_of
+from moba.config import MODEL_ROUTERS, require_one_of
 from moba.hf import get_moba_config
 from moba.hf.attention import is_full_layer, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
@@ -155,8 +155,8 @@ def _check_call(q: Tensor, k: Tensor, attention_mask: Tensor | None, cu_seqlens:
             "position_ids do not ascend by one: packed documents across ranks need cu_seq_lens_q and cu_seq_lens_k of "
             "the whole sequence, and shards are contiguous"
         )
-    if router == "unrotated":
-        raise ValueError('router="unrotated" cannot be parallelized')
+    if router in MODEL_ROUTERS:
+        raise ValueError(f"router={router!r} cannot be parallelized")
 
 
 def _check_positions(position_ids: Tensor | None, shards: Shards, cu_seqlens: Tensor | None) -> dict[str, int]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moba.numerics import accumulation_dtype
 from moba.parallel.exchange import Cut, Travel, send_and_receive
 from moba.parallel.shards import Shards
-from moba.routing import accumulation_dtype
 
 
 @dataclass(frozen=True)

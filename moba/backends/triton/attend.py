@@ -18,7 +18,7 @@ from moba.backends.triton.forward import plan_forward
 from moba.backends.triton.launch import Plan, run_planned
 from moba.backends.triton.registration import differentiable, fake, operator
 from moba.backends.triton.tuning import arch_of
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 # Workspace beyond inputs and outputs: this share of their bytes, but for small inputs MIN_WORKSPACE_BYTES, where memory
 # is no concern and every further chunk would cost a launch.

@@ -39,7 +39,7 @@ from moba.backends.triton.dq import _dq_own_kernel, _dq_past_kernel
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
 from moba.backends.triton.workspace import Chunk, chunk_bounds, chunks, keys_of, spacings, tile_sizes, windows
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 
 class Softmax(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor
 from moba.backends.triton.device import View, bounds_of, layout_of, num_global_blocks, query_places, rows_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.tuning import arch_of, lookup
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 MIN_TILE_QUERIES = 256
 SUM_CONFIG = {"TILE_N": 64, "STEP": 32, "num_warps": 4}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba import routing
+from moba import routers, routing
 from moba.backends.triton import decode_attend, decode_select
 from moba.backends.triton.decode_means import launch_append_means
 from moba.backends.triton.decode_select import Step, Table
@@ -20,8 +20,8 @@ from moba.backends.triton.device import LOG2_E, padded_head_dim, rows_of
 from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.tuning import arch_of, lookup
-from moba.layout import Sequences
 from moba.routing import Selection
+from moba.sequences import Sequences
 
 # What differs from step to step: the length of a cache that grows, and with it the stride of some page tables.
 NUM_KEYS, STRIDE_TABLE = Number(0), Number(1)
@@ -42,7 +42,7 @@ def decode(
         sums and partial results in fp32, weights rounded to v's dtype before they multiply it.
     """
     bounds = (sequences.key_start, sequences.key_end, sequences.page_table)
-    if selection.score not in (None, routing.mean_key_scores):
+    if selection.score not in (None, routers.mean_key_scores):
         if sequences.page_table is not None:
             means = means[sequences.mean_places(selection.block_size)]
         indices = routing.route(q, None, sequences.without_pages(), selection, means)

@@ -13,15 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.device import (
-    LN_2,
-    LOWEST,
-    load_rows,
-    online_softmax,
-    padded_head_dim,
-    row_bounds,
-    store_rows,
-)
+from moba.backends.triton.device import LN_2, LOWEST, load_rows, online_softmax, padded_head_dim, row_bounds, store_rows
 
 
 @triton.jit

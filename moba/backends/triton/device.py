@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.launch import cdiv
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the sequences of a call lie (`moba.layout.Sequences`; pointers are None where absent) and its blocks."""
+    """Where the sequences of a call lie (`moba.sequences.Sequences`; pointers are None where absent) and its blocks."""
 
     num_queries: Any
     num_keys: Any

@@ -42,7 +42,7 @@ from moba.backends.triton.device import (
 )
 from moba.backends.triton.launch import Plan, next_power_of_2
 from moba.backends.triton.workspace import chunk_bounds, chunks, keeps_keys, keys_of, spacings, tile_sizes, windows
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 
 class Partials(NamedTuple):

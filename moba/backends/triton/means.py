@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moba.backends.triton.device import block_places, bounds_of, layout_of, num_global_blocks, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
-from moba.layout import Sequences
+from moba.sequences import Sequences
 
 # Elements that a program holds as it sums. A mean's order of summation follows from these, block_size and D alone, so
 # they are no matter of tuning: a block's mean is the same bits wherever and whenever it is computed.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba import routing
+from moba import routers, routing
 from moba.backends.triton.device import layout_of, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, run_planned
 from moba.backends.triton.means import Means, global_means, plan_block_means
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.select import _select_kernel
 from moba.backends.triton.tuning import arch_of, lookup
-from moba.layout import Sequences
 from moba.routing import Selection
+from moba.sequences import Sequences
 
 # Lengths of the sorted lists that the kernel is compiled for; a list holds one score more than there are places.
 LIST_LENGTHS = (4, 8, 16)
@@ -29,7 +29,7 @@ def route(
     Numerics: block means summed in fp32 and rounded once to k's dtype; scores in fp32 from exact products of 16-bit
         inputs, in full fp32 for fp32 ones. Selections do not depend on tile sizes.
     """
-    if selection.score not in (None, routing.mean_key_scores):
+    if selection.score not in (None, routers.mean_key_scores):
         return routing.route(q, k, sequences, selection, means)
     if selection.score is None or selection.topk >= sequences.num_blocks(selection.block_size):
         indices = routing.kept_indices(sequences.positions(q.device), selection)

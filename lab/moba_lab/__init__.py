@@ -1,0 +1,1 @@
+"""What we do with MoBA: training, data, evaluations, benchmarks, pictures, and the `moba` command."""

@@ -1,0 +1,18 @@
+"""`moba bench`: measurements a sceptic can repeat. Each command checks correctness first and ends in one JSON line."""
+
+import typer
+
+from moba_lab.bench.attention import attention
+from moba_lab.bench.decode import decode
+from moba_lab.bench.parallel import parallel
+
+app = typer.Typer(
+    help="Measure MoBA beside dense attention on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(attention)
+app.command()(decode)
+app.command()(parallel)

@@ -1,0 +1,163 @@
+"""Key convolutions in a transformers model: hooked behind the key projections, before the rotary embedding.
+
+add_key_convolution(model, width=3)       # then train; save_pretrained saves the weights
+load_key_convolution(model, path)         # after from_pretrained, which does not know of them
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from moba.hf.hooks import attentions, require_hook
+from moba.hf.layout import PackedRows, PaddedRows, decode_layout
+from moba_lab.models.cached_rows import cache_layer, remember
+from moba_lab.models.convolution import KeyConvolution
+
+# The attention implementations whose masks tell where sequences begin, or are absent where each row is one sequence.
+ATTENTIONS = ("moba", "moba_naive", "sdpa")
+ROWS = "unconvolved keys"
+
+
+class _Call(NamedTuple):
+    """What a call of an attention module knows, and its key projection does not."""
+
+    cache_layer: Any
+    options: dict[str, Any]
+
+
+def add_key_convolution(model: PreTrainedModel, width: int = 3) -> None:
+    """Put a `KeyConvolution` behind every layer's key projection, with weights of zero, which change nothing yet.
+
+    The modules are named `key_convolution`, so their weights are trained, counted and saved with the model's; the width
+    is written to `model.config.moba_key_convolution`. Prefill, chunks, decoding with any of transformers' dynamic and
+    static caches or a `MoBACache`, beam search, left padding and packed documents are honoured: no key sees another
+    sequence. Refused by name, when they occur: attention implementations other than "moba", "moba_naive" and "sdpa",
+    padding under "sdpa", continuous batching, compiled steps with a cache.
+
+    Args:
+        model: of a family with separate key projections (`k_proj`). Add adapters (PEFT) first.
+        width: tokens that enter a key, 3 or 5.
+
+    Raises:
+        ValueError: if the model has no such projections, or convolutions already.
+    """
+    layers = attentions(model)
+    if any(hasattr(attention, "key_convolution") for attention in layers):
+        raise ValueError("the model has key convolutions already")
+    for attention in layers:
+        projection = attention.k_proj
+        attention.key_convolution = KeyConvolution(
+            projection.out_features, width, dtype=model.dtype, device=projection.weight.device
+        )
+        attention.register_forward_pre_hook(_begin, with_kwargs=True)
+        attention.register_forward_hook(_end)
+        # Before other hooks on the projection, which see the keys as the rotary embedding does.
+        projection.register_forward_hook(partial(_convolve, attention.key_convolution), prepend=True)
+    model.config.get_text_config(decoder=True).moba_key_convolution = width
+
+
+def load_key_convolution(model: PreTrainedModel, path: str | Path) -> None:
+    """Add the key convolutions with which a model was saved, and their weights.
+
+    Args:
+        model: as `from_pretrained(path)` gives it.
+        path: the folder, or the name that `from_pretrained` took.
+
+    Raises:
+        ValueError: if nothing was saved there, or it is not of this model.
+    """
+    width = getattr(model.config.get_text_config(decoder=True), "moba_key_convolution", None)
+    if width is None:
+        raise ValueError("the model was saved without key convolutions: its config has no moba_key_convolution")
+    add_key_convolution(model, width)
+    wanted = {name for name in model.state_dict() if ".key_convolution." in name}
+    weights = _read_weights(str(path), wanted)
+    if missing := sorted(wanted - set(weights)):
+        raise ValueError(f"{path} lacks weights of key convolutions: {missing[0]} and {len(missing) - 1} more")
+    model.load_state_dict(weights, strict=False)
+
+
+def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Before an attention module runs: note what its key projection will need."""
+    convolution = attention.key_convolution
+    require_hook(attention.k_proj, convolution, "k_proj", "add_key_convolution")
+    name = attention.config._attn_implementation
+    if name not in ATTENTIONS:
+        raise ValueError(f"attn_implementation must be one of {ATTENTIONS} for key convolutions, got {name!r}")
+    convolution.call = _Call(cache_layer(attention, options), options)
+
+
+def _end(attention: Any, args: tuple[Any, ...], output: Any) -> None:
+    """After it: let go of the cache and the masks. (After an error the next call does: a hook that is always called
+    makes torch.compile compile every layer apart.)
+    """
+    attention.key_convolution.call = None
+
+
+def _convolve(convolution: KeyConvolution, projection: nn.Module, args: tuple[Any, ...], keys: Tensor) -> Tensor:
+    """The output [B, T, C] of a key projection, convolved."""
+    call = convolution.call
+    if call is None:
+        raise ValueError("k_proj was called outside its attention module, so its keys' neighbours are not known")
+    positions = _positions(call.options, keys)
+    if call.cache_layer is None:
+        return convolution(keys, None, positions)
+    rows = remember(call.cache_layer, ROWS, keys, need=convolution.width - 1)
+    num_before = rows.shape[1] - keys.shape[1]
+    if num_before and call.options.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q: packed sequences cannot go on from a cache with key convolutions")
+    return convolution(keys, rows[:, :num_before], positions)
+
+
+def _positions(options: dict[str, Any], keys: Tensor) -> Tensor | None:
+    """Each token's position in its own sequence, int [B or 1, T]; None where a row is one sequence from its start."""
+    num_tokens = keys.shape[1]
+    token = torch.arange(num_tokens, dtype=torch.int32, device=keys.device)
+    cu = options.get("cu_seq_lens_q")
+    if cu is not None:
+        return _in_packed(cu[None].int(), token)
+    try:
+        layout = decode_layout(options.get("attention_mask"))
+    except ValueError as error:
+        raise ValueError(
+            'attention_mask: key convolutions understand padding and packing under attn_implementation="moba" only '
+            "(where MoBAConfig's full_layers can make every layer full)"
+        ) from error
+    if isinstance(layout, PaddedRows):
+        return token + (layout.query_end - num_tokens - layout.key_start)[:, None]
+    if isinstance(layout, PackedRows):
+        return _in_packed(layout.cu_seqlens, token)
+    return None
+
+
+def _in_packed(cu_seqlens: Tensor, token: Tensor) -> Tensor:
+    """The positions [B, T] in their own sequences of tokens in packed rows, by cu_seqlens [B, num_sequences + 1]."""
+    tokens = token.expand(cu_seqlens.shape[0], -1).contiguous()
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), tokens, right=True) - 1
+    return tokens - cu_seqlens.gather(1, sequence)
+
+
+def _read_weights(path: str, wanted: set[str]) -> dict[str, Tensor]:
+    """The wanted tensors of a saved model, whether in one file or in several."""
+    files = {"model.safetensors"}
+    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        places = json.loads(Path(index).read_text())["weight_map"]
+        files = {places[name] for name in wanted if name in places}
+    weights = {}
+    for file in sorted(files):
+        found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise ValueError(f"{path} has no {file} to read key convolutions from")
+        with safe_open(found, framework="pt") as tensors:
+            weights.update({name: tensors.get_tensor(name) for name in wanted.intersection(tensors.keys())})
+    return weights

@@ -1,0 +1,1 @@
+"""Pictures of routings and of evaluations."""

@@ -1,0 +1,187 @@
+"""The loss of a language model without its logits: 32K tokens × 49K words would take 6 GB, and as much again backward.
+
+Letters: N tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moba.config import require_one_of
+
+LOSSES = ("auto", "liger", "chunked", "logits")
+IGNORED = -100
+CHUNK_TOKENS = 2048
+
+# What a config may say of its logits beside hidden · weightᵀ, and the value that changes nothing.
+_CHANGES_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Sum over tokens of the cross entropy of softmax(hidden · weightᵀ), a chunk of tokens at a time.
+
+    Args:
+        hidden: [N, C]. weight: [V, C].
+        labels: int64 [N], -100 where there is none.
+        chunk_tokens: logits of this many tokens exist at once. The gradients are computed with them, where they will
+            be needed: backward only scales them.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs).
+
+    Numerics: logits in the inputs' (or autocast's) dtype, log-softmax and all sums over chunks in fp32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    learned = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    total: Tensor = _loss_and_gradients(hidden, weight, labels, chunk_tokens, dtype, *learned)[0]
+    return total
+
+
+# An operator, so that torch.compile takes its loop as one piece.
+@torch.library.custom_op("moba::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    learns_hidden: bool,
+    learns_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its gradients by hidden and by weight, each of no elements unless it is learned."""
+    wide = torch.promote_types(dtype, torch.float32)
+    total = hidden.new_zeros((), dtype=wide)
+    d_hidden = torch.empty_like(hidden if learns_hidden else hidden[:0])
+    d_weight = torch.zeros_like(weight if learns_weight else weight[:0], dtype=wide)
+    matrix = weight.to(dtype)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        is_learned, words = (labels[chunk] != IGNORED)[:, None], labels[chunk, None].clamp(min=0)
+        rows = hidden[chunk].to(dtype)
+        logits = rows @ matrix.mT
+        log_p = F.log_softmax(logits, dim=-1, dtype=wide)
+        log_p_word = log_p.gather(1, words)
+        total -= (log_p_word * is_learned).sum()
+        if learns_hidden or learns_weight:
+            d_logits = torch.exp(log_p, out=logits).scatter_(1, words, log_p_word.expm1().to(dtype))
+            if learns_hidden:
+                d_hidden[chunk] = d_logits @ matrix * is_learned
+            if learns_weight:
+                d_weight += d_logits.mT @ (rows * is_learned)
+    return total, d_hidden, d_weight.to(weight.dtype)
+
+
+@_loss_and_gradients.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    learns_hidden: bool,
+    learns_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return (
+        total,
+        torch.empty_like(hidden[: None if learns_hidden else 0]),
+        torch.empty_like(weight[: None if learns_weight else 0]),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.learned = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, d_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients = [
+        d_total.to(gradient.dtype) * gradient if is_learned and d_total is not None else None
+        for gradient, is_learned in zip(ctx.saved_tensors, ctx.learned, strict=True)
+    ]
+    return *gradients, None, None, None, None, None
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
+    """Let `model(input_ids, labels=…)` compute its loss without its logits, which the output then lacks.
+
+    Without labels the model does what it did. The loss is transformers' own: the mean over the labels that are not
+    -100, shifted by one (shift_labels are shifted already), or their sum over `num_items_in_batch`.
+
+    Args:
+        model: a causal language model; changed in place.
+        loss: "liger" (liger-kernel's Triton kernel, CUDA only), "chunked" (plain torch, any device), "logits" (leave
+            the model as it is), "auto": liger where it is installed and the model lies on CUDA, else chunked, and
+            logits where the model does more to them than a matrix product.
+
+    Returns:
+        the loss that was taken.
+
+    Raises:
+        ValueError: if the loss is unknown or cannot serve this model, or liger-kernel is not installed.
+    """
+    require_one_of("loss", loss, LOSSES)
+    head = model.get_output_embeddings()
+    reason = _why_logits(model, head)
+    if loss == "auto":
+        is_liger = model.device.type == "cuda" and find_spec("liger_kernel") is not None
+        loss = "logits" if reason else "liger" if is_liger else "chunked"
+    if loss == "logits":
+        return loss
+    if reason:
+        raise ValueError(f"loss={loss!r} cannot serve {type(model).__name__}: {reason}; use 'logits'")
+    if loss == "liger" and find_spec("liger_kernel") is None:
+        raise ValueError("loss='liger' needs the package liger-kernel: pip install moba-lab")
+    of_logits = model.forward
+    summed = _liger if loss == "liger" else linear_cross_entropy
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return of_logits(input_ids=input_ids, **kwargs)
+        # Else transformers fills a cache of keys and values that nobody reads.
+        hidden = self.base_model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state
+        shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shift_labels is None else shift_labels
+        targets = shifted.flatten()
+        total = summed(hidden.flatten(0, 1), self.get_output_embeddings().weight, targets)
+        count = (targets != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
+
+    model.forward = types.MethodType(forward, model)
+    return loss
+
+
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _why_logits(model: PreTrainedModel, head: nn.Module | None) -> str | None:
+    """What this model's logits are beside hidden · weightᵀ; None if nothing."""
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return "its output layer is not a plain matrix"
+    config = model.config.get_text_config(decoder=True)
+    for name, neutral in _CHANGES_LOGITS.items():
+        if getattr(config, name, neutral) != neutral:
+            return f"its config has {name}={getattr(config, name)!r}"
+    return None

@@ -1,0 +1,658 @@
+"""`moba train` at toy size: what it learns, what it writes, how it goes on, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from helpers import assert_close
+from tiny_folder import save_tiny_model
+from tiny_models import tiny_model
+from tiny_shards import save_shards
+
+from moba import MoBAConfig, register_moba
+from moba.hf import attention as hf_attention
+from moba.hf import get_moba_config, set_moba_config
+from moba_lab.data import tokenizer_hash
+from moba_lab.lines import locked
+from moba_lab.train.checkpoints import checkpoints
+from moba_lab.train.loss import use_fused_loss
+from moba_lab.train.recipe import Recipe, read_recipe
+from moba_lab.train.run import train
+from moba_lab.train.trainer import read_before
+
+SHAPE = "hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2"
+RECIPE = f"""
+out = "OUT"
+[data]
+folder = "DATA"
+context = 64
+[model]
+architecture = "llama"
+shape = {{{SHAPE}}}
+[attention]
+block_size = 16
+topk = 2
+[training]
+tokens = 3072
+rows_per_step = 2
+learning_rate = 3e-3
+precision = "fp32"
+log_every = 1
+save_every = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return save_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def file(tmp_path, shards):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")).replace("DATA", str(shards)))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with a small model, and shards of its tokenizer."""
+    save_tiny_model(tmp_path / "model", initializer_range=0.05)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    data = save_shards(tmp_path / "own", tokenizer_hash=tokenizer_hash(tokenizer))
+    return [f"data.folder={data}", "model.architecture=", f"model.base={tmp_path / 'model'}"]
+
+
+def log_of(out, *names):
+    """What was logged: a list of lines, each the named values, with the seconds of the machine left out."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [[line[name] for name in names] for line in lines if all(name in line for name in names)]
+
+
+def from_base(file, tiny, *changes):
+    """The recipe with a base model instead of an architecture."""
+    text = file.read_text().replace('architecture = "llama"\n', "").replace(f"shape = {{{SHAPE}}}\n", "")
+    file.write_text(text)
+    return read_recipe(file, [tiny[0], tiny[2], *changes])
+
+
+def test_training_lowers_the_loss_and_leaves_a_model(moba, file, tmp_path):
+    code, _, err = moba(
+        "train", file, "-s", "attention.schedule=hybrid", "-s", "training.tokens=12800", "-s",
+        "training.evaluate_every=50",
+    )  # fmt: skip
+    assert code == 0, err
+    out = tmp_path / "out"
+    losses = log_of(out, "loss")
+    assert len(losses) == 100
+    assert losses[-1][0] < 0.7 * losses[0][0]
+    attention = [record["full_layers"] for _, record in log_of(out, "loss", "attention")]
+    assert attention == [0] * 90 + [2] * 10, "logged after the step"
+    assert [len(log_of(out, f"eval_source {i}_loss")) for i in range(2)] == [2, 2]
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-96", "checkpoint-100"]
+    assert not (out / "unfinished").exists()
+    assert list((out / "tensorboard").iterdir())
+    register_moba(None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="moba")
+    assert get_moba_config(model).full_layers == 2
+    assert model.config.max_position_embeddings == 64
+    assert "100/100" in err
+
+
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from moba_lab.train.recipe import read_recipe
+from moba_lab.train.run import train
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(read_recipe(sys.argv[1], sys.argv[2:]), callbacks=[Kill()])
+"""
+
+
+def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
+    command = [sys.executable, "-m", "moba_lab", "train", str(file), "-s", "attention.schedule=activation"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
+    killing = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(file),
+        "attention.schedule=activation",
+        f"out={json.dumps(str(killed))}",
+    ]
+    result = subprocess.run(killing, capture_output=True, text=True, env=environment)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert not (killed / "model").exists(), "it was killed before the end"
+    resumed = subprocess.run([*command, "--out", str(killed)], capture_output=True, text=True, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from" in resumed.stderr
+    assert len(log_of(whole, "loss")) == 24
+    names = ("step", "loss", "grad_norm", "learning_rate", "attention")
+    assert log_of(killed, *names) == log_of(whole, *names), "bit for bit"
+    weights = [(out / "model" / "model.safetensors").read_bytes() for out in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_is_not_repeated(moba, file, tmp_path):
+    assert moba("train", file, "-s", "training.tokens=512")[0] == 0
+    before = (tmp_path / "out" / "log.jsonl").read_bytes()
+    code, _, err = moba("train", file, "-s", "training.tokens=512")
+    assert code == 0, err
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+
+def test_one_run_at_a_time_writes_a_folder(moba, file, tmp_path):
+    with locked(tmp_path / "out"):
+        # What the other run is about to write is not yet looked at.
+        (tmp_path / "out" / "checkpoint-4").mkdir()
+        code, _, err = moba("train", file)
+        (tmp_path / "out" / "checkpoint-4").rmdir()
+    assert code == 2
+    assert err.splitlines()[-1] == f"moba: error: {tmp_path}/out is being written by another run"
+    assert moba("train", file)[0] == 0
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_can_be_trained_on(tmp_path, monkeypatch, number):
+    def no_locks(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="Input/output") if number == errno.EIO else nullcontext(), locked(tmp_path):
+        pass
+
+
+def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
+    losses = []
+    for rows in (1, 2):
+        train(
+            read_recipe(file, [f"training.rows_at_once={rows}", f"out={tmp_path / str(rows)}"]), say=lambda text: None
+        )
+        losses.append([loss for (loss,) in log_of(tmp_path / str(rows), "loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["model.key_convolution=3", "attention.router=unrotated"])
+def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out in (whole, resumed):
+        train(read_recipe(file, [change, f"out={out}"]), say=lambda text: None)
+    # What a kill after step 20 leaves behind.
+    shutil.rmtree(resumed / "model")
+    for path in checkpoints(resumed):
+        if path.name != "checkpoint-20":
+            shutil.rmtree(path)
+    said = []
+    train(read_recipe(file, [change, f"out={resumed}"]), say=said.append)
+    assert f"going on from {resumed / 'checkpoint-20'}" in said
+    losses = log_of(whole, "loss")
+    assert log_of(resumed, "loss") == losses
+    assert losses[-1][0] < losses[0][0]
+    if "convolution" in change:
+        assert any("key_convolution" in name for name in safetensors.torch.load_file(whole / "model/model.safetensors"))
+
+
+@pytest.mark.parametrize("change", ["training.precision=bf16", "training.compile=true", "training.loss=logits"])
+def test_ways_of_computing_a_step_agree(file, tmp_path, change):
+    losses = []
+    for name, changes in (("plain", ["training.checkpoint_activations=false"]), ("changed", [change])):
+        recipe = read_recipe(file, ["training.tokens=512", f"out={tmp_path / name}", *changes])
+        train(recipe, say=lambda text: None)
+        losses.append([loss for (loss,) in log_of(tmp_path / name, "loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2 if "bf16" in change else 1e-5)
+
+
+@pytest.fixture
+def umask():
+    """Files are for the user and the group."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_adapters(file, tiny, tmp_path, umask):
+    recipe = from_base(file, tiny, "lora.rank=4", "training.tokens=6400", "training.learning_rate=1e-2")
+    said = []
+    train(recipe, say=said.append)
+    losses = log_of(tmp_path / "out", "loss")
+    assert losses[-1][0] < 0.95 * losses[0][0]
+    out = tmp_path / "out"
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    transformers.AutoTokenizer.from_pretrained(out / "model")
+    saved = torch.load(out / "checkpoint-50" / "optimizer.pt")["state"]
+    assert sum(state["exp_avg"].numel() for state in saved.values()) < 0.5 * base.num_parameters()
+    assert {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()} == {"640"}, "as the umask says"
+
+
+def test_positions_are_stretched(file, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(
+        from_base(
+            file, tiny, "model.rope_theta=50000", "model.rope_factor=4", "data.context=512", "training.tokens=1024"
+        ),
+        say=lambda text: None,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.max_position_embeddings == 512
+    frequency = 50000 ** (-torch.arange(0, 8, 2) / 8) / 4
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequency)
+    train(
+        from_base(file, tiny, "model.rope_factor=4", "model.rope_scaling=yarn", "training.tokens=64", "out=yarn"),
+        say=lambda text: None,
+    )
+    rope = transformers.AutoConfig.from_pretrained("yarn/model").rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("yarn", 4)
+
+
+def test_short_rows_teach_far_positions(file, tiny, tmp_path):
+    changes = ("data.span=4096", "model.rope_theta=50000", "training.tokens=1024", "training.save_every=4")
+    read = []
+
+    class Positions(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.register_forward_pre_hook(
+                lambda _, args, kwargs: read.append(kwargs["position_ids"].max().item()), with_kwargs=True
+            )
+
+    train(from_base(file, tiny, *changes), say=lambda text: None, callbacks=[Positions()])
+    assert len(read) == 16
+    assert max(read) > 2048
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_a_tails_loss_and_gradients_are_those_of_whole_rows(full_layers):
+    register_moba(None)
+    model = tiny_model(num_hidden_layers=1, initializer_range=0.1).double().train()
+    set_moba_config(model, MoBAConfig(16, 2, full_layers=full_layers))
+    model.set_attn_implementation("moba")
+    use_fused_loss(model)  # which keeps fp64
+    tokens = torch.randint(3, 60, (2, 96), generator=torch.Generator().manual_seed(0))
+    row = {"input_ids": tokens, "labels": torch.where(torch.arange(96) > 64, tokens, -100)}
+    gradients = []
+    for inputs in (row, read_before(model, row, 32)):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, whole, tail in zip(names, *gradients, strict=True):
+        # Through the keys and values of the text before it, which a tail does without, these learn in whole rows.
+        if any(part in name for part in ("k_proj", "v_proj", "input_layernorm", "embed_tokens")):
+            assert not torch.allclose(tail, whole)
+        else:
+            assert_close(tail, whole, 1e-10)
+
+
+def test_a_full_layer_sees_chunks_in_the_autocast_dtype(monkeypatch):
+    attention = tiny_model(num_hidden_layers=2).model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 16), (2, 64), (2, 64)))
+    dense, seen = hf_attention.scaled_dot_product_attention, []
+
+    def spy(q, k, v, *args, **options):
+        seen.extend(x.dtype for x in (q, k, v))
+        return dense(q, k, v, *args, **options)
+
+    # FlashAttention takes no fp32: in fp32 a GPU would make a mask of all queries and keys.
+    monkeypatch.setattr(hf_attention, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        config = MoBAConfig(16, 2, full_layers=2)
+        hf_attention.moba_attention_forward(attention, q, k, v, None, default=config, backend=None)
+    assert seen == [torch.bfloat16] * 3
+
+
+def test_tails_of_long_rows_are_trained(moba, file, tmp_path):
+    changes = (
+        "data.whole_rows=true", "data.span=512", "training.tail=24", "training.evaluate_every=8",
+        "attention.full_layers=1",
+    )  # fmt: skip
+    losses = []
+    for precision, rows_at_once in (("fp32", 1), ("fp32", 2), ("bf16", 1)):
+        out = tmp_path / f"{precision}{rows_at_once}"
+        more = (f"training.precision={precision}", f"training.rows_at_once={rows_at_once}", f"out={out}")
+        train(read_recipe(file, [*changes, *more]), say=lambda text: None)
+        losses.append(torch.tensor(log_of(out, "loss")))
+    assert losses[0][-4:].mean() < 0.9 * losses[0][:4].mean()
+    assert_close(losses[1], losses[0], 1e-4)
+    assert_close(losses[2], losses[0], 2e-2)
+    code, printed, _ = moba("train", file, "--dry-run", *(part for change in changes for part in ("-s", change)))
+    assert code == 0
+    assert "24 steps of 2 × 64" in printed
+
+
+def test_dry_run_writes_nothing(moba, file, tmp_path):
+    code, out, _ = moba("train", file, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    values = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert set(values) == {"model", "attention", "tokens", "memory", "compute", "time", "disk"}
+    assert values["attention"].startswith("MoBA: block size ")
+    assert values["tokens"].startswith("3,072 in 24 steps of 2 × 64; the data has 605")
+    changes = ("-s", "attention.schedule=activation", "-s", "attention.at=0.125", "-s", "attention.full_layers=[0]")
+    _, out, _ = moba("train", file, "--dry-run", *changes)
+    assert re.search(r"^attention +full attention; from 12\.5% of the steps MoBA: .*full layers \(0,\)$", out, re.M)
+
+
+@pytest.mark.parametrize(("recipe", "first"), [("needle", "activation"), ("needle-lora", "lora")])
+def test_a_base_that_another_recipe_makes(moba, tmp_path, monkeypatch, recipe, first):
+    shutil.copytree(Path(__file__).parents[2] / "recipes", tmp_path / "recipes")
+    (tmp_path / "recipes" / "another.toml").write_text("out = [")
+    monkeypatch.chdir(tmp_path)
+    for dry in (["--dry-run"], []):
+        code, out, err = moba("train", f"recipes/{recipe}.toml", *dry)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"there is no runs/{first}/" in err
+        assert err.endswith(f" yet: `moba train recipes/{first}.toml` makes it\n")
+    base = read_recipe(f"recipes/{recipe}.toml").model.base
+    Path(base).mkdir(parents=True)
+    said = "there is no folder data/needle yet: `moba data data/needle --retrieval data/permissive` makes it"
+    assert said in moba("train", f"recipes/{recipe}.toml", "--dry-run")[2]
+
+
+def test_a_recipes_data_is_made_by_the_command_that_its_error_names(moba, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    for name in ("recipes", "docs", "README.md"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = moba("train", "recipes/toy.toml")
+    assert (code, out) == (2, "")
+    command = re.fullmatch("moba: error: data.folder: there is no folder data/toy yet: `moba (.+)` makes it\n", err)[1]
+    assert f"`moba {command}`" in (root / "README.md").read_text()
+    assert moba(*command.split())[0] == 0
+    assert moba("train", "recipes/toy.toml", "--dry-run")[0] == 0
+    assert "there is no folder elsewhere: make it with" in moba("train", "recipes/toy.toml", "--data", "elsewhere")[2]
+
+
+def test_every_recipe_names_the_command_that_makes_its_data():
+    for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")):
+        data = read_recipe(file).data
+        assert data.made_by.startswith(f"moba data {data.folder} ")
+
+
+def test_paths_may_hold_quotes(moba, file, tmp_path):
+    out = tmp_path / 'my "run" \\ one'
+    assert moba("train", file, "--out", out)[0] == 0
+    assert (out / "model" / "config.json").is_file()
+
+
+def test_a_folder_is_no_recipe(moba, tmp_path):
+    code, _, err = moba("train", tmp_path)
+    assert code == 2
+    assert "a recipe is a .toml file, got the folder" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.tokens=0", "training.tokens must be an integer >= 1"),
+        ("training.tokens=many", "training.tokens must be an integer >= 1"),
+        ("training.learning_rate=-1", "training.learning_rate"),
+        ("training.save_every=3\\ntraining.log_every=2", "training.save_every"),
+        ("training.colour=red", "training.colour is not a setting"),
+        ("colour=red", "colour is not a setting"),
+        ("training", "key=value"),
+        ("out.x=3", "out is no table"),
+        ("data=3", "[data] must be a table"),
+        ("data.folder=/nowhere", "/nowhere"),
+        ("data.sources=['source 7']", "source 7"),
+        ("data.min_length=1000", "no document of at least 1000"),
+        ("attention.topk=0", "topk must be an integer >= 1"),
+        ("attention.schedule=sometimes", "attention.schedule must be one of"),
+        ("attention.at=0.5", "never switches"),
+        ("attention.start=3", "attention.start"),
+        ("attention.full_layers=3", "full_layers must fit the model's 2 layers"),
+        ("model.base=x", "model: give either base"),
+        ("model.shape.hiden_size=3", "'hiden_size'"),
+        ("model.architecture=lama", "'lama'"),
+        ("training.rows_at_once=3", "training.rows_per_step must be a multiple"),
+        ("lora.rank=4", "model.base"),
+        ("model.key_convolution=4", "width"),
+        ("training.loss=best", "loss must be one of"),
+        (f"out={__file__}", "is a file: name a folder"),
+        ("attention.schedule=hybrid\\nattention.at=x", "attention.at must be a number from 0 to 1, got 'x'"),
+        ("model.shape.hidden_size=abc", "model.architecture='llama', shape={'hidden_size': 'abc'"),
+        ("model.shape.hidden_size=33", "model.architecture='llama', shape={'hidden_size': 33"),
+        ("training.compile=flase", "training.compile must be true or false, got 'flase'"),
+        ("data.whole_rows=1", "data.whole_rows must be true or false, got 1"),
+        ("model.rope_scaling=longrope", "model.rope_scaling must be one of 'linear', 'yarn', got 'longrope'"),
+        ("data.span=63", "data.span must be an integer >= 64, got 63"),
+        ("data.span=true", "data.span must be an integer"),
+        ("data.whole_rows=true\\ndata.span=99\\ntraining.transport=selective", "set data.whole_rows and no data.span"),
+        ("training.tail=8", "training.tail is the end of rows that one document fills: set data.whole_rows"),
+        ("data.whole_rows=true\\ntraining.tail=64", "a tail below data.context = 64, got 64"),
+        ("data.whole_rows=true\\ntraining.tail=8\\ntraining.compile=true", "cannot be combined with compile"),
+        ("data.sources=python", "data.sources must be a list of names, got 'python'"),
+        ("lora.targets=3", "lora.targets must be a name or a list of names, got 3"),
+        ("data.folder=3", "data.folder must be text, got 3"),
+        ("model.shape=3", "model.shape must be a table, got 3"),
+    ],
+)
+def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
+    changes = [part for line in change.split("\\n") for part in ("-s", line)]
+    code, out, err = moba("train", file, *changes)
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not checkpoints(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("base", "num_layers"), [("tiny", 3), ("SmolLM2-135M-Instruct", 30)])
+def test_layers_that_a_base_does_not_have_are_refused_before_it_is_loaded(file, tiny, monkeypatch, base, num_layers):
+    monkeypatch.setattr("moba_lab.train.model.load_model", None)
+    recipe = from_base(file, tiny, *([f"model.base={base}"] if base != "tiny" else []), "attention.full_layers=40")
+    with pytest.raises(ValueError, match=f"full_layers must fit the model's {num_layers} layers, got 40"):
+        train(recipe, say=lambda text: None)
+
+
+def test_recipes_that_cannot_be_read(moba, file, tmp_path):
+    assert "nowhere.toml" in moba("train", tmp_path / "nowhere.toml")[2]
+    file.write_bytes(b"\xff")
+    assert "is not UTF-8 text (byte 0)" in moba("train", file)[2]
+    for text in ("out = [", "out = " + "[" * 100_000):
+        file.write_text(text)
+        assert "is not TOML" in moba("train", file)[2]
+    file.write_text('out = "x"')
+    assert "data is missing" in moba("train", file)[2]
+    file.write_text('out = "x"\n[data]\nfolder = "x"')
+    assert "data.context is missing" in moba("train", file)[2]
+
+
+def test_damaged_or_foreign_data(moba, file, tiny, tmp_path, shards):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    (copy / "train-00000.bin").write_bytes(b"")
+    code, _, err = moba("train", file, "--data", copy)
+    assert code == 2
+    assert "train-00000.bin is empty" in err
+    for split in ("train", "held_out"):
+        data = bytearray((shards / f"{split}-00000.bin").read_bytes())
+        data[7] ^= 1
+        shutil.copytree(shards, copy, dirs_exist_ok=True)
+        (copy / f"{split}-00000.bin").write_bytes(data)
+        code, _, err = moba("train", file, "--data", copy, "-s", "training.evaluate_every=4")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{split}-00000.bin is corrupt: it does not have the manifest's checksum" in err
+    beyond = save_shards(tmp_path / "beyond", vocab=70)
+    manifest = beyond / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 70', '"vocab_size": 64'))
+    code, _, err = moba("train", file, "--data", beyond)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "train-00000.bin holds token 69, but the vocabulary has 64" in err
+    from_base(file, tiny)
+    code, _, err = moba("train", file, "-s", tiny[2])
+    assert code == 2
+    assert "tokenizer mismatch" in err
+    larger = save_shards(
+        tmp_path / "larger",
+        vocab=70,
+        tokenizer_hash=json.loads((tmp_path / "own" / "manifest.json").read_text())["tokenizer_hash"],
+    )
+    code, _, err = moba("train", file, "-s", tiny[2], "--data", larger)
+    assert code == 2
+    assert "vocabulary of 70" in err
+
+
+def test_a_run_of_another_recipe_or_data_is_not_gone_on_with(moba, file, tmp_path):
+    assert moba("train", file, "-s", "training.tokens=512")[0] == 0
+    code, _, err = moba("train", file, "-s", "training.tokens=512", "-s", "attention.topk=3")
+    assert code == 2
+    assert "attention.topk was 2 and is 3" in err
+    other = save_shards(tmp_path / "other", lengths=(99, 98))
+    code, _, err = moba("train", file, "-s", "training.tokens=512", "--data", other)
+    assert code == 2
+    assert "other data" in err
+    saved = tmp_path / "out" / "recipe.json"
+    before = saved.read_text()
+    for text in ("{}", '{"recipe": 3, "data": ""}', "[]"):
+        saved.write_text(text)
+        assert "recipe.json: not " in moba("train", file, "-s", "training.tokens=512")[2]
+    saved.write_text(before)
+    config = tmp_path / "out" / "checkpoint-4" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    code, _, err = moba("train", file, "-s", "training.tokens=512")
+    assert code == 2
+    assert "another architecture: hidden_size 64 instead of 32" in err
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, shards):
+    """The folder of a run with a checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "recipe.toml").write_text(RECIPE.replace("OUT", str(folder / "out")).replace("DATA", str(shards)))
+    train(read_recipe(folder / "recipe.toml", ["training.tokens=1024"]), say=lambda text: None)
+    shutil.rmtree(folder / "out" / "model")
+    shutil.rmtree(folder / "out" / "checkpoint-8")
+    return folder / "out"
+
+
+DAMAGE = {"missing": Path.unlink, "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+          "garbage": lambda path: path.write_bytes(b"\xff{]")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "missing") for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json")),
+        *(
+            (name, damage)
+            for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+                         "config.json", "../recipe.json", "../log.jsonl")
+            for damage in ("cut", "garbage")
+            if (name, damage) != ("../log.jsonl", "cut")  # a killed run leaves that behind
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_not_gone_on_with(moba, file, tmp_path, stopped, name, damage):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoint-4" / name
+    DAMAGE[damage](path)
+    if name == "../log.jsonl":
+        path.write_bytes(path.read_bytes() + b"\n")
+    code, _, err = moba("train", file, "-s", "training.tokens=1024")
+    assert code == 2, err
+    assert Path(name).name in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (out / "model").exists()
+
+
+def test_checkpoints_of_someone_else(moba, file, tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    code, _, err = moba("train", file)
+    assert code == 2
+    assert "did not write them" in err
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(moba, file, tmp_path, monkeypatch, what):
+    out = tmp_path / "out"
+    kind, name = {
+        "weights": (transformers.LlamaForCausalLM, "save_pretrained"),
+        "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
+    }[what]
+    save = getattr(kind, name)
+
+    def full(self, *args, **options):
+        save(self, *args, **options)
+        if (out / "checkpoint-8").exists():
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, name, full)
+    code, _, err = moba("train", file)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert "checkpoint-12 could not be saved, " in last
+    assert "GiB were free on the disk: [Errno 28] No space left on device; checkpoint-8 is whole" in last
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
+    assert not (out / "unfinished").exists(), "room is made"
+    monkeypatch.undo()
+    code, _, err = moba("train", file)
+    assert code == 0, err
+    assert "going on from" in err
+    assert [step for (step, _) in log_of(out, "step", "loss")] == list(range(1, 25))
+
+
+def test_too_little_gpu_memory(moba, file, monkeypatch):
+    def out_of_memory(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", out_of_memory)
+    code, _, err = moba("train", file)
+    assert code == 2
+    assert "not enough GPU memory for 1 rows of 64 tokens at once: lower training.rows_at_once" in err.splitlines()[-1]
+
+
+def test_recipes_survive_json(file):
+    recipe = read_recipe(
+        file, ["lora.rank=3", "model.base=x", "attention.full_layers=[0, 1]", "data.sources=['a']"][2:]
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda path: path.stem)
+def test_published_recipes_are_valid(file):
+    assert read_recipe(file).num_steps > 0
+
+
+def test_the_pages_example_runs():
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert get_moba_config(names["model"]).topk == 28
+
+
+@pytest.mark.parametrize("file", ["activation", "needle", "lora", "from-scratch"])
+def test_any_recipe_can_be_run_with_full_attention(file):
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / f"{file}.toml", ["attention.schedule=full"])
+    assert recipe.schedule.stages == ((0.0, None),)
+    annealed = ["attention.schedule=full", "attention.start=64", "attention.at=0.5"]
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / f"{file}.toml", annealed)
+    assert recipe.schedule.stages == ((0.0, None),)

@@ -1,5 +1,0 @@
-"""Tokenised training data: shards on the disk, and how they are built from packages or from a user's own text."""
-
-from moba.data.shards import Document, Shards, ShardWriter, open_shards, tokenizer_hash
-
-__all__ = ["Document", "ShardWriter", "Shards", "open_shards", "tokenizer_hash"]

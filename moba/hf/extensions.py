@@ -1,0 +1,83 @@
+"""What other code adds to a model's attention modules: queries and keys to route by, and parts that a config asks for.
+
+A layer whose blocks are to be chosen by other queries and keys than it attends with says which:
+
+provide_route_by(attention, "unrotated", function)
+
+`MoBAConfig(router="unrotated")` then routes that layer as "mean" does, by what function(attention, q, k) returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moba.config import MODEL_ROUTERS, Router, require_one_of
+
+RouteBy = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Modules of an attention layer that a config asks for (`config.moba_<name>`) and `from_pretrained` does not make.
+PARTS = ("key_convolution",)
+
+
+def provide_route_by(attention: nn.Module, router: str, provider: RouteBy) -> None:
+    """Route an attention module by other queries and keys than its own, where its config has this router.
+
+    Args:
+        attention: the module that transformers' attention interface is given.
+        router: a router that only a model can serve: "unrotated".
+        provider: called with the module and the q [B, T, H, D] and k [B, S, G, D] of each call that is MoBA. Returns
+            the queries and keys to route by, of the same shapes but for the head dim. Keep what it needs on the
+            module: copies of a model share the function.
+
+    Raises:
+        ValueError: for any other router.
+    """
+    require_one_of("router", router, MODEL_ROUTERS)
+    module: Any = attention
+    module.moba_route_by = {**getattr(module, "moba_route_by", {}), router: provider}
+
+
+def require_route_by(model: PreTrainedModel, router: Router) -> None:
+    """Raise a ValueError unless some layer of the model is provided with what the router needs."""
+    if not any(router in getattr(module, "moba_route_by", {}) for module in model.modules()):
+        raise ValueError(_not_provided(router, model))
+
+
+def route_by(attention: nn.Module, router: Router, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries and keys to route a call by.
+
+    Raises:
+        ValueError: if nothing provides them.
+    """
+    providers: dict[Router, RouteBy] = getattr(attention, "moba_route_by", {})
+    if router not in providers:
+        raise ValueError(_not_provided(router, attention))
+    return providers[router](attention, q, k)
+
+
+def wanted_parts(config: Any) -> list[str]:
+    """The names of the parts that a model's config asks for."""
+    return [part for part in PARTS if getattr(config, f"moba_{part}", None) is not None]
+
+
+def require_parts(attention: nn.Module) -> None:
+    """Raise a ValueError if the model was trained with a part that this attention module lacks."""
+    config = getattr(attention, "config", None)
+    for part in PARTS:
+        asked = getattr(config, f"moba_{part}", None)
+        if asked is not None and not hasattr(attention, part):
+            raise ValueError(
+                f"config.moba_{part}={asked}, but the model's layers have no {part}: call "
+                f"moba_lab.models.{part}.load_{part}(model, path) after from_pretrained"
+            )
+
+
+def _not_provided(router: Router, what: nn.Module) -> str:
+    return (
+        f"router={router!r} needs queries and keys that nothing provides to {type(what).__name__}: after loading the "
+        "model call moba_lab.models.unrotated.watch_projections(model), or moba.hf.provide_route_by for each layer"
+    )
