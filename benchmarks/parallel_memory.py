@@ -79,7 +79,7 @@ class Allocations(TorchDispatchMode):
 def without_a_gpu() -> Iterator[None]:
     """The Triton backend on "meta": it allocates what it would, and launches nothing."""
     with ExitStack() as stack:
-        for file, name in (("attend", "_attend"), ("decode", "_append_means"), ("route", "select")):
+        for file, name in (("attention", "_attend"), ("decoding", "_append_means"), ("routing", "select")):
             module = import_module(f"moba.backends.triton.{file}")
             stack.enter_context(patch.object(module, name, getattr(module, name).plain))
             stack.enter_context(patch.object(module, "arch_of", lambda device: ARCH))

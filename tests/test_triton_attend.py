@@ -17,7 +17,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends.triton import dkv, workspace  # noqa: E402
-from moba.backends.triton.attend import _attend, _attend_backward, plan_attend, plan_attend_backward  # noqa: E402
+from moba.backends.triton.attention import _attend, _attend_backward, plan_attend, plan_attend_backward  # noqa: E402
 from moba.backends.triton.by_block import new_view  # noqa: E402
 from moba.backends.triton.launch import run_planned  # noqa: E402
 from moba.backends.triton.tuning import arch_of  # noqa: E402

@@ -21,7 +21,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
 
 from moba.backends import triton as backend  # noqa: E402
 from moba.backends.triton import decode_select, launch  # noqa: E402
-from moba.backends.triton.decode import _append_means, _attend, _decode  # noqa: E402
+from moba.backends.triton.decoding import _append_means, _attend, _decode  # noqa: E402
 from moba.backends.triton.means import block_means  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
@@ -485,7 +485,7 @@ def test_tile_sizes_change_no_selection(monkeypatch):
     }
     monkeypatch.setattr(launch, "_plans", {})
     # By its name in the package, `decode` is the function.
-    monkeypatch.setattr(sys.modules["moba.backends.triton.decode"], "_config", lambda kernel, *_: rows[kernel])
+    monkeypatch.setattr(sys.modules["moba.backends.triton.decoding"], "_config", lambda kernel, *_: rows[kernel])
     actual = backend.decode(*arguments, scale=SCALE)
     assert torch.equal(actual[2], expected[2])
     assert_close(actual[0], expected[0], 2e-6)

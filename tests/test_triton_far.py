@@ -5,7 +5,6 @@ Few of their elements are touched, so that on a CPU few of their pages exist.
 
 from __future__ import annotations
 
-import importlib
 import mmap
 
 import pytest
@@ -19,11 +18,10 @@ triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+# Not the function of that name.
+from moba.backends.triton import attention as attend  # noqa: E402
 from moba.backends.triton import device, workspace  # noqa: E402
 from moba.backends.triton.launch import run_planned  # noqa: E402
-
-# Not the function of that name.
-attend = importlib.import_module("moba.backends.triton.attend")
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 FAR = 1 << 31

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba.backends.triton.attend import plan_attend, plan_attend_backward
+from moba.backends.triton.attention import plan_attend, plan_attend_backward
 from moba.backends.triton.by_block import new_view
-from moba.backends.triton.decode import plan_append, plan_decode
+from moba.backends.triton.decoding import plan_append, plan_decode
 from moba.backends.triton.device import bounds_of
 from moba.backends.triton.launch import Plan, Variant, make_plan
-from moba.backends.triton.route import plan_select
+from moba.backends.triton.routing import plan_select
 from moba.sequences import Sequences
 
 HEAD_DIMS = {

@@ -1,8 +1,8 @@
 """MoBA in Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer; on CPU tensors in Triton's interpreter.
 
-Reading order: device.py (letters, where sequences and blocks lie), route.py (block means, scores, selection),
-by_block.py (each block's queries), then the attention kernels; decode.py for steps of decoding. See `moba.backends` for
-the contract.
+Reading order: device.py (letters, where sequences and blocks lie), routing.py (block means, scores, selection),
+by_block.py (each block's queries), then the attention kernels; decoding.py for steps of decoding. See `moba.backends`
+for the contract.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba.backends.triton.attend import attend as attend
-from moba.backends.triton.decode import append_means as append_means
-from moba.backends.triton.decode import decode as decode
+from moba.backends.triton.attention import attend as attend
+from moba.backends.triton.decoding import append_means as append_means
+from moba.backends.triton.decoding import decode as decode
 from moba.backends.triton.launch import IS_INTERPRETED
-from moba.backends.triton.route import route as route
+from moba.backends.triton.routing import route as route
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
