@@ -51,7 +51,7 @@ from moba_lab.models.rope import stretch_positions
 from moba_lab.models.unrotated import apply_config
 from moba_lab.pictures.evaluations import Panel, plot_needle, plot_panels
 from moba_lab.train.checkpoints import checkpoints, step_of
-from moba_lab.train.packing import PackedRows
+from moba_lab.train.packing import PackedDataset
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Record = dict[str, Any]
@@ -305,7 +305,7 @@ def held_out_rows(shards: Shards, length: int, count: int) -> dict[tuple[str, in
     rows = {}
     for source in sorted({document.source for document in shards.documents}):
         try:
-            data = PackedRows(shards, length, seed=None, sources=[source], whole_rows=True)
+            data = PackedDataset(shards, length, seed=None, sources=[source], whole_rows=True)
         except ValueError:  # no document of this source is long enough
             continue
         order = sorted(range(len(data.rows)), key=lambda i: data.rows[i][0])

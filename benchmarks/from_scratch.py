@@ -46,7 +46,7 @@ from moba_lab.evals.routing import averages, routing_quality
 from moba_lab.models.key_convolution import load_key_convolution
 from moba_lab.models.unrotated import apply_config
 from moba_lab.train.checkpoints import checkpoints, step_of
-from moba_lab.train.packing import PackedRows, by_source
+from moba_lab.train.packing import PackedDataset, by_source
 from moba_lab.train.recipe import Recipe
 from moba_lab.train.run import data_digest, training_rows
 
@@ -184,7 +184,7 @@ def held_out_rows(shards: Shards, context: int, count: int) -> dict[str, tuple[T
     """
     result = {}
     for source, rows in by_source(
-        lambda shards, sources: PackedRows(shards, context, seed=None, sources=sources, whole_rows=True), shards
+        lambda shards, sources: PackedDataset(shards, context, seed=None, sources=sources, whole_rows=True), shards
     ).items():
         order = sorted(range(len(rows.rows)), key=lambda i: (rows.rows[i][0].start, rows.rows[i][0].document))[:count]
         documents = {rows.rows[i][0].document for i in order}

@@ -20,7 +20,7 @@ from moba.hf import set_moba_config
 from moba_lab.data import ShardWriter, open_shards
 from moba_lab.data.shards import read_manifest
 from moba_lab.train.loss import use_fused_loss
-from moba_lab.train.packing import MOST_SKIPS, PackedRows, by_source, collate, pack, skipped_positions
+from moba_lab.train.packing import MOST_SKIPS, PackedDataset, by_source, collate, pack, skipped_positions
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(2, 128))
@@ -43,7 +43,7 @@ def test_no_two_rows_could_be_one(lengths, context):
 
 def test_order_is_one_of_the_seed(tmp_path):
     shards = open_shards(save_shards(tmp_path))
-    rows = [PackedRows(shards, 64, num_rows=30, seed=seed) for seed in (3, 3, 4)]
+    rows = [PackedDataset(shards, 64, num_rows=30, seed=seed) for seed in (3, 3, 4)]
     read = [[row["input_ids"].tolist() for row in (data[i] for i in range(30))] for data in rows]
     assert read[0] == read[1] != read[2]
     count = len(rows[0].rows)
@@ -55,7 +55,7 @@ def test_order_is_one_of_the_seed(tmp_path):
 
 def test_rows_hold_the_documents_tokens(tmp_path):
     shards = open_shards(save_shards(tmp_path))
-    data = PackedRows(shards, 64, seed=None)
+    data = PackedDataset(shards, 64, seed=None)
     assert data.num_tokens == 300 + 40 + 7 + 130 + 64 + 64
     for i, pieces in enumerate(data.rows):
         row = data[i]
@@ -67,24 +67,24 @@ def test_rows_hold_the_documents_tokens(tmp_path):
 
 def test_filters(tmp_path):
     shards = open_shards(save_shards(tmp_path))
-    assert PackedRows(shards, 64, min_length=64).num_documents == 4
-    assert PackedRows(shards, 64, sources=["source 1"]).num_documents == 3
-    sets = by_source(lambda shards, sources: PackedRows(shards, 64, sources=sources), shards)
+    assert PackedDataset(shards, 64, min_length=64).num_documents == 4
+    assert PackedDataset(shards, 64, sources=["source 1"]).num_documents == 3
+    sets = by_source(lambda shards, sources: PackedDataset(shards, 64, sources=sources), shards)
     assert {name: data.num_documents for name, data in sets.items()} == {"source 0": 3, "source 1": 3}
-    whole = PackedRows(shards, 64, whole_rows=True)
+    whole = PackedDataset(shards, 64, whole_rows=True)
     assert [sum(row["lengths"]) for row in (whole[i] for i in range(len(whole)))] == [64] * (4 + 2 + 1 + 1)
     assert all(len(row) == 1 for row in whole.rows)
     with pytest.raises(ValueError, match="whole_rows: no document"):
-        PackedRows(shards, 512, whole_rows=True)
+        PackedDataset(shards, 512, whole_rows=True)
     with pytest.raises(ValueError, match="no documents of \\['source 9'\\]"):
-        PackedRows(shards, 64, sources=["source 9"])
+        PackedDataset(shards, 64, sources=["source 9"])
     with pytest.raises(ValueError, match="no document of at least 999"):
-        PackedRows(shards, 64, min_length=999)
+        PackedDataset(shards, 64, min_length=999)
 
 
 def test_whole_rows_are_not_packed(tmp_path):
     shards = open_shards(save_shards(tmp_path, lengths=(128, 64)))
-    batch = collate([PackedRows(shards, 64, seed=None)[i] for i in range(3)])
+    batch = collate([PackedDataset(shards, 64, seed=None)[i] for i in range(3)])
     assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].shape == (3, 64)
 
@@ -112,7 +112,7 @@ def test_skips_bring_every_distance():
 
 def test_a_span_changes_positions_only(tmp_path):
     shards = open_shards(save_shards(tmp_path))
-    plain, spread, again = (PackedRows(shards, 64, num_rows=30, span=span) for span in (None, 4096, 4096))
+    plain, spread, again = (PackedDataset(shards, 64, num_rows=30, span=span) for span in (None, 4096, 4096))
     for i in (17, 3, 29):
         row = spread[i]
         positions = row.pop("position_ids")
@@ -127,17 +127,19 @@ def test_a_span_changes_positions_only(tmp_path):
 
 def test_a_tail_is_what_is_learned_of_a_row(tmp_path):
     shards = open_shards(save_shards(tmp_path))
-    rows, whole = (PackedRows(shards, 64, whole_rows=True, tail=tail) for tail in (20, None))
+    rows, whole = (PackedDataset(shards, 64, whole_rows=True, tail=tail) for tail in (20, None))
     for i in range(len(rows)):
         labels = rows[i]["labels"]
         assert (labels[:45] == -100).all(), "its first token is predicted by one that is only read"
         assert torch.equal(labels[45:], whole[i]["labels"][45:])
-    moved = PackedRows(shards, 64, num_rows=200, whole_rows=True, span=4096, tail=20)
+    moved = PackedDataset(shards, 64, num_rows=200, whole_rows=True, span=4096, tail=20)
     batch = collate([moved[i] for i in range(200)])
     assert set(batch) == {"input_ids", "labels", "skipped"}
     assert batch["skipped"].min() >= 0
     assert 3800 < batch["skipped"].max() <= 4096 - 64
-    assert moved[7]["skipped"] == PackedRows(shards, 64, num_rows=9, whole_rows=True, span=4096, tail=20)[7]["skipped"]
+    assert (
+        moved[7]["skipped"] == PackedDataset(shards, 64, num_rows=9, whole_rows=True, span=4096, tail=20)[7]["skipped"]
+    )
 
 
 def test_rows_with_nothing_to_learn_in_their_tail_are_left_out(tmp_path):
@@ -147,12 +149,12 @@ def test_rows_with_nothing_to_learn_in_their_tail_are_left_out(tmp_path):
     manifest = read_manifest(save_shards(tmp_path / "other"))
     write_json(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": []})
     shards = open_shards(tmp_path)
-    rows = PackedRows(shards, 64, seed=None, whole_rows=True, tail=20)
+    rows = PackedDataset(shards, 64, seed=None, whole_rows=True, tail=20)
     learned = [(rows[i]["labels"] != -100).sum().item() for i in range(len(rows))]
     assert [(row[0].document, row[0].start) for row in rows.rows] == [(1, 0), (3, 0), (4, 64)]
     assert learned == [1, 1, 11]
     with pytest.raises(ValueError, match="to learn in its last 3 of 128 tokens"):
-        PackedRows(shards, 128, whole_rows=True, tail=3)
+        PackedDataset(shards, 128, whole_rows=True, tail=3)
 
 
 @pytest.mark.parametrize("span", [None, 512])
@@ -160,7 +162,7 @@ def test_rows_with_nothing_to_learn_in_their_tail_are_left_out(tmp_path):
 def test_a_packed_batch_has_the_loss_of_its_documents_alone(tmp_path, full_layers, span):
     register_moba(None)
     shards = open_shards(save_shards(tmp_path))
-    data = PackedRows(shards, 64, seed=None, span=span)
+    data = PackedDataset(shards, 64, seed=None, span=span)
     model = tiny_model(initializer_range=0.1).double()
     set_moba_config(model, MoBAConfig(8, 2, full_layers=full_layers))
     model.set_attn_implementation("moba")
@@ -182,7 +184,7 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone(tmp_path, full_layer
                 count += length - 1
                 begin += length
             begin += data[i]["num_padding"]
-        plain = collate([PackedRows(shards, 64, seed=None)[i] for i in chosen])
+        plain = collate([PackedDataset(shards, 64, seed=None)[i] for i in chosen])
         assert torch.equal(loss, model(**plain, use_cache=False).loss) == (span is None), "far positions are seen"
     assert (batch["labels"][:, 1:] != -100).sum() == count
     assert_close(loss, total / count, 1e-10)

@@ -13,7 +13,7 @@ from moba_lab.cli.options import OUT
 
 if TYPE_CHECKING:
     from moba_lab.data.build import Unit
-    from moba_lab.data.retrieval import Plan
+    from moba_lab.data.dialogues import DialoguePlan
 
 
 def data(
@@ -99,7 +99,7 @@ def data(
 
     from moba_lab.cli.session import messages, quieten, say
     from moba_lab.data.build import build
-    from moba_lab.data.retrieval import retrieval_unit
+    from moba_lab.data.dialogues import retrieval_unit
     from moba_lab.models.load import EMBEDDED, load_tokenizer
 
     if retrieval is not None and texts:
@@ -149,13 +149,13 @@ def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) 
     ]
 
 
-def _retrieval_plan(folder: Path, lengths: str, **values: Any) -> Plan:
+def _retrieval_plan(folder: Path, lengths: str, **values: Any) -> DialoguePlan:
     from moba_lab.cli.eval_setup import parse_lengths
     from moba_lab.data import open_shards
-    from moba_lab.data.retrieval import Plan
+    from moba_lab.data.dialogues import DialoguePlan
 
     open_shards(folder)
-    return Plan(tuple(parse_lengths(lengths)), **values)
+    return DialoguePlan(tuple(parse_lengths(lengths)), **values)
 
 
 def _list() -> None:

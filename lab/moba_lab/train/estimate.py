@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moba_lab.train.loss import CHUNK_TOKENS
-from moba_lab.train.packing import PackedRows
+from moba_lab.train.packing import PackedDataset
 from moba_lab.train.recipe import Recipe
 
 # Of a large matrix product's rate, how much a whole training step keeps: about what SmolLM2-135M's keeps at 32K tokens
@@ -50,7 +50,7 @@ class Estimate:
         return self.flops / (self.flops_per_s * self.efficiency)
 
 
-def estimate(recipe: Recipe, model: Any, trained: int, rows: PackedRows, device: torch.device) -> Estimate:
+def estimate(recipe: Recipe, model: Any, trained: int, rows: PackedDataset, device: torch.device) -> Estimate:
     """Estimate a training.
 
     Args:

@@ -82,7 +82,7 @@ def skipped_positions(length: int, span: int, generator: np.random.Generator) ->
     return np.arange(length) + skipped
 
 
-class PackedRows(Dataset):
+class PackedDataset(Dataset):
     """The rows that training reads, in the order it reads them: all rows shuffled, then again, until there are enough.
 
     The order depends on the seed alone, so a resumed run goes on where it was, and runs of the same data, context and
@@ -149,7 +149,7 @@ class PackedRows(Dataset):
         """Tokens of the rows, each counted once, without padding."""
         return sum(piece.length for row in self.rows for piece in row)
 
-    def first(self, count: int) -> PackedRows:
+    def first(self, count: int) -> PackedDataset:
         """Read only the first rows (unshuffled, the ones with the longest pieces); returns itself."""
         self._num_rows = min(count, len(self.rows))
         return self
@@ -224,14 +224,14 @@ class SharedRows(Dataset):
         batch_size: rows that a process reads at a time.
     """
 
-    def __init__(self, rows: PackedRows, num_ranks: int, batch_size: int) -> None:
+    def __init__(self, rows: PackedDataset, num_ranks: int, batch_size: int) -> None:
         self.rows, self.num_ranks, self.batch_size = rows, num_ranks, batch_size
 
     def __len__(self) -> int:
         return len(self.rows) * self.num_ranks
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row, as `PackedRows` makes it."""
+        """A row, as `PackedDataset` makes it."""
         batch, place = divmod(index, self.batch_size)
         return self.rows[batch // self.num_ranks * self.batch_size + place]
 
@@ -276,7 +276,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def by_source(make: Callable[..., PackedRows], shards: Shards) -> dict[str, PackedRows]:
+def by_source(make: Callable[..., PackedDataset], shards: Shards) -> dict[str, PackedDataset]:
     """A data set of each source of `shards`, made by `make(shards, sources=[source])`."""
     sources = sorted({document.source for document in shards.documents})
     return {source: make(shards, sources=[source]) for source in sources}

@@ -37,7 +37,7 @@ from moba_lab.train.estimate import Estimate, estimate
 from moba_lab.train.log import Log, tensorboard
 from moba_lab.train.loss import use_fused_loss
 from moba_lab.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
-from moba_lab.train.packing import PackedRows, SharedRows, by_source, collate
+from moba_lab.train.packing import PackedDataset, SharedRows, by_source, collate
 from moba_lab.train.recipe import Recipe, same_run
 from moba_lab.train.trainer import WholeTrainer, save_results
 
@@ -168,23 +168,23 @@ def check_tokenizer(shards: Shards, model: PreTrainedModel, tokenizer: Any) -> N
         )
 
 
-def training_rows(recipe: Recipe, shards: Shards) -> PackedRows:
+def training_rows(recipe: Recipe, shards: Shards) -> PackedDataset:
     """The rows that a training reads, in their order."""
     data = recipe.data
-    return PackedRows(
+    return PackedDataset(
         shards, data.context, num_rows=recipe.num_steps * recipe.training.rows_per_step, seed=recipe.training.seed,
         sources=data.sources or None, min_length=data.min_length, whole_rows=data.whole_rows, span=data.span,
         tail=recipe.training.tail,
     )  # fmt: skip
 
 
-def _held_out(recipe: Recipe) -> dict[str, PackedRows] | None:
+def _held_out(recipe: Recipe) -> dict[str, PackedDataset] | None:
     """The first rows of each source's held-out documents."""
     if not recipe.training.evaluate_every:
         return None
 
-    def make(shards: Shards, sources: list[str]) -> PackedRows:
-        return PackedRows(shards, recipe.data.context, seed=None, sources=sources).first(recipe.data.held_out_rows)
+    def make(shards: Shards, sources: list[str]) -> PackedDataset:
+        return PackedDataset(shards, recipe.data.context, seed=None, sources=sources).first(recipe.data.held_out_rows)
 
     shards = open_shards(recipe.data.folder, "held_out")
     shards.verify()
@@ -243,7 +243,7 @@ def _begin(recipe: Recipe, out: Path, shards: Shards, state: PartialState) -> No
 
 
 def _arguments(
-    recipe: Recipe, out: Path, rows_at_a_time: int, held_out: dict[str, PackedRows] | None
+    recipe: Recipe, out: Path, rows_at_a_time: int, held_out: dict[str, PackedDataset] | None
 ) -> TrainingArguments:
     training = recipe.training
     name, options = {
@@ -293,8 +293,8 @@ def _arguments(
 def _data(
     recipe: Recipe,
     arguments: TrainingArguments,
-    rows: PackedRows,
-    held_out: dict[str, PackedRows] | None,
+    rows: PackedDataset,
+    held_out: dict[str, PackedDataset] | None,
     model: PreTrainedModel,
     state: PartialState,
 ) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Conversation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialoguePlan:
     """What is made.
 
     Attributes:
@@ -140,7 +140,7 @@ class Plan:
             require_int("tail", self.tail, self.learned_text + 1)
 
 
-def retrieval_unit(folder: Path, tokenizer: Any, plan: Plan) -> Unit:
+def retrieval_unit(folder: Path, tokenizer: Any, plan: DialoguePlan) -> Unit:
     """Documents made of the training documents of a folder, as a unit of a build.
 
     Args:
@@ -163,7 +163,7 @@ def retrieval_unit(folder: Path, tokenizer: Any, plan: Plan) -> Unit:
     return Unit("retrieval", about, lambda work: ({}, documents(shards, tokenizer, plan)))
 
 
-def documents(shards: Shards, tokenizer: Any, plan: Plan) -> Iterator[Tokens]:
+def documents(shards: Shards, tokenizer: Any, plan: DialoguePlan) -> Iterator[Tokens]:
     """The documents of a plan, whose texts are from the documents of `shards`.
 
     Raises:
@@ -193,7 +193,7 @@ class Maker:
         ValueError: if the texts are empty.
     """
 
-    def __init__(self, shards: Shards, tokenizer: Any, plan: Plan) -> None:
+    def __init__(self, shards: Shards, tokenizer: Any, plan: DialoguePlan) -> None:
         self._shards, self._tokenizer, self._plan = shards, tokenizer, plan
         # Without the end of text. Documents are drawn by length, so that every token is as likely as any other.
         self._lengths = [document.length - 1 for document in shards.documents]

@@ -14,11 +14,11 @@ from tiny_folder import save_tiny_model, words
 from moba.files import write_json
 from moba_lab.data import ShardWriter, open_shards, tokenizer_hash
 from moba_lab.data.build import build
+from moba_lab.data.dialogues import _FACTS, DialoguePlan, Maker, documents, draw_facts
 from moba_lab.data.folder import folder_units
-from moba_lab.data.retrieval import _FACTS, Maker, Plan, documents, draw_facts
 from moba_lab.evals.needle import TASKS
 from moba_lab.models.load import load_tokenizer
-from moba_lab.train.packing import PackedRows, collate
+from moba_lab.train.packing import PackedDataset, collate
 
 TEXT = "One sentence ends here. Another one, 1.5 times as long, ends there! Does it?\n\n"
 
@@ -40,7 +40,7 @@ def texts(tmp_path_factory, smollm2):
 
 @pytest.fixture(scope="module")
 def maker(texts, smollm2):
-    return Maker(open_shards(texts), smollm2, Plan())
+    return Maker(open_shards(texts), smollm2, DialoguePlan())
 
 
 @pytest.mark.parametrize("length", [400, 2048, 8192])
@@ -60,7 +60,7 @@ def test_a_document_is_a_conversation_of_its_length(maker, smollm2, length):
     for answer in answers:
         assert answer.removesuffix("<|im_end|>").strip() in " ".join([hay, hay.replace("\n", " ")])
     first, stop = learned[0]
-    assert stop - first == min(Plan().learned_text, stop - first) > 0
+    assert stop - first == min(DialoguePlan().learned_text, stop - first) > 0
     assert stop <= learned[1][0]
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(learned))
 
@@ -74,7 +74,7 @@ def test_facts_stand_behind_sentences(maker, smollm2):
 
 
 def test_more_facts_all_learned_in_the_tail(texts, smollm2):
-    plan = Plan(facts=90, learned_text=64, tail=4096)
+    plan = DialoguePlan(facts=90, learned_text=64, tail=4096)
     maker = Maker(open_shards(texts), smollm2, plan)
     counts, places = [], []
     for seed in range(12):
@@ -86,17 +86,17 @@ def test_more_facts_all_learned_in_the_tail(texts, smollm2):
         places.append(learned[0][0])
     assert max(counts) > 30 > 10 > min(counts), "many, and few"
     assert max(places) - min(places) > 1000
-    plain = Maker(open_shards(texts), smollm2, Plan(learned_text=0)).document(2048, random.Random(0))[1]
+    plain = Maker(open_shards(texts), smollm2, DialoguePlan(learned_text=0)).document(2048, random.Random(0))[1]
     assert all(first < stop for first, stop in plain)
 
 
 def test_the_same_plan_gives_the_same_documents(texts, smollm2):
-    plan = Plan((512, 1024, 1024), tokens=9000)
+    plan = DialoguePlan((512, 1024, 1024), tokens=9000)
     shards = open_shards(texts)
     first, again = ([*documents(shards, smollm2, plan)] for _ in range(2))
     assert [made.name for made in first] == [*(f"512/{i}" for i in range(6)), *(f"1024/{i}" for i in range(6))]
     assert all(np.array_equal(a.tokens, b.tokens) and a.learned == b.learned for a, b in zip(first, again, strict=True))
-    other = [*documents(shards, smollm2, Plan((512, 1024, 1024), tokens=9000, seed=1))]
+    other = [*documents(shards, smollm2, DialoguePlan((512, 1024, 1024), tokens=9000, seed=1))]
     assert not np.array_equal(first[0].tokens, other[0].tokens)
 
 
@@ -125,7 +125,7 @@ def test_the_command_builds_rows_whose_answers_alone_are_learned(tmp_path, texts
     lengths = {split: [d.length for d in open_shards(out, split).documents] for split in ("train", "held_out")}
     assert lengths == {"train": [512] * 4 + [1024] * 2, "held_out": [512] * 2 + [1024]}
     assert shards.manifest["sources"][0]["licence"] == "texts: CC0"
-    rows = PackedRows(shards, 1024, seed=None)
+    rows = PackedDataset(shards, 1024, seed=None)
     for i, pieces in enumerate(rows.rows):
         row = rows[i]
         learned = (row["labels"] != -100).nonzero().flatten().tolist()
@@ -146,11 +146,11 @@ def test_the_command_builds_rows_whose_answers_alone_are_learned(tmp_path, texts
 
 def test_documents_longer_than_a_row_keep_their_spans(tmp_path, texts, smollm2):
     shards = open_shards(texts)
-    made = next(documents(shards, smollm2, Plan((900,), tokens=1)))
+    made = next(documents(shards, smollm2, DialoguePlan((900,), tokens=1)))
     writer = ShardWriter(tmp_path, "train", 0, "uint16")
     writer.add(made.tokens, "a", "b", made.learned)
     write_json(tmp_path / "manifest.json", {**shards.manifest, "shards": writer.close()})
-    rows = PackedRows(open_shards(tmp_path), 256, seed=None)
+    rows = PackedDataset(open_shards(tmp_path), 256, seed=None)
     wanted = {t for span in made.learned for t in range(*span)}
     found = set()
     for i, pieces in enumerate(rows.rows):
@@ -170,7 +170,7 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_questions(tmp_path):
     manifest = {"tokenizer": "tiny", "tokenizer_hash": tokenizer_hash(tokenizer), "vocab_size": 64, "dtype": "uint16"}
     sources = [{"name": "a", "licence": "CC0"}]
     write_json(tmp_path / "manifest.json", {**manifest, "shards": writer.close(), "held_out": [], "sources": sources})
-    tokens, learned = Maker(open_shards(tmp_path), tokenizer, Plan()).document(300, random.Random(0))
+    tokens, learned = Maker(open_shards(tmp_path), tokenizer, DialoguePlan()).document(300, random.Random(0))
     assert tokens.shape == (299,)
     assert len(learned) >= 2
 
@@ -186,7 +186,7 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_questions(tmp_path):
 )
 def test_plans_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Plan(**options)
+        DialoguePlan(**options)
 
 
 def test_a_length_without_room_for_a_question_is_refused(maker):
