@@ -199,7 +199,7 @@ class Phase:
     is_prefill = False
 
 
-class BlockMeans:
+class CachedMeans:
     """The means of the finished blocks of one layer, kept current by the attention function.
 
     Attributes:

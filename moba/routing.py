@@ -155,7 +155,7 @@ def replayed_indices(indices: Tensor, own: Tensor) -> Tensor:
     return blocks[..., :-1] if is_readable(blocks) and not bool((blocks[..., -1] >= 0).any()) else blocks
 
 
-def block_means(k: Tensor, block_size: int) -> Tensor:
+def mean_keys(k: Tensor, block_size: int) -> Tensor:
     """Mean key of every finished block of one sequence; a short last block is left out, as it is never scored.
 
     mean(K_j) = 1/block_size · Σ_{i in block j} k_i
@@ -321,7 +321,7 @@ def span_means(k: Tensor | None, means: Tensor | None, span: Span, block_size: i
     if means is not None:
         return means[span.row, : span.k_len // block_size]
     assert k is not None
-    return block_means(k[span.row, span.k_start : span.k_start + span.k_len], block_size)
+    return mean_keys(k[span.row, span.k_start : span.k_start + span.k_len], block_size)
 
 
 def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Tensor:

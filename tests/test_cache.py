@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig, StaticCache
 from moba import MoBAConfig, register_moba
 from moba.hf import attention as hf_attention
 from moba.hf.cache import GROWTH, LEAST_GROWTH, MoBACache
-from moba.routing import block_means
+from moba.routing import mean_keys
 
 SPARSE = {"block_size": 8, "topk": 3, "backend": "pytorch", "decode": "moba"}
 CLOSE = 1e-4
@@ -80,7 +80,7 @@ def check_means(cache, block_size=8, starts=None):
         for row in range(layer.keys.shape[0]):
             start = 0 if starts is None else starts[row]
             keys = layer.keys[row, :, start:length].transpose(0, 1).contiguous()
-            expected = block_means(keys, block_size).transpose(0, 1)
+            expected = mean_keys(keys, block_size).transpose(0, 1)
             assert torch.equal(layer.block_means.means[row, :, : expected.shape[1]], expected)
 
 

@@ -15,7 +15,7 @@ from test_semantics import gradients
 from moba import moba_attention
 from moba.backends import reference
 from moba.numerics import full_fp32_matmul
-from moba.routing import block_means
+from moba.routing import mean_keys
 from moba.sequences import Span
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -129,7 +129,7 @@ def test_any_finite_scale(backend, device, scale):
     expected = gradients(*wide, **options, backend="reference")
     for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend=backend), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
-    step, means = q[:, -1:], block_means(k, 8)
+    step, means = q[:, -1:], mean_keys(k, 8)
     step_out = moba_attention(step, k, v, **options, backend=backend, block_means=means)
     assert_close(step_out, expected_out[:, -1:], 2e-5)
 

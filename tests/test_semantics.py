@@ -12,7 +12,7 @@ from oracle import attend_batch, attend_sequence
 
 from moba import Routing, moba_attention, moba_attention_varlen
 from moba.backends import load, reference
-from moba.routing import block_means
+from moba.routing import mean_keys
 
 BOTH = {"return_lse": True, "return_routing": True}
 
@@ -120,7 +120,7 @@ def test_equal_means_tie(backend, device, dtype, heads, kv_heads, router):
     q = torch.randn(2, 31, heads, 40, dtype=dtype, device=device)
     options = {"block_size": 2, "topk": 4, "router": router, "backend": backend, "return_routing": True}
     by_prefill = moba_attention(q, k, k, **options)[1].indices
-    for means in (None, block_means(k, 2)):
+    for means in (None, mean_keys(k, 2)):
         by_step = moba_attention(q[:, -1:], k, k, **options, block_means=means)[1].indices
         assert torch.equal(by_step, by_prefill[:, -1:])
     for blocks in by_prefill.flatten(0, 2).tolist():

@@ -22,7 +22,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
 from moba.backends import triton as backend  # noqa: E402
 from moba.backends.triton import decode_select, launch  # noqa: E402
 from moba.backends.triton.decoding import _append_means, _attend, _decode  # noqa: E402
-from moba.backends.triton.means import block_means  # noqa: E402
+from moba.backends.triton.means import mean_keys  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 SCALE = 0.2
@@ -262,7 +262,7 @@ def test_pages_give_the_bits_of_rows(page_size, block_size):
 def test_means_are_the_bits_of_the_prefill_however_keys_arrive(block_size, dtype):
     k = torch.randn(2, 450, 2, 48, device=DEVICE).to(dtype)
     starts, ends = tensor([0, 13]), tensor([450, 420])
-    whole = block_means(k, Sequences(2, 450, 450, starts, ends), block_size).unflatten(0, (2, -1))
+    whole = mean_keys(k, Sequences(2, 450, 450, starts, ends), block_size).unflatten(0, (2, -1))
     means = torch.full((2, 450 // block_size, 2, 48), torch.nan, dtype=dtype, device=DEVICE)
     for stop in (300, 301, 302, 420, 450):
         ends = torch.clamp(tensor([450, 420]), max=stop)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moba.backends import reference
 from moba.routers import mean_key_scores
-from moba.routing import Selection, block_means
+from moba.routing import Selection, mean_keys
 from moba.sequences import Sequences
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
@@ -159,9 +159,9 @@ def test_strides(view):
 def test_block_means(block_size):
     k = torch.randn(2, 450, 2, 48, device=DEVICE).bfloat16()
     sequences = padded(k, k, [0, 13], [450, 420])
-    actual = means.block_means(k, sequences, block_size).unflatten(0, (2, -1))
+    actual = means.mean_keys(k, sequences, block_size).unflatten(0, (2, -1))
     for row, (start, end) in enumerate(((0, 450), (13, 420))):
-        expected = block_means(k[row, start:end].double(), block_size)
+        expected = mean_keys(k[row, start:end].double(), block_size)
         assert_is_rounded(actual[row, : expected.shape[0]], expected)
 
 
@@ -173,8 +173,8 @@ def assert_is_rounded(actual, expected):
 
 def test_a_block_mean_is_the_same_wherever_the_block_lies():
     k = torch.randn(1, 333, 2, 40, device=DEVICE)
-    alone = means.block_means(k[:, 37:237], plain(k, k[:, 37:237]), 40)
-    both = means.block_means(k, packed(k, k, [37, 200, 96], [37, 200, 96]), 40)
+    alone = means.mean_keys(k[:, 37:237], plain(k, k[:, 37:237]), 40)
+    both = means.mean_keys(k, packed(k, k, [37, 200, 96], [37, 200, 96]), 40)
     begin = 37 // 40 + 1
     assert torch.equal(both[begin : begin + 5], alone)
 

@@ -145,7 +145,7 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     for span in sequences.spans():
         for block in range(span.offset // block_size, span.k_len // block_size):
             first_key = span.k_start + block * block_size
-            mean = routing.block_means(keys[span.row, first_key : first_key + block_size], block_size)[0]
+            mean = routing.mean_keys(keys[span.row, first_key : first_key + block_size], block_size)[0]
             place = (span.row, block) if places is None else tuple(part[span.row, block] for part in places)
             means[place] = mean
 

@@ -24,7 +24,7 @@ from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
 
 if TYPE_CHECKING:
-    from moba.block_means import BlockMeans
+    from moba.block_means import CachedMeans
 
 logger = logging.getLogger("moba")
 _has_advised = False
@@ -91,7 +91,7 @@ def moba_attention_forward(
     backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layout = _layout(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, module)
-    cached: BlockMeans | None = getattr(key, "moba_block_means", None)
+    cached: CachedMeans | None = getattr(key, "moba_block_means", None)
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
     is_full = is_full_layer(module, config)
@@ -165,7 +165,7 @@ def _attend_fully(
 
 
 def _block_means(
-    cached: BlockMeans,
+    cached: CachedMeans,
     k: Tensor,
     layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
     config: MoBAConfig,

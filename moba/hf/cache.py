@@ -3,7 +3,7 @@
 cache = MoBACache(model.config)
 model.generate(**inputs, past_key_values=cache)
 
-A layer's keys reach the attention function with its `BlockMeans` attached. That function knows where each row begins
+A layer's keys reach the attention function with its `CachedMeans` attached. That function knows where each row begins
 (left padding) and which settings hold, so it brings the means up to date: once for each block, when the block is
 finished, by the function that a prefill computes them with.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from moba.block_means import BlockMeans, Phase
+from moba.block_means import CachedMeans, Phase
 from moba.config import require_int
 from moba.files import replacing
 from moba.validate import first_line
@@ -42,7 +42,7 @@ _DESCRIPTION = ("model_type", "dtype", "hidden_size", "num_attention_heads", "nu
 class _MoBALayer:
     """What both kinds of layers have beside their keys and values."""
 
-    block_means: BlockMeans
+    block_means: CachedMeans
 
     def with_means(self, keys: Tensor, num_new: int, room: int) -> Tensor:
         """The keys as they go to the attention function."""
@@ -59,7 +59,7 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
 
     def __init__(self, phase: Phase) -> None:
         super().__init__()
-        self.block_means = BlockMeans(phase)
+        self.block_means = CachedMeans(phase)
         self._rooms: tuple[Tensor, Tensor] | None = None  # of keys and values, which are views of their fronts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -167,7 +167,7 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
 
     def __init__(self, phase: Phase, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.block_means = BlockMeans(phase, is_static=True)
+        self.block_means = CachedMeans(phase, is_static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the room."""

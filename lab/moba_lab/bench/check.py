@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba.routing import Routing, block_means
+from moba.routing import Routing, mean_keys
 
 NUM_ROWS = 8
 
@@ -38,7 +38,7 @@ def check(
     block_size, group = routing.block_size, q.shape[2] // k.shape[2]
     errors: dict[str, list[float]] = {"out": [], "d_q": []}
     for kv_head in range(k.shape[2]):
-        means = block_means(k[:, :, kv_head : kv_head + 1], block_size)[0, :, 0].double()
+        means = mean_keys(k[:, :, kv_head : kv_head + 1], block_size)[0, :, 0].double()
         for row in sample_rows(q.shape[1]):
             for head in range(kv_head * group, (kv_head + 1) * group):
                 query, own = q[0, row, head].double(), row // block_size

@@ -32,7 +32,7 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     if sequences.is_plain:
         first, stop = (num_keys - num_new) // block_size, num_keys // block_size
         if first < stop:
-            means[:, first:stop] = routing.block_means(k[:, first * block_size : stop * block_size], block_size)
+            means[:, first:stop] = routing.mean_keys(k[:, first * block_size : stop * block_size], block_size)
         return
     position = sequences.positions(k.device)[:, -1:].long()  # of each row's last key, [R, 1]
     # As many blocks as the new keys of a row can finish.
@@ -56,7 +56,7 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     if sequences.page_table is not None:
         page, key = _places(sequences, row, first_key)
         place = page, torch.div(key, block_size, rounding_mode="floor")
-    new = routing.block_means(keys, block_size)[:, 0]
+    new = routing.mean_keys(keys, block_size)[:, 0]
     means[place] = torch.where(is_new.any(), new, means[place])
 
 

@@ -56,7 +56,7 @@ def decode(
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
     """Write the means of the blocks that each row's last keys finished. See `moba.backends` for the contract.
 
-    Numerics: the bits of `means.block_means`.
+    Numerics: the bits of `means.mean_keys`.
     """
     _append_means(
         means, k, sequences.key_start, sequences.key_end, sequences.page_table, sequences.num_queries, block_size

@@ -65,7 +65,7 @@ def _block_means_kernel(
     tl.store(pointers, mean.to(means.ptr.dtype.element_ty), mask=mask)
 
 
-def block_means(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
+def mean_keys(k: Tensor, sequences: Sequences, block_size: int) -> Tensor:
     """Mean key of every finished block of every sequence, by global block number. The host does not wait.
 
     mean(K_j) = 1/block_size · Σ_{i in block j} k_i
