@@ -35,11 +35,11 @@ from moba.numerics import to_autocast_dtype
 from moba.parallel.exchange import Cut, Travel, add_up
 from moba.parallel.routing import SharedRouting
 from moba.parallel.selective import all_wishes, beside_own, chosen_before, fetch
-from moba.parallel.shards import DTYPES, Ranks, Shards, agree, fingerprint, float_bits, ranks_of
+from moba.parallel.shards import Ranks, Shards, agree, fingerprint, float_bits, ranks_of
 from moba.routers import ranks_by_means
 from moba.routing import Routing
 from moba.sequences import Sequences
-from moba.validate import check_attention, check_cu_seqlens, check_scale, require_tensors
+from moba.validate import DTYPES, check_attention, check_cu_seqlens, check_scale, require_tensors
 
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
 _Results = tuple[Tensor, Tensor, Tensor]

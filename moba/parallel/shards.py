@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from moba.validate import DTYPES
+
 # Numbers that ranks compare.
 MAX_NUMBERS = 32
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)

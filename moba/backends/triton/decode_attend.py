@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba.backends.triton.device import LN_2, LOWEST, load_rows, online_softmax, padded_head_dim, row_bounds, store_rows
+from moba.backends.triton.device import (
+    LN_2,
+    LOWEST_LOGIT,
+    load_rows,
+    online_softmax,
+    padded_head_dim,
+    row_bounds,
+    store_rows,
+)
 
 
 @triton.jit
@@ -80,7 +88,7 @@ def _decode_attend_kernel(
         stop = tl.minimum(tl.minimum(begin + PART, BLOCK_SIZE), tl.max(position) + 1 - first_key)
         k_ptr = k.ptr + tl.cast(kv_head, tl.int64) * k.stride_h
         v_ptr = v.ptr + tl.cast(kv_head, tl.int64) * v.stride_h
-        maximum = tl.full([TILE_M], LOWEST, tl.float32)
+        maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         acc = tl.zeros([TILE_M, padded_head_dim(HEAD_DIM)], tl.float32)
         for first in tl.range(begin, stop, TILE_N, num_stages=NUM_STAGES):
@@ -113,7 +121,7 @@ def _decode_merge_kernel(
     is_dim = dims < HEAD_DIM
     partial_ptr += query_row * NUM_PARTIALS * HEAD_DIM
     partial_lse_ptr += query_row * NUM_PARTIALS
-    largest = tl.full([TILE_P], LOWEST, tl.float32)
+    largest = tl.full([TILE_P], LOWEST_LOGIT, tl.float32)
     for first in range(0, NUM_PARTIALS, TILE_P):
         places = first + tl.arange(0, TILE_P)
         lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))

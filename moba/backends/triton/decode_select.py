@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from moba.backends.triton.device import row_bounds
+from moba.backends.triton.device import LOWEST_SCORE, row_bounds
 
 FAMILY = tl.constexpr(32)
 # Most families, and most blocks of selected families, that one program holds.
@@ -26,8 +26,7 @@ MAX_HELD = 16384
 MAX_AT_ONCE = 1024
 # Scores that a program takes at a time where it streams them.
 CHUNK = tl.constexpr(4096)
-# As in select.py: NaN and below counts as the least finite number, masked places as less.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+# As LOWEST_SCORE: what NaN and below counts as; masked places count as less.
 LOWEST_KEY = tl.constexpr(-0x7F800000)
 NO_KEY = tl.constexpr(-0x80000000)
 
@@ -80,7 +79,7 @@ def mean_offsets(row, blocks, is_block, means, table, BLOCK_SIZE: tl.constexpr, 
 @triton.jit
 def _ordered(scores):
     """int32 keys in the order of fp32 scores; both zeros are one, NaN counts as the least number."""
-    scores = tl.maximum(scores, LOWEST)
+    scores = tl.maximum(scores, LOWEST_SCORE)
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 

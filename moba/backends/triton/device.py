@@ -22,7 +22,9 @@ from moba.sequences import Sequences
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below any logit, and finite: a row may meet masked keys before its first real one, and -inf - -inf is not a number.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST_LOGIT = tl.constexpr(-3.0e38)
+# Scores that are NaN or below count as this, which any candidate reaches and masked places (-inf) do not.
+LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 # Slots of a query's routing whose state fits one number.
 MAX_SLOT_BITS = tl.constexpr(32)
 

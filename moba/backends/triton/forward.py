@@ -19,7 +19,7 @@ from torch import Tensor
 from moba.backends.triton.device import (
     LN_2,
     LOG2_E,
-    LOWEST,
+    LOWEST_LOGIT,
     View,
     block_places,
     holds_past_block,
@@ -109,7 +109,7 @@ def _attend_past_kernel(
                     total = tl.sum(weights, 1)
                     acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
                 else:
-                    maximum = tl.full([TILE_M], LOWEST, tl.float32)
+                    maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
                     total = tl.zeros([TILE_M], tl.float32)
                     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
                     for start in tl.range(0, BLOCK_SIZE, TILE_N, num_stages=NUM_STAGES):
@@ -152,7 +152,7 @@ def _attend_own_kernel(
     q_ptr = q.ptr + long_row * q.stride_r + head * q.stride_h
     q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, is_real, HEAD_DIM)
 
-    maximum = tl.full([TILE_M], LOWEST, tl.float32)
+    maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     if TOPK > 1:
@@ -164,14 +164,14 @@ def _attend_own_kernel(
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
             )  # fmt: skip
-            partial_lse = tl.load(partials.lse_ptr + place + slot * slot_rows, mask=exists, other=LOWEST)
+            partial_lse = tl.load(partials.lse_ptr + place + slot * slot_rows, mask=exists, other=LOWEST_LOGIT)
             maximum = tl.maximum(maximum, partial_lse)
         for slot in tl.range(0, TOPK - 1, num_stages=MERGE_STAGES):
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
             )  # fmt: skip
             index = place + slot * slot_rows
-            partial_lse = tl.load(partials.lse_ptr + index, mask=exists, other=LOWEST)
+            partial_lse = tl.load(partials.lse_ptr + index, mask=exists, other=LOWEST_LOGIT)
             weight = tl.where(exists, tl.exp2(partial_lse - maximum), 0.0)
             total += weight
             acc += weight[:, None] * load_rows(partials.ptr, index * HEAD_DIM, exists, HEAD_DIM).to(tl.float32)

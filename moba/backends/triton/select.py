@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.bit_strings import bit_at_rank_of_four, num_bits
-from moba.backends.triton.device import query_places
+from moba.backends.triton.device import LOWEST_SCORE, query_places
 from moba.backends.triton.top_values import fold_columns, merge_columns, merge_lists, pieces, sorted_list
 
 # Blocks of a tile: the bits of a string.
@@ -32,8 +32,6 @@ TILE_N = tl.constexpr(64)
 # Classes of a tile's columns. A matrix product leaves columns that are equal modulo 8 in one thread.
 COLUMNS = tl.constexpr(8)
 BITS = tl.constexpr(8)
-# Scores that are NaN or below count as this, which any candidate reaches and masked places (-inf) do not.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
             part = tl.load(q_pointers + first_dim, mask=is_query & is_dim, other=0.0)
             tile = tl.load(pointers + first_dim, mask=is_dim, other=0.0)
             scores = tl.dot(part, tl.trans(tile), acc=scores, input_precision="ieee")
-    scores = tl.maximum(scores, LOWEST)
+    scores = tl.maximum(scores, LOWEST_SCORE)
     if (start < inner_low) | (start + TILE_N > inner_high):
         block = start + blocks[None, :]
         scores = tl.where((block >= low) & (block < high), scores, float("-inf"))
@@ -87,10 +85,10 @@ def _largest_scores(queries, means_ptr, candidates, HEAD_DIM: tl.constexpr, LENG
 @triton.jit
 def _pick_threshold(largest, places, LENGTH: tl.constexpr):
     """From rows' lists: their places-th score, how many places go to equal ones [M, 1]; whether any has more equal."""
-    threshold = tl.full(largest[0].shape, LOWEST, tl.float32)
+    threshold = tl.full(largest[0].shape, LOWEST_SCORE, tl.float32)
     following = tl.full(largest[0].shape, float("-inf"), tl.float32)
     for i in tl.static_range(LENGTH):
-        threshold = tl.where(places == i + 1, tl.maximum(largest[i], LOWEST), threshold)
+        threshold = tl.where(places == i + 1, tl.maximum(largest[i], LOWEST_SCORE), threshold)
         following = tl.where(places == i, largest[i], following)
     num_above = tl.zeros(largest[0].shape, tl.int32)
     for i in tl.static_range(LENGTH):
@@ -220,7 +218,7 @@ def _select_kernel(
     queries = (q_tile, q_pointers, is_query)
     means_ptr = means.ptr + (head // heads_per_kv_head).to(tl.int64) * means.stride_g
 
-    threshold = tl.full([TILE_M, 1], LOWEST, tl.float32)
+    threshold = tl.full([TILE_M, 1], LOWEST_SCORE, tl.float32)
     bound = tl.zeros([TILE_M, 1], tl.int32)
     has_ties = False
     if tl.max(high - low) > places:
