@@ -73,6 +73,11 @@ class Sequences:
         assert self.page_table is not None
         return self.num_keys // max(self.page_table.shape[1], 1)
 
+    @property
+    def num_sequences(self) -> int:
+        """Packed sequences; 0 where every row is one."""
+        return 0 if self.cu_k is None else self.cu_k.numel() - 1
+
     def num_blocks(self, block_size: int) -> int:
         """An upper bound, known without reading the device, of the number of blocks in any sequence."""
         return -(-self.num_keys // block_size)

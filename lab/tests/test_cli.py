@@ -522,3 +522,12 @@ def test_selftest_passes_here_and_fails_where_a_backend_is_wrong(moba, monkeypat
     code, out, _ = moba("doctor", "--selftest")
     assert code == 1
     assert "pytorch float32, prefill: output error" in " ".join(out.split())
+
+
+def test_routers_are_those_that_a_config_takes(moba, folder):
+    command = ("generate", "-m", folder, "-p", "w1 w2 w3", "--no-chat", "-n", "1", "--router")
+    code, _, err = moba(*command, "top_p=0.5")
+    assert code == 0
+    assert "router top_p=0.5" in err
+    assert moba(*command, "top_p=2") == (2, "", "moba: error: top_p must lie between 0 and 1, both excluded, got 2.0\n")
+    assert "router must be one of 'mean'" in moba(*command, "nearest")[2]

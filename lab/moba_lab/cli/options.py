@@ -26,16 +26,6 @@ class Attention(str, Enum):
     sdpa = "sdpa"
 
 
-class RouterName(str, Enum):
-    """Names of the routers."""
-
-    mean = "mean"
-    recent = "recent"
-    sink = "sink"
-    shared = "shared"
-    unrotated = "unrotated"
-
-
 class Decode(str, Enum):
     """Attention of one-token steps."""
 
@@ -138,7 +128,7 @@ FullLayersOption = Annotated[
     ),
 ]  # fmt: skip
 RouterOption = Annotated[
-    RouterName | None,
+    str | None,
     typer.Option(
         help="mean (the paper), recent (sliding window), sink (first and recent), shared (one choice for the query "
         "heads of a key/value head), unrotated (by queries and keys from before the rotary embedding).",

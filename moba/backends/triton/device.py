@@ -72,7 +72,7 @@ def layout_of(sequences: Sequences, block_size: int) -> Layout:
     """The sequences of a call as an argument of kernels."""
     return Layout(
         sequences.num_queries, sequences.num_keys, *bounds_of(sequences),
-        0 if sequences.cu_k is None else sequences.cu_k.numel() - 1,
+        sequences.num_sequences,
         sequences.num_blocks(block_size), num_global_blocks(sequences, block_size),
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def num_global_blocks(sequences: Sequences, block_size: int) -> int:
     """How many global block numbers a call has; some may stand for no block."""
     if sequences.cu_k is None:
         return sequences.num_rows * sequences.num_blocks(block_size)
-    return sequences.num_keys // block_size + sequences.cu_k.numel() - 1
+    return sequences.num_keys // block_size + sequences.num_sequences
 
 
 def num_query_tiles(sequences: Sequences, tile_m: int) -> tuple[int, int]:
