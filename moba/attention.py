@@ -108,7 +108,7 @@ def moba_attention(
             raise ValueError("block_means serve to choose a routing, so they cannot be combined with `routing`")
     route_by = check_route_by(route_by, q, k, routing=routing, block_means=block_means)
     call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
-    return attention(q, k, v, sequences, call, routing=routing, block_means=block_means, route_by=route_by)
+    return route_and_attend(q, k, v, sequences, call, routing=routing, block_means=block_means, route_by=route_by)
 
 
 def moba_attention_varlen(
@@ -168,7 +168,7 @@ def moba_attention_varlen(
     by = check_route_by(route_by, q, k, routing=routing)
     by = None if by is None else (by[0][None], by[1][None])
     call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
-    results = attention(q[None], k[None], v[None], sequences, call, routing=routing, route_by=by)
+    results = route_and_attend(q[None], k[None], v[None], sequences, call, routing=routing, route_by=by)
     if not isinstance(results, tuple):
         return results[0]
     return tuple(Routing(r.indices[0], r.block_size) if isinstance(r, Routing) else r[0] for r in results)
@@ -188,7 +188,7 @@ class Call(NamedTuple):
     return_routing: bool
 
 
-def attention(
+def route_and_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moba import backends
-from moba.attention import Call, attention
+from moba.attention import Call, route_and_attend
 from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.numerics import to_autocast_dtype
@@ -182,7 +182,7 @@ def moba_attention_paged(
         sequences = sequences.without_pages()
     call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
     by_means = None if sequences.page_table is None else block_means
-    return attention(q, k_pages, v_pages, sequences, call, block_means=by_means)
+    return route_and_attend(q, k_pages, v_pages, sequences, call, block_means=by_means)
 
 
 def _paged_sequences(num_queries: int, pages: Tensor, page_table: Tensor, key_end: Tensor | None) -> Sequences:

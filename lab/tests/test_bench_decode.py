@@ -92,7 +92,8 @@ def test_layers_outgrow_caches_but_not_the_memory():
 
 def test_cases_that_do_not_fit_or_fail_stand_in_the_table(monkeypatch):
     case = DecodeCase(256, 1, 4, 2, 16, 16, 3, torch.float32)
-    decode = sys.modules["moba_lab.bench.decode"]  # by its name in the package, `decode` is the command
+    from moba_lab.bench import decode
+
     run = (case, CPU, "pytorch", 1, False, 1e10, {})
     monkeypatch.setattr(decode, "free_bytes", lambda device: 1000)
     skipped = decode.run_case(*run)

@@ -2,9 +2,7 @@
 
 import typer
 
-from moba_lab.bench.attention import attention
-from moba_lab.bench.decode import decode
-from moba_lab.bench.parallel import parallel
+from moba_lab.bench import attention, decode, parallel
 
 app = typer.Typer(
     help="Measure MoBA beside dense attention on this machine.",
@@ -13,6 +11,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(attention)
-app.command()(decode)
-app.command()(parallel)
+app.command()(attention.attention)
+app.command()(decode.decode)
+app.command()(parallel.parallel)

@@ -9,13 +9,8 @@ import traceback
 
 import typer
 
-from moba_lab.cli.bench import bench
-from moba_lab.cli.data import data
-from moba_lab.cli.doctor import doctor
+from moba_lab.cli import bench, data, doctor, generate, inspect, train
 from moba_lab.cli.eval import app as eval_app
-from moba_lab.cli.generate import generate
-from moba_lab.cli.inspect import inspect
-from moba_lab.cli.train import train
 
 app = typer.Typer(
     help="Mixture of Block Attention: long-context language models that read only the blocks they need.",
@@ -24,13 +19,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate)
-app.command()(inspect)
-app.command()(data)
-app.command()(train)
+app.command()(generate.generate)
+app.command()(inspect.inspect)
+app.command()(data.data)
+app.command()(train.train)
 app.add_typer(eval_app, name="eval")
-app.command()(doctor)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
+app.command()(doctor.doctor)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    bench.bench
+)
 
 # Packages that come with the laboratory; others are installed by their own names.
 _BROUGHT = {
