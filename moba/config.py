@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,22 +22,6 @@ def require_int(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return value
-
-
-def require_seed(name: str, value: Any) -> int:
-    """Return `value` if every generator of random numbers takes it; raise a ValueError that names it otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise ValueError(f"{name} must be an integer from 0 to 2**32 - 1, got {value!r}")
-    return value
-
-
-def require_folder(name: str, path: Path) -> None:
-    """Raise a ValueError that names the argument unless `path` is a folder to write into, or one that can be made."""
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"{name}={str(path)!r}: {there} is a file: name a folder")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{name}={str(path)!r}: {there} cannot be written to")
 
 
 def require_one_of(name: str, value: Any, valid: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
@@ -13,13 +12,6 @@ from moba.sequences import Sequences, page_means_shape
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def require_packages(*names: str) -> None:
-    """Raise a ModuleNotFoundError for the first of these packages that is missing, before anything slow is done."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def require_tensors(**arguments: object) -> None:

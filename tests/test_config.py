@@ -3,7 +3,6 @@ import json
 import pytest
 
 from moba import MoBAConfig
-from moba.config import require_folder
 
 
 def test_round_trip_through_json():
@@ -31,14 +30,3 @@ def test_what_cannot_be_saved_or_read_is_refused():
         MoBAConfig(64, 4, router=lambda q, means: q).to_dict()
     with pytest.raises(ValueError, match=r"unknown keys \['chunk'\], missing keys \['topk'\]"):
         MoBAConfig.from_dict({"block_size": 4, "chunk": 1})
-
-
-def test_a_folder_to_write_into(tmp_path, monkeypatch):
-    require_folder("out", tmp_path / "new" / "newer")
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(ValueError, match=rf"out='{file}/below': {file} is a file: name a folder"):
-        require_folder("out", file / "below")
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # nothing is refused to root
-    with pytest.raises(ValueError, match=f"out='{tmp_path}/new': {tmp_path} cannot be written to"):
-        require_folder("out", tmp_path / "new")

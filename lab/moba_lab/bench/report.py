@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from moba.files import write_json
-from moba.validate import require_packages
+from moba_lab.checks import require_packages
 
 Records = list[dict[str, Any]]
 # Column titles and cells of records.

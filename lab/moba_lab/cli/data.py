@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moba.config import require_folder
-from moba.validate import require_packages
+from moba_lab.checks import require_folder, require_packages
 from moba_lab.cli.options import OUT
 
 if TYPE_CHECKING:

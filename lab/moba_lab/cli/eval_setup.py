@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moba.config import MoBAConfig, require_folder
-from moba.validate import require_packages
+from moba.config import MoBAConfig
+from moba_lab.checks import require_folder, require_packages
 from moba_lab.cli import options
 from moba_lab.cli.options import Attention, Choice, Dtype
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moba.validate import require_packages
+from moba_lab.checks import require_packages
 from moba_lab.cli import options
 from moba_lab.cli.demo import DEMO_EXPECTATION, DEMO_FACT, DEMO_QUESTION, DEMO_TITLE, demo_prompt
 from moba_lab.cli.options import Attention, Drawing

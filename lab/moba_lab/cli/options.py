@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moba.config import MoBAConfig, require_seed
+from moba.config import MoBAConfig
 from moba.files import check_text
+from moba_lab.checks import require_seed
 
 # The sparsest setting whose perplexity at 8K tokens stays within 5 % of full attention's: docs/quality.md.
 DEFAULT_BLOCK_SIZE = 128

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moba.validate import require_packages
+from moba_lab.checks import require_packages
 from moba_lab.cli.options import OUT, Attention
 from moba_lab.cli.session import choose_device, describe, messages, quieten, say
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moba.config import MoBAConfig, require_int, require_seed
+from moba.config import MoBAConfig, require_int
+from moba_lab.checks import require_seed
 
 if TYPE_CHECKING:
     from moba.hf.cache import MoBACache

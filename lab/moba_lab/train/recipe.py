@@ -8,9 +8,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moba.config import MoBAConfig, require_int, require_one_of, require_seed
+from moba.config import MoBAConfig, require_int, require_one_of
 from moba.hf.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
 from moba.parallel import TRANSPORTS
+from moba_lab.checks import require_seed
 from moba_lab.models.rope import SCALINGS
 
 SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")

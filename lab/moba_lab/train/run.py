@@ -25,11 +25,11 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from moba.config import require_folder
 from moba.files import read_json, write_json
 from moba.hf.schedule import MoBASchedule
 from moba.parallel.models import cut_batch, parallelize
 from moba.validate import first_line
+from moba_lab.checks import require_folder
 from moba_lab.data import Shards, open_shards, tokenizer_hash
 from moba_lab.lines import locked
 from moba_lab.train.checkpoints import UNFINISHED, check_architecture, check_files, last_checkpoint
