@@ -34,12 +34,12 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) --dist loadfile tests
 	# Triton's kernels on the CPU, in processes of their own: the interpreter is chosen when they are imported.
-	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics.py $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) --backend triton tests/test_semantics*.py $(INTERPRETED)
 	$(PYTEST) --dist loadfile lab/tests
 
 # The oldest transformers that is tested as thoroughly as the newest.
 test-compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache.py lab/tests/test_models.py tests/test_module.py tests/test_compat.py \
+	$(COMPAT)/bin/python -m pytest tests/test_hf*.py tests/test_all_decoders.py tests/test_cache*.py lab/tests/test_models.py tests/test_module.py tests/test_compat.py \
 		lab/tests/test_convolution.py lab/tests/test_unrotated.py lab/tests/test_serving.py lab/tests/test_evals.py \
 		lab/tests/test_train*.py
 
@@ -58,7 +58,7 @@ $(COMPAT)/.installed: pyproject.toml lab/pyproject.toml Makefile
 # On a machine with an NVIDIA GPU: every call against fp64, the kernels' own tests, then what needs the card for itself.
 CARD := --backend triton --device cuda
 test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics.py tests/test_decode.py \
+	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics*.py tests/test_decode*.py \
 		$(filter-out %_aot.py %_gpu.py %_far.py,$(wildcard tests/test_triton_*.py)) $(CARD)
 	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py lab/tests/test_triton_gpu_sizes.py $(CARD)
 
