@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, logits, positions_of, random_tokens, tiny_mode
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from moba import MoBAConfig, moba_attention, register_moba
-from moba.hf import get_moba_config, set_moba_config
+from moba.hf import get_moba_config, set_moba_config, switch
 
 LENGTH, BLOCK, TOPK = 70, 8, 3
 NAMES, PAIR = ("moba", "moba_naive"), ("moba", "sdpa")
@@ -380,8 +380,8 @@ def test_compile():
     ("version", "says"), [("5.17.0", False), ("5.24.9", False), ("5.25.0.dev0", True), ("6.0", True)]
 )
 def test_untested_versions_are_named_once(monkeypatch, caplog, version, says):
-    monkeypatch.setattr("transformers.__version__", version)
-    monkeypatch.setattr("moba.hf.switch._has_warned", False)
+    monkeypatch.setattr(switch.transformers, "__version__", version)
+    monkeypatch.setattr(switch, "_has_warned", False)
     with caplog.at_level(logging.WARNING, logger="moba"):
         for _ in range(2):
             register_moba(MoBAConfig(**SPARSE))

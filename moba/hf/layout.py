@@ -55,7 +55,7 @@ class PackedRows:
 
 
 def _in_columns(rows: Tensor) -> Tensor:
-    return rows[:, None, :, None].expand(-1, -1, -1, 2)
+    return rows[:, None, :, None].repeat(1, 1, 1, 2)
 
 
 # What layers refuse to honour.
