@@ -270,7 +270,7 @@ def test_refuses_bad_configs(llama):
                random_tokens(1, 20))  # fmt: skip
     assert get_moba_config(llama) is None
     llama.config.moba = MoBAConfig(8, 3)
-    with pytest.raises(ValueError, match=r"config\.moba must be the dict"):
+    with pytest.raises(ValueError, match=r"config\.moba: not a MoBAConfig: must be a dict"):
         logits(llama, random_tokens(1, 20))
     set_moba_config(llama, None)
 

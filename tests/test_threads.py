@@ -17,7 +17,6 @@ from helpers import make_qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba import moba_attention, routing
-from moba.backends import pytorch
 from moba.backends.pytorch import attention as pytorch_attention
 from moba.threads import for_each
 
@@ -54,8 +53,8 @@ def used(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watch(pytorch, "_forward_pass")
-    watch(pytorch, "_backward_pass")
+    watch(pytorch_attention, "_forward_pass")
+    watch(pytorch_attention, "_backward_pass")
     watch(routing, "select_blocks")
     return names
 
@@ -172,7 +171,7 @@ def test_an_error_in_a_backward_pass_frees_the_passes_behind_it(small_parts, mon
     q, k, v = make_qkv(1, 1000, 1000, 3, 1, 32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = moba_attention(*leaves, **OPTIONS)
-    backward, calls = pytorch.dense.backward, []
+    backward, calls = pytorch_attention.dense.backward, []
 
     def fail(*args, **options):
         calls.append(args)
@@ -180,7 +179,7 @@ def test_an_error_in_a_backward_pass_frees_the_passes_behind_it(small_parts, mon
             raise RuntimeError("no room")
         return backward(*args, **options)
 
-    monkeypatch.setattr(pytorch.dense, "backward", fail)
+    monkeypatch.setattr(pytorch_attention.dense, "backward", fail)
     with pytest.raises(RuntimeError, match="no room"):
         out.sum().backward()
 

@@ -209,7 +209,10 @@ def read_config(model_config: Any) -> MoBAConfig | None:
     values = getattr(model_config, "moba", None)
     if values is None:
         return None
-    return MoBAConfig.from_dict(values)
+    try:
+        return MoBAConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"config.moba: {error}") from None
 
 
 def is_full_layer(module: nn.Module, config: MoBAConfig) -> bool:
