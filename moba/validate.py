@@ -36,8 +36,6 @@ def check_tensors(ndim: int, **tensors: Tensor) -> None:
             raise ValueError(f"{names} must be on one device; {name} is on {x.device}, {first} on {q.device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
-    if q.device.type == "meta":
-        raise ValueError(f"{names} must hold values, got tensors on the device meta")
     head_dim = q.shape[-1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")

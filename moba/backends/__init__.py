@@ -87,6 +87,8 @@ def resolve(name: str, q: Tensor, k: Tensor) -> ModuleType:
     Raises:
         ValueError: if the named backend cannot run on them; it says why.
     """
+    if q.is_meta and "meta" not in AUTO:
+        raise ValueError("q, k and v must hold values, got tensors on the device meta")
     if name != "auto":
         backend = load(name)
         if reason := backend.unsupported(q, k):

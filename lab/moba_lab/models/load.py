@@ -150,19 +150,23 @@ def _adapted(path: Path, dtype: torch.dtype, attn_implementation: str) -> tuple[
     base = base_of(path)
     loaded, tokenizer = load_model(base, dtype=dtype, attn_implementation=attn_implementation)
     apply_adapter(loaded, path)
-    try:
-        if "rope_parameters" in _carry(path, loaded.config):
-            renew_rotary(loaded)
-    except Exception as error:  # transformers' checks of a config have classes of their own
-        raise ValueError(f"{path}: the model does not take its config: {' '.join(str(error).split())}") from error
+    if "rope_parameters" in _carry(path, loaded.config):
+        renew_rotary(loaded)
     return loaded, tokenizer
 
 
 def _carry(path: Path, config: Any) -> dict[str, Any]:
-    """Give a config what an adapter carries of it, and return that."""
+    """Give a config what an adapter carries of it, and return that.
+
+    Raises:
+        ValueError: naming the file, if the config does not take it.
+    """
     carried: dict[str, Any] = read_about(path)["config"]
-    for name, value in carried.items():
-        setattr(config.get_text_config(decoder=True), name, value)
+    try:
+        for name, value in carried.items():
+            setattr(config.get_text_config(decoder=True), name, value)
+    except Exception as error:  # transformers' checks of a config have classes of their own
+        raise ValueError(f"{path}: the model does not take its config: {' '.join(str(error).split())}") from error
     return carried
 
 
