@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-DEMO_FILES = ("1961-Kennedy-1", "1962-Kennedy-1", "1963-Kennedy-1")
-DEMO_TITLE = "John F. Kennedy's State of the Union addresses of 1961 to 1963"
+DEMO_FILES = ("1962-Kennedy-1", "1963-Kennedy-1")
+DEMO_TITLE = "John F. Kennedy's State of the Union addresses of 1962 and 1963"
 DEMO_FACT = "The access code for the north gate is 48213."
 DEMO_EXPECTATION = (
-    "expect minutes: both attentions take turns at every chunk of the text, and MoBA takes two thirds to three "
-    "quarters of the time that full attention takes on a CPU"
+    "expect minutes: both attentions take turns at every chunk of the text, and MoBA takes about four fifths of the "
+    "time that full attention takes on a CPU"
 )
 DEMO_QUESTION = "What is the access code for the north gate?"
 
