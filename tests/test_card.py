@@ -45,19 +45,21 @@ def assert_near(actual, expected, dtype, name):
 
 def assert_right(call, q, k, v, block_size, topk, **options):
     """A call and its gradients by the kernels, twice, against the reference in fp64 over the same routing."""
+    # A replayed routing holds what was kept, and refuses to be told again.
+    where = {name: value for name, value in options.items() if not name.startswith("keep_")}
     leaves, d_out, dtype = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q), q.dtype
 
     def run(leaves, d_out, **more):
         out, lse, routing = call(
-            *leaves, block_size=block_size, topk=topk, return_lse=True, return_routing=True, **options, **more
+            *leaves, block_size=block_size, topk=topk, return_lse=True, return_routing=True, **more
         )
         return [out, *torch.autograd.grad(out, leaves, d_out)], lse, routing
 
-    results, lse, routing = run(leaves, d_out, backend="triton")
-    again, _, _ = run(leaves, d_out, backend="triton")
+    results, lse, routing = run(leaves, d_out, backend="triton", **options)
+    again, _, _ = run(leaves, d_out, backend="triton", **options)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True)), "a second run differs"
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected, exact_lse, _ = run(exact, d_out.double(), backend="reference", routing=routing)
+    expected, exact_lse, _ = run(exact, d_out.double(), backend="reference", routing=routing, **where)
     for name, a, b in zip(("out", "d_q", "d_k", "d_v"), results, expected, strict=True):
         if b.abs().max() < 1e-8 * max(1.0, results[0].abs().max().item()):
             assert a.abs().max() < 1e-2, f"{name} must vanish"  # one key: its weight has no gradient
