@@ -116,6 +116,18 @@ def test_matches_the_reference(case, arch, poisoned):
         assert_close(a, b, 2e-5)
 
 
+@pytest.mark.parametrize("arch", [80, 90], ids=["pointers", "descriptors"])
+def test_what_lies_between_tensor_rows_is_not_read(arch):
+    """The room of a cache that grows holds anything, NaN included, behind the keys of each row."""
+    inputs = problem((2, 75, 75, 2, 1, 16))
+    rooms = [torch.full((2, 1, 96, 16), torch.nan, device=DEVICE)[:, :, :75].transpose(1, 2) for _ in range(2)]
+    for room, x in zip(rooms, inputs[1:3], strict=True):
+        room.copy_(x)
+    arch = arch if DEVICE.type == "cpu" else None
+    actual = kernels(inputs[0], *rooms, *inputs[3:], arch=arch)
+    assert all(torch.equal(x, y) for x, y in zip(actual, kernels(*inputs, arch=arch), strict=True))
+
+
 def test_chunks_change_no_bit(monkeypatch):
     """Heads in turn, and where a head is too large, query rows in turn."""
     monkeypatch.setattr(workspace, "ROW_MULTIPLE", 48)

@@ -38,7 +38,16 @@ from moba.backends.triton.dkv import (
 from moba.backends.triton.dq import _dq_own_kernel, _dq_past_kernel
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
-from moba.backends.triton.workspace import Chunk, chunk_bounds, chunks, keys_of, spacings, tile_sizes, windows
+from moba.backends.triton.workspace import (
+    Chunk,
+    chunk_bounds,
+    chunks,
+    keys_of,
+    own_keys_of,
+    spacings,
+    tile_sizes,
+    windows,
+)
 from moba.sequences import Sequences
 
 
@@ -127,7 +136,7 @@ def plan_backward(
     dkv["TILE_N"] = min(dkv["TILE_N"], max(16, next_power_of_2(block_size)))
     past, own = tile_sizes("dq_past", arch, q, block_size), tile_sizes("dq_own", arch, q, block_size)
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
-    own_keys = keys_of(plan, k, v, own["TILE_N"], arch, allowed=sequences.is_plain)
+    own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
 
     segment_length, num_segments = plan_segments(q, k, num_entries * group, block_size)
     sums_bytes = 16 * num_segments * block_size * head_dim
@@ -139,12 +148,14 @@ def plan_backward(
     num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
 
     def add_own(partial: Tensor, chunk: Chunk) -> None:
+        partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
+        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scale, scale_log2)
+        sizes = (num_heads, places, tiles_per_row)
         plan.launch(
-            _dq_own_kernel, (num_tiles, chunk.num_heads),
-            rows_of(q), *own_keys, rows_of(d_out), softmax, rows_of(indices),
-            Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows), d_q, scale, scale_log2,
-            num_heads, places, tiles_per_row, **shape, **own,
-        )  # fmt: skip
+            _dq_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *others, *sizes, **shape, **own
+        )
+        for keys in own_keys[1:]:
+            plan.foresee(_dq_own_kernel, rows_of(q), *keys, *others, *sizes, **shape, **own)
 
     at_once = max(1, min(num_kv_heads, workspace_bytes // max(1, kv_head_bytes)))
     at_once = cdiv(num_kv_heads, cdiv(num_kv_heads, at_once))

@@ -41,7 +41,16 @@ from moba.backends.triton.device import (
     tiles_in_window,
 )
 from moba.backends.triton.launch import Plan, next_power_of_2
-from moba.backends.triton.workspace import chunk_bounds, chunks, keeps_keys, keys_of, spacings, tile_sizes, windows
+from moba.backends.triton.workspace import (
+    chunk_bounds,
+    chunks,
+    keeps_keys,
+    keys_of,
+    own_keys_of,
+    spacings,
+    tile_sizes,
+    windows,
+)
 from moba.sequences import Sequences
 
 
@@ -235,8 +244,7 @@ def plan_forward(
     shape = {"GROUP": num_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim}
     num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
-    # Tiles at a sequence's end reach past it, where a matrix would give another one's keys or padding.
-    own_keys = keys_of(plan, k, v, own["TILE_N"], arch, allowed=sequences.is_plain)
+    own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
     row_bytes = (topk - 1) * (head_dim * q.element_size() + 4)
     total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
     places, scale_log2 = layout_of(sequences, block_size), scale * LOG2_E
@@ -256,8 +264,9 @@ def plan_forward(
             plan.launch(_attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=flats[0])
             for is_flat in flats[1:]:
                 plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
+        outputs = (rows_of(indices), partials, out, lse, scale_log2, num_heads, places, tiles_per_row)
         plan.launch(
-            _attend_own_kernel, (num_tiles, chunk.num_heads),
-            rows_of(q), *own_keys, rows_of(indices), partials, out, lse, scale_log2, num_heads, places, tiles_per_row,
-            **shape, **own,
-        )  # fmt: skip
+            _attend_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *outputs, **shape, **own
+        )
+        for keys in own_keys[1:]:
+            plan.foresee(_attend_own_kernel, rows_of(q), *keys, *outputs, **shape, **own)

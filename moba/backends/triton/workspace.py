@@ -13,6 +13,7 @@ from torch import Tensor
 from moba.backends.triton.device import Rows, View, padded_head_dim, rows_of
 from moba.backends.triton.launch import Matrix, Plan, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
+from moba.sequences import Sequences
 
 # Most bytes of K, and of V, that a program keeps on chip.
 KEPT_BYTES = 32 << 10
@@ -110,6 +111,22 @@ def keys_of(plan: Plan, k: Tensor, v: Tensor, tile_n: int, arch: int, allowed: b
             in_k, in_v = (Rows(x, x.stride(0) // x.stride(1), 1, x.stride(2)) for x in (k, v))
             return Keys(in_k, in_v, k_matrix, v_matrix)
     return Keys(rows_of(k), rows_of(v), None, None)
+
+
+def own_keys_of(
+    plan: Plan, k: Tensor, v: Tensor, tile_n: int, arch: int, sequences: Sequences, block_size: int
+) -> tuple[Keys, ...]:
+    """Keys and values for a kernel that reads own blocks: for this call, then for other lengths and batches.
+
+    The last tile of a sequence reaches past its end. A matrix gives zeros there only behind the last tensor row; behind
+    another it gives that row's room or the next one's keys, and a weight of 0 times NaN is NaN.
+    """
+    rows = keys_of(plan, k, v, tile_n, arch, allowed=False)
+    matrices = keys_of(plan, k, v, tile_n, arch, allowed=sequences.is_plain)
+    if matrices.k_matrix is None:
+        return (rows,)
+    ends_with_a_tile = sequences.num_keys % tile_n == 0 and block_size % tile_n == 0
+    return (matrices, rows) if sequences.num_rows == 1 or ends_with_a_tile else (rows, matrices)
 
 
 def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
