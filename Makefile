@@ -60,7 +60,7 @@ CARD := --backend triton --device cuda
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics*.py tests/test_decode*.py \
 		$(filter-out %_aot.py %_gpu.py %_far.py,$(wildcard tests/test_triton_*.py)) $(CARD)
-	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py lab/tests/test_triton_gpu_sizes.py $(CARD)
+	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py tests/test_hf_graph.py lab/tests/test_triton_gpu_sizes.py $(CARD)
 
 bench: $(VENV)/.installed
 	$(BIN)/moba bench attention

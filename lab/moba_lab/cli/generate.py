@@ -190,7 +190,7 @@ def generate(
     with record_routings(session.model) if demo else nullcontext() as record:
         if demo:
             begun = _read_in_turns(session, (attn, Attention.sdpa), ids[:-1], drawing)
-        runs.append(_run(session, attn, ids, drawing, begun.get(attn)))
+        runs.append(_run(session, attn, ids, drawing, begun.get(attn), use_graph=record is None))
     if compare or demo:
         runs.append(_run(session, Attention.sdpa, ids, drawing, begun.get(Attention.sdpa)))
         _print_comparison(runs)
@@ -233,12 +233,21 @@ def _read_in_turns(
     return begun
 
 
-def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing, begun: Beginning | None = None) -> Run:
+def _run(
+    session: Session,
+    attention: Attention,
+    ids: Tensor,
+    drawing: Drawing,
+    begun: Beginning | None = None,
+    *,
+    use_graph: bool = True,
+) -> Run:
     """Generate with one attention, streaming the text; says at the end what it took.
 
     Args:
         session, attention, ids, drawing: what to do.
         begun: the prompt but for its last token, read before.
+        use_graph: whether steps may be recorded on a GPU, where nothing looks on.
     """
     from moba_lab.cli.measure import PeakMemory
     from moba_lab.cli.session import NAMES, messages, reading_progress, say
@@ -257,6 +266,7 @@ def _run(session: Session, attention: Attention, ids: Tensor, drawing: Drawing, 
             ids[-1:] if begun else ids,
             cache=begun.cache if begun else None,
             on_progress=lambda num_read: progress.update(task, completed=num_read),
+            use_graph=use_graph,
             **asdict(drawing),
         )
         for token in stream:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_lab.models.generation import cache_name, chunk_bounds, prefill
+from moba.hf.graph import cache_name
+from moba_lab.models.generation import chunk_bounds, prefill
 
 if TYPE_CHECKING:
     from moba.hf.cache import MoBACache

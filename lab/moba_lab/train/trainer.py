@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from moba.hf.graph import cache_name
 from moba.validate import first_line
 from moba_lab.models.adapters import write_adapter
-from moba_lab.models.generation import cache_name
 from moba_lab.train.checkpoints import UNFINISHED, last_checkpoint, move_into_place
 from moba_lab.train.recipe import Recipe
 
