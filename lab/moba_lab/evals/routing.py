@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from moba.attention import moba_attention
-from moba.config import MoBAConfig
 from moba.hf.record import require_moba
 from moba.numerics import full_fp32_matmul
 from moba.routing import Routing
@@ -33,11 +31,10 @@ Observer = Callable[[int, Tensor, Tensor, Routing, float], None]
 
 
 @contextmanager
-def observe_layers(model: Any, observe: Observer, would_choose: MoBAConfig | None = None) -> Iterator[None]:
+def observe_layers(model: Any, observe: Observer) -> Iterator[None]:
     """Inside, `observe(layer, q, k, routing, scale)` is called for each MoBA layer in each forward pass.
 
-    q is [T, H, D], k [S, G, D]: one sequence, no padding; the queries are the last T positions. With `would_choose`,
-    layers that read with full attention are observed too, with the blocks that this config would choose there.
+    q is [T, H, D], k [S, G, D]: one sequence, no padding; the queries are the last T positions.
 
     Raises:
         ValueError: if the model's attention is not "moba" or "moba_naive".
@@ -50,8 +47,6 @@ def observe_layers(model: Any, observe: Observer, would_choose: MoBAConfig | Non
         result = attention(
             module, query, key, value, mask, observe=lambda module, routing: seen.append(routing), **options
         )
-        if not seen and would_choose is not None:
-            seen.append(_routing(would_choose, query, key, value))
         if seen:
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -63,12 +58,6 @@ def observe_layers(model: Any, observe: Observer, would_choose: MoBAConfig | Non
         yield
     finally:
         AttentionInterface.register(name, attention)
-
-
-def _routing(config: MoBAConfig, query: Tensor, key: Tensor, value: Tensor) -> Routing:
-    """What a config would choose of query [B, H, T, D] and key, value [B, G, S, D]."""
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return moba_attention(q, k, v, **config.selection, backend=config.backend, return_routing=True)[1]
 
 
 def block_mass(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:
@@ -121,7 +110,6 @@ def routing_quality(
     num_question: int = 0,
     num_queries: int = 64,
     chunk_tokens: int = 1024,
-    would_choose: MoBAConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Statistics of each layer and head that MoBA runs in, over some queries of a text.
 
@@ -132,8 +120,6 @@ def routing_quality(
         num_question: 0 leaves the statistics of the needle out.
         num_queries: about so many queries, evenly spread, are looked at for the masses; all of the question's are.
         chunk_tokens: tokens read in one forward pass; None: as for `Reader`.
-        would_choose: layers that read with full attention are looked at too, by the blocks that this config would
-            choose there, which do not change what the model reads; its router is no "unrotated".
 
     Returns:
         for each layer and head: layer, head, the means of `covered`, `best` and `recent` over the sampled queries
@@ -184,7 +170,7 @@ def routing_quality(
             part = value.double().sum(dim=0).cpu()
             total[name] = total[name] + part if name in total else part
 
-    with observe_layers(model, observe, would_choose):
+    with observe_layers(model, observe):
         prefill(model, tokens, chunk_tokens=chunk_tokens or chunk_tokens_for(model.device))
     if not sums or not any(total["num_queries"].any() for total in sums.values()):
         raise ValueError(f"{tokens.numel():,} tokens leave no query a choice of blocks: take more, or fewer blocks")

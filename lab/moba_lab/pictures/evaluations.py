@@ -83,7 +83,7 @@ class Panel(NamedTuple):
     """Lines in one pair of axes.
 
     Attributes:
-        curves: name -> x, y, and maybe the standard error of y, which is drawn as a band.
+        curves: name -> x, y.
         is_log: whether y is drawn by its logarithm.
         marks: name -> y of horizontal lines, the first in the colour of the first curve, and so on.
     """
@@ -129,12 +129,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     places: list[float] = []
-    for (name, (x, y, *error)), colour, marker in zip(panel.curves.items(), _colours(), LINE_MARKERS * 4, strict=False):
+    for (name, (x, y)), colour, marker in zip(panel.curves.items(), _colours(), LINE_MARKERS * 4, strict=False):
         places += x
         axes.plot(x, y, marker=marker, markersize=3.5, linewidth=1.6, color=colour, label=name)
-        for band in error:
-            low, high = np.array(y) - band, np.array(y) + band
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     for (name, level), colour in zip(panel.marks.items(), _colours(), strict=False):
         axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=name)
     if panel.is_log:
