@@ -36,8 +36,8 @@ def started(folder, hidden, arguments):
     "arguments",
     [
         "generate -p hi", "generate -m model -p hi", "generate --activated -p hi", "generate --demo",
-        "generate --batch-file batch.jsonl", "inspect -p hi", "data made --from text.txt", "data made --sources sotu",
-        "data made --retrieval elsewhere", "data --list", f"train {TOY}", f"train {TOY} --dry-run",
+        "generate --batch-file batch.jsonl", "inspect -p hi", "data made --from text.txt",
+        "data made --retrieval elsewhere", f"train {TOY}", f"train {TOY} --dry-run",
         "eval needle", "eval ruler",
         "eval loss", "eval sparsity", "eval copy", "eval layers", "eval routing", "eval lm-eval -- --tasks x",
         f"bench attention {ONE_CASE} --out made/x", f"bench decode {ONE_CASE} --out made/x",

