@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,8 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     Args:
         hidden: [N, C]. weight: [V, C].
         labels: int64 [N], -100 where there is none.
-        chunk_tokens: logits of this many tokens exist at once. The gradients are computed with them, where they will
-            be needed: backward only scales them.
+        chunk_tokens: logits of this many tokens exist at once; backward computes them again.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
@@ -41,78 +41,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    learned = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    total: Tensor = _loss_and_gradients(hidden, weight, labels, chunk_tokens, dtype, *learned)[0]
-    return total
-
-
-# An operator, so that torch.compile takes its loop as one piece.
-@torch.library.custom_op("moba::linear_cross_entropy", mutates_args=())
-def _loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    learns_hidden: bool,
-    learns_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, and its gradients by hidden and by weight, each of no elements unless it is learned."""
-    wide = torch.promote_types(dtype, torch.float32)
-    total = hidden.new_zeros((), dtype=wide)
-    d_hidden = torch.empty_like(hidden if learns_hidden else hidden[:0])
-    d_weight = torch.zeros_like(weight if learns_weight else weight[:0], dtype=wide)
-    matrix = weight.to(dtype)
-    for start in range(0, hidden.shape[0], chunk_tokens):
-        chunk = slice(start, start + chunk_tokens)
-        is_learned, words = (labels[chunk] != IGNORED)[:, None], labels[chunk, None].clamp(min=0)
-        rows = hidden[chunk].to(dtype)
-        logits = rows @ matrix.mT
-        log_p = F.log_softmax(logits, dim=-1, dtype=wide)
-        log_p_word = log_p.gather(1, words)
-        total -= (log_p_word * is_learned).sum()
-        if learns_hidden or learns_weight:
-            d_logits = torch.exp(log_p, out=logits).scatter_(1, words, log_p_word.expm1().to(dtype))
-            if learns_hidden:
-                d_hidden[chunk] = d_logits @ matrix * is_learned
-            if learns_weight:
-                d_weight += d_logits.mT @ (rows * is_learned)
-    return total, d_hidden, d_weight.to(weight.dtype)
-
-
-@_loss_and_gradients.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    learns_hidden: bool,
-    learns_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-    return (
-        total,
-        torch.empty_like(hidden[: None if learns_hidden else 0]),
-        torch.empty_like(weight[: None if learns_weight else 0]),
-    )
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.learned = inputs[-2:]
-    ctx.save_for_backward(*output[1:])
-
-
-def _scale_gradients(ctx: Any, d_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    gradients = [
-        d_total.to(gradient.dtype) * gradient if is_learned and d_total is not None else None
-        for gradient, is_learned in zip(ctx.saved_tensors, ctx.learned, strict=True)
+    chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    sums = [
+        checkpoint(_chunk, rows, weight, words, dtype, use_reentrant=False, preserve_rng_state=False)
+        for rows, words in chunks
     ]
-    return *gradients, None, None, None, None, None
+    return torch.stack(sums).sum()
 
 
-_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    # Cast here: the cast that autocast keeps for all chunks would also sum their gradients in its dtype.
+    logits = hidden.to(dtype) @ weight.to(dtype).mT
+    wide = torch.promote_types(dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
