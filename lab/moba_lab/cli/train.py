@@ -10,7 +10,7 @@ import typer
 
 from moba_lab.checks import require_packages
 from moba_lab.cli.options import OUT, Attention
-from moba_lab.cli.session import choose_device, describe, messages, quieten, say
+from moba_lab.cli.session import describe, messages, quieten, say
 
 if TYPE_CHECKING:
     from moba.hf.schedule import Schedule
@@ -32,7 +32,7 @@ ContextOption = Annotated[
     typer.Option("--context-parallel", metavar="N", help="Processes that share each row: training.context_parallel."),
 ]
 DryOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print tokens, memory and time that it will take, and stop.")
+    bool, typer.Option("--dry-run", help="Check everything, print tokens, memory and disk that it will take, and stop.")
 ]
 
 
@@ -114,30 +114,24 @@ def _require_data(recipe: Recipe) -> None:
 
 
 def _dry_run(recipe: Recipe) -> None:
-    import torch
+    from moba_lab.train.run import check_run
 
-    from moba_lab.train.run import estimate_run
-
-    device = choose_device("auto")
-    result, total, trained = estimate_run(recipe, device)
-    seconds, training = result.seconds, recipe.training
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    rows, total, trained = check_run(recipe)
+    training, context = recipe.training, recipe.data.context
+    num_read, num_held = recipe.num_steps * training.rows_per_step, len(rows.rows)
+    # Weights in fp32, with a bf16 copy of them under autocast; gradients and the optimizer's two moments in fp32.
+    weights = total * (6 if training.precision == "bf16" else 4) + 12 * trained
     lines = {
         "model": f"{total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained",
         "attention": _told(recipe.schedule),
-        "tokens": f"{result.num_tokens:,} in {recipe.num_steps:,} steps of {training.rows_per_step} × "
-        f"{recipe.data.context:,}; the data has {result.unique_tokens:,}, read "
-        f"{result.num_tokens / (result.unique_tokens / (1 - result.padding)):.2f} times; {result.padding:.1%} padding",
-        "memory": f"{(result.weights_bytes + result.activations_bytes) / 2**30:.1f} GiB on one device: "
-        f"{result.weights_bytes / 2**30:.1f} weights and optimizer, {result.activations_bytes / 2**30:.1f} activations",
-        "compute": f"{result.flops / 1e15:,.3g} PFLOP; a matrix product runs at {result.flops_per_s / 1e12:.3g} "
-        f"TFLOP/s on {name}",
-        "time": f"{_duration(seconds)} on one such device, if a step keeps {result.efficiency:.0%} of that; "
-        f"{result.num_tokens / seconds:,.0f} tokens/s",
+        "tokens": f"{num_read * context:,} in {recipe.num_steps:,} steps of {training.rows_per_step} × {context:,}; "
+        f"the data has {rows.num_tokens:,}, read {num_read / num_held:.2f} times; "
+        f"{1 - rows.num_tokens / (num_held * context):.1%} padding",
+        "memory": f"{weights / 2**30:.1f} GiB of weights, gradients and optimizer on one device, and the activations",
         # Checkpoints hold what is trained and its two moments; the model is written whole at the end.
         "disk": f"{((training.keep + 1) * 12 * trained + 4 * total) / 2**30:.1f} GiB for {training.keep} checkpoints, "
         "one being written, and the model",
-    }  # fmt: skip
+    }
     for what, text in lines.items():
         typer.echo(f"{what:10}{text}")
 
@@ -149,12 +143,6 @@ def _told(schedule: Schedule) -> str:
         for start, config in schedule.stages
     ]
     return "; ".join(f"from {start:.1%} of the steps {how}" if start else how for start, how in told)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _progress() -> Any:

@@ -33,7 +33,6 @@ from moba_lab.checks import require_folder
 from moba_lab.data import Shards, open_shards, tokenizer_hash
 from moba_lab.lines import locked
 from moba_lab.train.checkpoints import UNFINISHED, check_architecture, check_files, last_checkpoint
-from moba_lab.train.estimate import Estimate, estimate
 from moba_lab.train.log import Log, tensorboard
 from moba_lab.train.loss import use_fused_loss
 from moba_lab.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
@@ -114,8 +113,8 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
         return out / "model"
 
 
-def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, int]:
-    """What `train` will take on one `device`, the model's parameters, and those that are trained; nothing is written.
+def check_run(recipe: Recipe) -> tuple[PackedDataset, int, int]:
+    """The rows that `train` would read, the model's parameters, and those that are trained; nothing is written.
 
     Raises:
         ValueError: as `train` would.
@@ -124,8 +123,7 @@ def estimate_run(recipe: Recipe, device: torch.device) -> tuple[Estimate, int, i
     rows = training_rows(recipe, shards)
     model, tokenizer = build_model(recipe, shards.manifest)
     check_tokenizer(shards, model, tokenizer)
-    total, trained = num_parameters(model if recipe.lora is None else add_adapters(model, recipe.lora))
-    return estimate(recipe, model, trained, rows, device), total, trained
+    return rows, *num_parameters(model if recipe.lora is None else add_adapters(model, recipe.lora))
 
 
 def _rows_at_a_time(recipe: Recipe, num_processes: int) -> int:
