@@ -12,8 +12,6 @@ import sys
 import pytest
 from tiny_folder import save_tiny_model, words
 
-from moba_lab.cli import batch
-
 OPTIONS = ("--block-size", "8", "--topk", "3", "--decode", "moba", "--max-new-tokens", "5")
 
 
@@ -247,24 +245,5 @@ def test_an_empty_batch_is_named(moba, tmp_path):
 
 def test_the_prefills_chunks_change_nothing(moba, folder):
     for decode in ("full", "moba"):
-        args = (
-            "generate",
-            "-m",
-            folder,
-            "-p",
-            words(41),
-            "--block-size",
-            "8",
-            "--topk",
-            "3",
-            "-n",
-            "9",
-            "--decode",
-            decode,
-        )
+        args = ("generate", "-m", folder, "-p", words(41), "--block-size", 8, "--topk", 3, "-n", 9, "--decode", decode)
         assert len({moba(*args, *chunk)[1] for chunk in ((), ("--prefill-chunk", 8), ("--prefill-chunk", 1))}) == 1
-
-
-def test_default_output_is_beside_the_batch(tmp_path):
-    assert batch.default_output(tmp_path / "in.jsonl") == tmp_path / "in.out.jsonl"
-    assert batch.default_output(tmp_path / "in") == tmp_path / "in.out.jsonl"
