@@ -35,7 +35,7 @@ from moba.backends.triton.launch import Plan
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention, selective
 from moba.parallel import attention as parallel_attention
 from moba_lab.bench import machine
-from moba_lab.bench.parallel_cases import ParallelCase
+from moba_lab.bench.cases import ParallelCase
 from moba_lab.bench.report import Records, write
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,11 +15,11 @@ from helpers import make_qkv
 
 from moba import moba_attention
 from moba.backends import pytorch
-from moba_lab.bench import decode_report, report
-from moba_lab.bench.attention import run_case
+from moba_lab.bench import attention, decode
+from moba_lab.bench.attention import rows, run_case
 from moba_lab.bench.cases import Case, length_name
 from moba_lab.bench.check import check
-from moba_lab.bench.report import rows, to_markdown
+from moba_lab.bench.report import plot_growth, to_markdown
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_wrong_routing_fails(results):
     last = indices[0, -1, 0].clone()
     for blocks in ([last[1], last[0], last[2]], [last[0], last[2], -1]):
         indices[0, -1, 0] = torch.tensor(blocks)
-        assert "routing of row 199, head 0" in check(**results)
+        assert "routing of row 0, query 199, head 0" in check(**results)
     worst = next(j for j in range(12) if j not in last.tolist())
     for other in range(12):
         if other != worst:
@@ -113,7 +113,8 @@ def test_the_legend_hides_no_point(tmp_path, monkeypatch, kind, lengths):
     records = [{**shape, **times, "tokens": length} for length in lengths]
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    {"attention": report.plot, "decode": decode_report.plot}[kind]({"device": "here"}, records, tmp_path / "x.png")
+    panels = {"attention": attention.panels, "decode": decode.panels}[kind]
+    plot_growth("here", *panels(records), tmp_path / "x.png")
     monkeypatch.undo()
     for axes in drawn[0].axes:
         legend = axes.get_legend().get_window_extent()

@@ -13,11 +13,11 @@ from helpers import make_qkv
 
 from moba import append_block_means, moba_attention
 from moba.routing import Routing
-from moba_lab.bench import decode_cases
-from moba_lab.bench.decode_cases import DecodeCase
-from moba_lab.bench.decode_check import check_dense, check_means, check_step
-from moba_lab.bench.decode_dense import dense_baselines
-from moba_lab.bench.decode_report import rows
+from moba_lab.bench import cases
+from moba_lab.bench.cases import DecodeCase
+from moba_lab.bench.check import check, check_dense, check_means
+from moba_lab.bench.decode import rows
+from moba_lab.bench.dense import decode_baselines
 
 CPU = torch.device("cpu")
 
@@ -33,14 +33,14 @@ def step():
 
 def test_a_right_step_passes(step):
     assert check_means(step["means"], step["k"], 16) is None
-    assert check_step(**step) is None
+    assert check(**step) is None
 
 
 @pytest.mark.parametrize("wrong", [1.01, torch.nan])
 def test_a_wrong_step_fails(step, wrong):
     spoiled = step["out"].clone()
     spoiled[1, 1, 3] *= wrong
-    assert "relative error" in check_step(**{**step, "out": spoiled})
+    assert "relative error" in check(**{**step, "out": spoiled})
     spoiled = step["means"].clone()
     spoiled[1, 11, 1] *= wrong
     assert "row 1, head 1" in check_means(spoiled, step["k"], 16)
@@ -52,7 +52,7 @@ def test_a_wrong_routing_fails(step):
         if block not in chosen:
             indices = step["routing"].indices.clone()
             indices[1, 1, 3] = torch.tensor([*sorted((block, chosen[1])), 12])
-            problem = check_step(**{**step, "routing": Routing(indices, 16)})
+            problem = check(**{**step, "routing": Routing(indices, 16)})
             if "scores" in problem:
                 return
     raise AssertionError("no exchange of a chosen block for another was noticed")
@@ -60,17 +60,17 @@ def test_a_wrong_routing_fails(step):
 
 def test_every_dense_baseline_is_dense_attention():
     q, k, v = (x.transpose(1, 2) for x in make_qkv(2, 1, 50, 4, 2, 16))
-    for name, dense in dense_baselines(CPU, 1, flex=False).items():
+    for name, dense in decode_baselines(CPU, 1, flex=False).items():
         assert check_dense(q, k, v, dense(q, k, v)) is None, name
         assert "relative error" in check_dense(q, k, v, 1.01 * dense(q, k, v))
     q, k, v = (x.transpose(1, 2) for x in make_qkv(1, 3, 50, 4, 2, 16))
-    baselines = dense_baselines(CPU, 3, flex=False)
+    baselines = decode_baselines(CPU, 3, flex=False)
     assert list(baselines) == ["SDPA"]
     assert check_dense(q, k, v, baselines["SDPA"](q, k, v)) is None
 
 
 def test_bytes_are_counted():
-    case = DecodeCase(100, 2, 4, 2, 16, 16, 3, torch.float32)
+    case = DecodeCase(100, 4, 2, 16, 16, 3, torch.float32, batch=2)
     assert case.dense_bytes == 2 * 2 * 100 * 2 * 16 * 4
     assert case.means_bytes == 2 * 6 * 2 * 16 * 4
     indices = torch.tensor([[0, 2, 6], [0, 3, 6], [1, 2, 6], [1, 2, 6]]).int()[None, None].expand(2, 1, -1, -1)
@@ -80,25 +80,23 @@ def test_bytes_are_counted():
 
 
 def test_layers_outgrow_caches_but_not_the_memory():
-    case = DecodeCase(131072, 1, 32, 8, 128, 128, 16, torch.bfloat16)
+    case = DecodeCase(131072, 32, 8, 128, 128, 16, torch.bfloat16)
     layer_bytes = case.dense_bytes + case.means_bytes
     selected = 32 * 16 * 128 * 128 * 2 * 2
-    assert (case.num_layers(torch.device("cuda"), 1 << 40) - 1) * (
-        case.means_bytes + selected
-    ) >= decode_cases.COLD_BYTES
+    assert (case.num_layers(torch.device("cuda"), 1 << 40) - 1) * (case.means_bytes + selected) >= cases.COLD_BYTES
     assert case.num_layers(CPU, 3 * layer_bytes) == 2
     assert case.num_layers(CPU, layer_bytes) == 0
 
 
 def test_cases_that_do_not_fit_or_fail_stand_in_the_table(monkeypatch):
-    case = DecodeCase(256, 1, 4, 2, 16, 16, 3, torch.float32)
+    case = DecodeCase(256, 4, 2, 16, 16, 3, torch.float32)
     from moba_lab.bench import decode
 
     run = (case, CPU, "pytorch", 1, False, 1e10, {})
     monkeypatch.setattr(decode, "free_bytes", lambda device: 1000)
     skipped = decode.run_case(*run)
     monkeypatch.undo()
-    monkeypatch.setattr(decode, "check_step", lambda *_: "wrong")
+    monkeypatch.setattr(decode, "check", lambda *_, **__: "wrong")
     failed = decode.run_case(*run)
     assert "moba_ms" not in failed
     _, (first, second) = rows([skipped, failed])

@@ -400,10 +400,9 @@ def test_a_benchmark_that_cannot_run_says_why_in_one_line(moba, args, said):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_benchmark_without_its_device(moba):
-    assert moba("bench", "attention", "--device", "cuda")[::2] == (
-        2,
-        "moba: error: device='cuda': torch finds no CUDA device here\n",
-    )
+    code, _, err = moba("bench", "attention", "--device", "cuda")
+    assert code == 2
+    assert err.startswith("moba: error: device='cuda' is not usable here: ")
 
 
 def test_debug_shows_the_traceback(moba):

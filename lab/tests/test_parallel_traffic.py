@@ -11,7 +11,7 @@ from test_parallel import two as two
 from test_parallel import two_or_four as two_or_four
 
 from moba.parallel import context_parallel_attention
-from moba_lab.bench.parallel_cases import ParallelCase, make_inputs
+from moba_lab.bench.cases import ParallelCase
 
 # 16 of 128 blocks are popular: each query looks for one of these.
 CLUSTERED = ParallelCase(8192, 4, 2, 16, 64, 3, torch.float32, clustered=True, backward=False)
@@ -20,7 +20,7 @@ CLUSTERED = ParallelCase(8192, 4, 2, 16, 64, 3, torch.float32, clustered=True, b
 def bytes_sent(rank, case, num_ranks):
     """Bytes that this rank sent, of whatever kind, and its routing."""
     length = case.tokens // num_ranks
-    q, k, v = make_inputs(case, torch.device("cpu"), length, first=rank * length)
+    q, k, v = case.make_inputs(torch.device("cpu"), length, first=rank * length)
     sent, exchange = [], dist.batch_isend_irecv
 
     def counted(operations):

@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba import backends
 from moba.attention import moba_attention
 from moba.routing import Selection
 from moba.sequences import Sequences
-from moba_lab.bench import machine
-from moba_lab.bench.cases import Case, cpu_suite, cuda_suite, fixed_blocks_suite
+from moba_lab.bench import machine, suite
+from moba_lab.bench.cases import Case, attention_suite, fixed_blocks_suite
 from moba_lab.bench.check import check
+from moba_lab.bench.dense import Dense, dense_baselines, flex_attention_of, masked_sdpa
 from moba_lab.bench.measure import Measurement, measure
-from moba_lab.bench.options import (
-    BackendOption,
-    BlockSizeOption,
-    DtypeOption,
-    HeadDimOption,
-    HeadsOption,
-    KvHeadsOption,
-    OutOption,
-    RepeatsOption,
-    TokensOption,
-    TopkOption,
-    dtype_of,
-)
-from moba_lab.bench.report import plot, require_writable, table, write
+from moba_lab.bench.report import Growth, Records, require_writable
 
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Operations of a forward that take seconds: from there on one run is measured, not the median of several.
 LONG = {"cpu": 5e11, "cuda": 5e14}
 # Operations of a dense forward from which its backward is left out.
 TOO_LONG = 5e14
 
+BASELINES = {"dense": "dense", "dense_fa2": "dense FA2", "dense_cudnn": "dense cuDNN", "dense_fa3": "dense FA3",
+             "flex": "FlexAttention", "masked_sdpa": "dense, boolean mask", "reference": "reference"}  # fmt: skip
+
 
 def attention(
-    device: Annotated[str, typer.Option(help='"cpu", "cuda", or "auto".')] = "auto",
-    backend: BackendOption = "auto",
-    tokens: TokensOption = None,
-    heads: HeadsOption = 16,
-    kv_heads: KvHeadsOption = None,
-    head_dim: HeadDimOption = 128,
-    block_size: BlockSizeOption = 512,
-    topk: TopkOption = 3,
-    dtype: DtypeOption = "bf16",
+    device: suite.DeviceOption = "auto",
+    backend: suite.BackendOption = "auto",
+    tokens: suite.TokensOption = None,
+    heads: suite.HeadsOption = 16,
+    kv_heads: suite.KvHeadsOption = None,
+    head_dim: suite.HeadDimOption = 128,
+    block_size: suite.BlockSizeOption = 512,
+    topk: suite.TopkOption = 3,
+    dtype: suite.DtypeOption = "bf16",
     reference: Annotated[
         bool, typer.Option("--reference", help="Also the mask-based reference, for the one case.")
     ] = False,
@@ -63,48 +49,25 @@ def attention(
     flex: Annotated[
         bool, typer.Option("--flex", help="Also FlexAttention with the same routing, up to 32K tokens.")
     ] = False,
-    repeats: RepeatsOption = 3,
-    out: OutOption = None,
+    repeats: suite.RepeatsOption = 3,
+    out: suite.OutOption = None,
 ) -> None:
     """Time MoBA's forward, backward and routing, and its memory, beside dense attention.
 
     Each case first compares sampled rows of the tensors it times with an fp64 computation; one that fails is reported
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    case_dtype = dtype_of(dtype)
-    where = machine.device_of(device)
+    case_dtype = suite.dtype_of(dtype)
+    where = machine.device_to_time(device)
     if out is not None:
         require_writable(out)
     if tokens is not None:
-        suite = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, reference=reference)]
-    elif fixed_blocks:
-        suite = fixed_blocks_suite()
+        cases = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, reference=reference)]
     else:
-        suite = cuda_suite() if where.type == "cuda" else cpu_suite()
-
-    console = Console(stderr=True)
-    header = machine.describe(where)
-    records: list[dict[str, Any]] = []
+        cases = fixed_blocks_suite() if fixed_blocks else attention_suite(where)
     measured: dict[tuple[Any, ...], dict[str, Any]] = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(suite))
-        for case in suite:
-            progress.update(task, description=case.name)
-            records.append(run_case(case, where, backend, repeats, flex, measured))
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
-            progress.advance(task)
-            if out is not None:  # after every case, so that a run cut short keeps what it measured
-                write(header, records, out)
-
-    for name, value in header.items():
-        typer.echo(f"{name:>9}: {value}")
-    Console(width=200).print(table(records))
-    if out is not None:
-        plot(header, records, out.with_suffix(".png"))
-    typer.echo(json.dumps({"header": header, "records": records}))
-    if any("failed" in record for record in records):
-        raise typer.Exit(1)
+    run = partial(run_case, device=where, backend=backend, repeats=repeats, flex=flex, measured=measured)
+    suite.run_suite(cases, where, machine.describe(where), out, run, rows, panels)
 
 
 def run_case(
@@ -124,11 +87,7 @@ def run_case(
         torch.randn(1, case.tokens, heads, case.head_dim, device=device, dtype=case.dtype)
         for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
     )
-    record: dict[str, Any] = {
-        "case": case.name, "tokens": case.tokens, "heads": case.heads, "kv_heads": case.kv_heads,
-        "head_dim": case.head_dim, "block_size": case.block_size, "topk": case.topk,
-        "dtype": str(case.dtype).removeprefix("torch."), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops,
-    }  # fmt: skip
+    record = {**case.to_dict(), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops}
 
     def moba(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return moba_attention(q, k, v, block_size=case.block_size, topk=case.topk, backend=backend, **options)
@@ -143,8 +102,6 @@ def run_case(
     if not is_dense:  # dense attention, where it is the same function, routes nothing
         record["moba"]["routing_ms"] = _routing_ms(case, backend, q, k, runs)
     if flex and case.tokens <= 32768 and device.type == "cuda":
-        from moba_lab.bench.flex import flex_attention_of
-
         with torch.no_grad():
             routing = moba(q, k, v, return_routing=True)[1]
         record["flex"] = _measure(flex_attention_of(routing, q, k), q, k, v, d_out, runs, case.backward)
@@ -158,9 +115,12 @@ def run_case(
             }
         record |= measured[case.dense_shape]
     if case.reference:
-        record["reference"] = _measure_reference(case, q, k, v, d_out, backward=device.type == "cuda")
+        options: Any = {"block_size": case.block_size, "topk": case.topk, "backend": "reference"}
+        record["reference"] = _measure(partial(moba_attention, **options), q, k, v, d_out, 1, device.type == "cuda")
         if device.type == "cpu":
-            record["masked_sdpa"] = _measure_masked_sdpa(q, k, v)
+            # With a mask as large as the reference's: what makes the ratio to the reference honest.
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril_()
+            record["masked_sdpa"] = _measure(partial(masked_sdpa, mask=mask), q, k, v, d_out, 1, False)
     return record
 
 
@@ -184,7 +144,7 @@ def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) ->
 
 
 def _measure(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    function: Dense,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -216,43 +176,48 @@ def _named(name: str, measurement: Measurement) -> dict[str, Any]:
     return {f"{name}_ms": measurement.ms, f"{name}_peak_bytes": measurement.peak_bytes}
 
 
-def dense_baselines(device: torch.device) -> dict[str, Dense]:
-    """What a user would pick instead, by name, on [B, T, H, D] tensors."""
-    if device.type != "cuda":
-        return {"dense": lambda q, k, v: _sdpa(q, k, v)}
-
-    def through(backend: SDPBackend) -> Dense:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return _sdpa(q, k, v)
-
-        return attend
-
-    baselines = {"dense_fa2": through(SDPBackend.FLASH_ATTENTION), "dense_cudnn": through(SDPBackend.CUDNN_ATTENTION)}
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError:
-        return baselines
-    return baselines | {"dense_fa3": lambda q, k, v: flash_attn_func(q, k, v, causal=True)}
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+def rows(records: Records) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells: MoBA's times, then each baseline's with how many times longer it takes."""
+    present = [name for name in BASELINES if any(name in record for record in records)]
+    titles = ["case", "MoBA fwd ms", "routing alone ms", "fwd+bwd ms", "TFLOP/s", "peak MiB"]
+    titles += [f"{BASELINES[name]} {what}" for name in present for what in ("fwd ms (×)", "fwd+bwd ms (×)")]
+    cells = []
+    for record in records:
+        if problem := record.get("failed") or record["moba"].get("failed"):
+            cells.append([record["case"], f"failed: {problem}", *[""] * (len(titles) - 2)])
+            continue
+        moba = record["moba"]
+        peak = moba["forward_peak_bytes"]
+        line = [record["case"], *(_ms(moba.get(name)) for name in ("forward_ms", "routing_ms", "train_ms"))]
+        line += [f"{record['moba_flops'] / moba['forward_ms'] / 1e9:.3g}", f"{peak / 2**20:.0f}" if peak else ""]
+        for name in present:
+            line += [_beside(record.get(name, {}), moba, what) for what in ("forward_ms", "train_ms")]
+        cells.append(line)
+    return titles, cells
 
 
-def _measure_reference(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, backward: bool) -> dict[str, Any]:
-    def reference(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return moba_attention(q, k, v, block_size=case.block_size, topk=case.topk, backend="reference")
+def panels(records: Records) -> tuple[str, Growth]:
+    """Forward times: a panel for each kind of heads, a line for each way."""
+    done = [record for record in records if "failed" not in record]
+    fixed = all(record["tokens"] == 64 * record["block_size"] for record in done)
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for record in done:
+        heads = f"{record['heads']} query, {record['kv_heads']} key/value heads, {record['dtype']}"
+        ways = {f"MoBA {'64 blocks' if fixed else record['block_size']}/{record['topk']}": record["moba"]}
+        ways |= {title: record[name] for name, title in BASELINES.items() if name in record}
+        for title, times in ways.items():
+            if "forward_ms" in times:
+                found.setdefault(heads, {}).setdefault(title, {})[record["tokens"]] = times["forward_ms"]
+    return "forward, ms", found
 
-    return _measure(reference, q, k, v, d_out, 1, backward)
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _measure_masked_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """Dense attention with a boolean mask as large as the reference's: what makes the ratio to the reference honest."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril_()
-    with torch.no_grad():
-        return _named("forward", measure(lambda: _sdpa(q, k, v, mask), q.device, warmups=1, repeats=1))
+def _beside(baseline: dict[str, Any], moba: dict[str, Any], what: str) -> str:
+    if "failed" in baseline:
+        return "failed"
+    if baseline.get(what) is None:
+        return ""
+    return f"{_ms(baseline[what])} ({baseline[what] / moba[what]:.2g})" if moba.get(what) else _ms(baseline[what])

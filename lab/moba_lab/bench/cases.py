@@ -1,15 +1,37 @@
-"""The problems that `moba bench attention` measures."""
+"""The problems that `moba bench` measures: standard-normal q, k and v, whose routing is close to uniform, the hardest
+case for sparsity.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from moba import backends
+from moba.config import BACKENDS, require_one_of
+from moba.routing import Routing
+from moba.validate import MAX_HEAD_DIM, check_heads
+
+K = 1024
+# Bytes that a decoding measurement's layers read together, so that no cache holds what the next round of them reads.
+COLD_BYTES = 256 << 20
+# Most layers, and most bytes of their keys and values: making them takes time.
+MOST_LAYERS = 24
+MOST_BYTES = {"cpu": 4 << 30, "cuda": 48 << 30}
+# Share of the free memory that a case may take.
+MEMORY_SHARE = 0.8
+# Blocks that queries look for in clustered cases.
+POPULAR_BLOCKS = 16
 
 
 @dataclass(frozen=True)
-class Case:
-    """One problem: batch 1, standard-normal q, k and v (routing close to uniform, the hardest case for sparsity)."""
+class Shape:
+    """What every case has."""
 
     tokens: int
     heads: int
@@ -18,6 +40,32 @@ class Case:
     block_size: int
     topk: int
     dtype: torch.dtype
+
+    @property
+    def heads_name(self) -> str:
+        """16 of 16 query and key/value heads, 32/8 of 32 and 8."""
+        return str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        names = ("tokens", "heads", "kv_heads", "head_dim", "block_size", "topk")
+        return {"case": self.name, **{name: getattr(self, name) for name in names}, "dtype": self.dtype_name}
+
+
+@dataclass(frozen=True)
+class Case(Shape):
+    """A forward and a backward over one sequence."""
+
     backward: bool = True
     dense: bool = True
     reference: bool = False
@@ -26,12 +74,12 @@ class Case:
     def name(self) -> str:
         """Short, for tables."""
         return (
-            f"{length_name(self.tokens)}, {heads_name(self.heads, self.kv_heads)} heads, D {self.head_dim}, "
-            f"{self.block_size}/{self.topk}, {str(self.dtype).removeprefix('torch.')}"
+            f"{length_name(self.tokens)}, {self.heads_name} heads, D {self.head_dim}, "
+            f"{self.block_size}/{self.topk}, {self.dtype_name}"
         )
 
     @property
-    def dense_shape(self) -> tuple[int, int, int, int, torch.dtype, bool]:
+    def dense_shape(self) -> tuple[Any, ...]:
         """What dense attention's time depends on."""
         return self.tokens, self.heads, self.kv_heads, self.head_dim, self.dtype, self.backward
 
@@ -51,9 +99,108 @@ class Case:
         return 2.0 * self.heads * self.head_dim * self.tokens * (self.tokens + 1)
 
 
-def heads_name(heads: int, kv_heads: int) -> str:
-    """16 of 16 query and key/value heads, 32/8 of 32 and 8."""
-    return str(heads) if heads == kv_heads else f"{heads}/{kv_heads}"
+@dataclass(frozen=True)
+class DecodeCase(Shape):
+    """One step of decoding: `queries` tokens of each of `batch` sequences, over `tokens` keys each."""
+
+    batch: int = 1
+    queries: int = 1
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        queries = "" if self.queries == 1 else f", {self.queries} queries"
+        return f"{length_name(self.tokens)}, batch {self.batch}, {self.block_size}/{self.topk}{queries}"
+
+    @property
+    def dense_shape(self) -> tuple[Any, ...]:
+        """What dense attention's time depends on."""
+        return self.tokens, self.batch, self.queries, self.heads, self.kv_heads, self.head_dim, self.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's key in all heads."""
+        return self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        """Keys and values, each read once."""
+        return 2 * self.batch * self.tokens * self.token_bytes
+
+    @property
+    def means_bytes(self) -> int:
+        """The means of all finished blocks."""
+        return self.batch * (self.tokens // self.block_size) * self.token_bytes
+
+    def bytes_read(self, routing: Routing) -> int:
+        """Means, and the keys and values of the blocks that any query of a kv head chose, each counted once."""
+        blocks = routing.block_mask(-(-self.tokens // self.block_size)).any(dim=1)  # [B, H, N]
+        chosen = blocks.unflatten(1, (self.kv_heads, -1)).any(dim=2)
+        sizes = torch.full((chosen.shape[-1],), self.block_size, device=chosen.device)
+        sizes[-1] = self.tokens - (chosen.shape[-1] - 1) * self.block_size
+        return self.means_bytes + 2 * int((chosen * sizes).sum()) * self.head_dim * self.dtype.itemsize
+
+    def num_layers(self, device: torch.device, free_bytes: int) -> int:
+        """How many layers' keys and values a measurement goes through; 0 if not even one fits the memory."""
+        layer_bytes = self.dense_bytes + self.means_bytes
+        chosen = min(self.tokens * self.kv_heads, self.queries * self.heads * self.topk * self.block_size)
+        read = self.means_bytes + 2 * self.batch * chosen * self.head_dim * self.dtype.itemsize
+        wanted = min(MOST_LAYERS, -(-COLD_BYTES // read) + 1)
+        wanted = min(wanted, max(1, MOST_BYTES[device.type] // layer_bytes))
+        return min(wanted, int(MEMORY_SHARE * free_bytes) // layer_bytes)
+
+
+@dataclass(frozen=True)
+class ParallelCase(Shape):
+    """One sequence over many ranks. `clustered`: queries resemble keys of a few blocks, which routings then choose."""
+
+    clustered: bool = False
+    backward: bool = True
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        kind = ", clustered" if self.clustered else ""
+        return f"{length_name(self.tokens)}, {self.heads_name} heads, {self.block_size}/{self.topk}{kind}"
+
+    def for_ranks(self, num_ranks: int) -> ParallelCase:
+        """The same with as many tokens as make equal shards of whole blocks."""
+        return replace(self, tokens=max(1, self.tokens // (num_ranks * self.block_size)) * num_ranks * self.block_size)
+
+    def check(self, num_ranks: int, backend: str, device: torch.device) -> None:
+        """Raise a ValueError, naming the option, if ranks cannot share this problem, or the backend not compute it."""
+        check_heads(self.heads, self.kv_heads)
+        if not self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"--head-dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        whole = num_ranks * self.block_size
+        if self.tokens % whole:
+            raise ValueError(
+                f"--tokens must be a multiple of {whole}, {num_ranks} ranks times --block-size {self.block_size}, "
+                f"got {self.tokens}"
+            )
+        require_one_of("backend", backend, BACKENDS)
+        head = torch.empty(1, 1, 1, self.head_dim, dtype=self.dtype, device=device)
+        backends.resolve(backend, head, head)
+
+    def make_inputs(self, device: torch.device, num_tokens: int, first: int = 0) -> list[Tensor]:
+        """q, k, v and the gradient of out of the whole sequence, or of a shard that begins at token `first`."""
+        generator = torch.Generator(device).manual_seed(first)
+        widths = [self.heads, self.kv_heads, self.kv_heads, *([self.heads] if self.backward else [])]
+        q, k, v, *d_out = (
+            torch.randn(1, num_tokens, n, self.head_dim, generator=generator, device=device, dtype=self.dtype)
+            for n in widths
+        )
+        if self.clustered:
+            # A direction for each of the popular blocks; all queries of a block look for one of them.
+            size, shared = self.block_size, torch.Generator(device).manual_seed(POPULAR_BLOCKS)
+            towards = torch.randn(POPULAR_BLOCKS, self.kv_heads, self.head_dim, generator=shared, device=device)
+            block = torch.arange(first, first + num_tokens, device=device) // size
+            every = max(1, self.tokens // size // POPULAR_BLOCKS)
+            is_popular = (block % every == 0) & (block // every < POPULAR_BLOCKS)
+            k += (towards[(block // every).clamp(max=POPULAR_BLOCKS - 1)] * is_popular[:, None, None]).to(self.dtype)
+            looked = towards[block * 7 % POPULAR_BLOCKS].repeat_interleave(self.heads // self.kv_heads, dim=1)
+            q += (4 * looked).to(self.dtype)
+        return [q, k, v, *d_out]
 
 
 def length_name(tokens: int) -> str:
@@ -64,37 +211,68 @@ def length_name(tokens: int) -> str:
     return f"{tokens}"
 
 
-def cpu_suite() -> list[Case]:
-    """Lengths and shapes of small models that a laptop meets."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def attention_suite(device: torch.device) -> list[Case]:
+    """On a CPU small models' lengths and shapes; on a GPU those of the paper and of the fastest published kernels."""
     fp32, bf16 = torch.float32, torch.bfloat16
-    cases = [Case(32768, 1, 1, 128, 2048, 3, fp32, reference=True)]
-    for dtype in (fp32, bf16):
-        for tokens in (2048, 8192, 32768):
-            for block_size, topk in ((128, 8), (512, 3)):
-                cases.append(Case(tokens, 9, 3, 64, block_size, topk, dtype))
-    for block_size, topk in ((128, 8), (512, 3)):
-        cases.append(Case(65536, 9, 3, 64, block_size, topk, fp32, dense=False))
-    return cases
-
-
-def cuda_suite() -> list[Case]:
-    """Lengths and shapes of the paper and of the fastest published kernels."""
-    bf16, k = torch.bfloat16, 1024
-    cases = [
-        Case(32 * k, 1, 1, 128, 2048, 3, bf16, reference=True),
-        Case(32 * k, 1, 1, 128, 512, 3, bf16, reference=True),
-    ]
-    for tokens in (8 * k, 32 * k, 128 * k):
-        for block_size, topk in ((128, 8), (512, 3), (512, 8), (2048, 3)):
-            cases.append(Case(tokens, 16, 16, 128, block_size, topk, bf16))
-    for block_size, topk in ((128, 8), (512, 3), (2048, 3)):
-        cases.append(Case(512 * k, 16, 16, 128, block_size, topk, bf16))
-    cases.append(Case(128 * k, 32, 8, 128, 4096, 12, bf16))
-    cases.append(Case(1024 * k, 32, 8, 128, 4096, 12, bf16, backward=False, dense=False))
-    return cases
+    if device.type != "cuda":
+        cases = [Case(32 * K, 1, 1, 128, 2048, 3, fp32, reference=True)]
+        cases += [
+            Case(tokens, 9, 3, 64, *blocks, dtype)
+            for dtype in (fp32, bf16)
+            for tokens in (2 * K, 8 * K, 32 * K)
+            for blocks in ((128, 8), (512, 3))
+        ]
+        return cases + [Case(64 * K, 9, 3, 64, *blocks, fp32, dense=False) for blocks in ((128, 8), (512, 3))]
+    cases = [Case(32 * K, 1, 1, 128, size, 3, bf16, reference=True) for size in (2048, 512)]
+    for tokens in (8 * K, 32 * K, 128 * K):
+        cases += [Case(tokens, 16, 16, 128, *blocks, bf16) for blocks in ((128, 8), (512, 3), (512, 8), (2048, 3))]
+    cases += [Case(512 * K, 16, 16, 128, *blocks, bf16) for blocks in ((128, 8), (512, 3), (2048, 3))]
+    cases.append(Case(128 * K, 32, 8, 128, 4096, 12, bf16))
+    return [*cases, Case(1024 * K, 32, 8, 128, 4096, 12, bf16, backward=False, dense=False)]
 
 
 def fixed_blocks_suite() -> list[Case]:
     """The paper's Figure 2b: 64 blocks and top-k 3 at every length, one head, to 10M tokens."""
     lengths = [8192, 32768, 131072, 524288, 1048576, 4194304, 10485760]
     return [Case(n, 1, 1, 128, n // 64, 3, torch.bfloat16, backward=False, dense=n <= 1048576) for n in lengths]
+
+
+def decode_suite(device: torch.device) -> list[DecodeCase]:
+    """The heads of a small model on a CPU, Llama's on a GPU, the paper's blocks and small ones, to 1M tokens."""
+    is_cuda = device.type == "cuda"
+    heads, dtype = ((32, 8, 128), torch.bfloat16) if is_cuda else ((9, 3, 64), torch.float32)
+    alone, in_batches = ((8, 32, 128, 512, 1024), (8, 32, 128, 512)) if is_cuda else ((8, 32, 128, 1024), (8, 32))
+    return [
+        DecodeCase(n * K, *heads, *blocks, dtype, batch)
+        for lengths, batch in ((alone, 1), (in_batches, 16))
+        for n in lengths
+        for blocks in ((128, 16), (4096, 12))
+        if is_cuda or blocks[0] * blocks[1] < n * K
+    ]
+
+
+def parallel_suite(device: torch.device, num_ranks: int) -> list[ParallelCase]:
+    """A fixed total, a fixed length a rank, few key/value heads, and clustered routings; the longest last."""
+    if device.type != "cuda":
+        case = ParallelCase(4096, 4, 4, 32, 64, 4, torch.float32)
+        return [case, replace(case, clustered=True)]
+    bf16 = torch.bfloat16
+    return [
+        ParallelCase(512 * K, 16, 16, 128, 512, 8, bf16),
+        ParallelCase(512 * K, 16, 16, 128, 512, 8, bf16, clustered=True),
+        ParallelCase(128 * K * num_ranks, 16, 16, 128, 512, 3, bf16),
+        ParallelCase(128 * K * num_ranks, 32, 8, 128, 4096, 12, bf16),
+        ParallelCase(1024 * K, 16, 16, 128, 128, 8, bf16),
+        ParallelCase(2048 * K, 32, 8, 128, 4096, 12, bf16, backward=False),
+    ]

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from moba.routing import Routing, mean_keys
 
-NUM_ROWS = 8
-
 # ‖out − exact‖ / ‖exact‖ that rounding explains, per dtype of the inputs.
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+NUM_QUERIES, NUM_SAMPLES = 8, 3
 
 
-def sample_rows(num_queries: int) -> list[int]:
-    """Rows spread over the sequence, the first and the last among them."""
-    return sorted({round(i * (num_queries - 1) / (NUM_ROWS - 1)) for i in range(NUM_ROWS)})
+def samples(count: int, most: int = NUM_SAMPLES) -> list[int]:
+    """At most so many numbers below `count`, evenly spread, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def check(
@@ -27,44 +26,74 @@ def check(
     topk: int,
     d_out: Tensor | None = None,
     d_q: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> str | None:
-    """Compare sampled rows of one sequence with fp64; None if they agree, else what does not.
+    """Compare sampled queries of all heads with fp64; None if they agree, else what does not.
 
     Args:
-        q: [1, T, H, D]. k, v: [1, T, G, D]. out, d_out, d_q: [1, T, H, D]. routing: of the same call.
+        q, out, d_out, d_q: [B, T, H, D], the last T positions. k, v: [B, S, G, D]. routing: of the same call.
+        means: [B, N, G, D], the block means of a cache; None: they are computed here.
 
     The blocks chosen may differ from fp64's only where their scores are closer than the error of an fp32 sum.
     """
-    block_size, group = routing.block_size, q.shape[2] // k.shape[2]
+    block_size, group, before = routing.block_size, q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     errors: dict[str, list[float]] = {"out": [], "d_q": []}
-    for kv_head in range(k.shape[2]):
-        means = mean_keys(k[:, :, kv_head : kv_head + 1], block_size)[0, :, 0].double()
-        for row in sample_rows(q.shape[1]):
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                query, own = q[0, row, head].double(), row // block_size
-                blocks = routing.indices[0, row, head]
-                blocks = blocks[blocks >= 0].long()
-                if problem := check_blocks(query, means[:own], blocks.tolist(), own, topk):
-                    return f"routing of row {row}, head {head}: {problem}"
-                keys = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
-                keys = keys[keys <= row]
-                chosen_k, chosen_v = k[0, keys, kv_head].double(), v[0, keys, kv_head].double()
-                weights = torch.softmax(query.shape[0] ** -0.5 * (chosen_k @ query), dim=0)
-                exact = weights @ chosen_v
-                errors["out"].append(relative_error(out[0, row, head], exact))
-                if d_out is not None and d_q is not None and row > 0:  # a single key's weight has no gradient
-                    through = chosen_v @ d_out[0, row, head].double()
-                    d_scores = weights * (through - weights @ through)
-                    exact = query.shape[0] ** -0.5 * (d_scores @ chosen_k)
-                    errors["d_q"].append(relative_error(d_q[0, row, head], exact))
+    for row in samples(q.shape[0]):
+        for kv_head in range(k.shape[2]):
+            one = slice(kv_head, kv_head + 1)
+            found = mean_keys(k[row : row + 1, :, one], block_size) if means is None else means[row : row + 1, :, one]
+            scored = found[0, :, 0].double()
+            for query in samples(q.shape[1], NUM_QUERIES):
+                position = before + query
+                own = position // block_size
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    vector, blocks = q[row, query, head].double(), routing.indices[row, query, head]
+                    blocks = blocks[blocks >= 0].long()
+                    if problem := check_blocks(vector, scored[:own], blocks.tolist(), own, topk):
+                        return f"routing of row {row}, query {query}, head {head}: {problem}"
+                    keys = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
+                    keys = keys[keys <= position]
+                    chosen_k, chosen_v = k[row, keys, kv_head].double(), v[row, keys, kv_head].double()
+                    scale = vector.shape[0] ** -0.5
+                    weights = torch.softmax(scale * (chosen_k @ vector), dim=0)
+                    errors["out"].append(relative_error(out[row, query, head], weights @ chosen_v))
+                    if d_out is not None and d_q is not None and position > 0:  # one key's weight has no gradient
+                        through = chosen_v @ d_out[row, query, head].double()
+                        exact = scale * ((weights * (through - weights @ through)) @ chosen_k)
+                        errors["d_q"].append(relative_error(d_q[row, query, head], exact))
     # A gradient passes through two roundings of what the output passes through one.
-    bounds = {"out": BOUND[q.dtype], "d_q": 2 * BOUND[q.dtype]}
-    bad = [
-        f"relative error of {name} is {max(found, key=lambda e: (e != e, e)):.1e}, more than {bounds[name]:.0e}"
-        for name, found in errors.items()
-        if not all(error <= bounds[name] for error in found)
-    ]
-    return "; ".join(bad) or None
+    return _judge("out", errors["out"], BOUND[q.dtype]) or _judge("d_q", errors["d_q"], 2 * BOUND[q.dtype])
+
+
+def check_means(means: Tensor, k: Tensor, block_size: int) -> str | None:
+    """Compare sampled heads of the block means [B, N, G, D] of keys [B, S, G, D] with fp64; None or what is wrong."""
+    num_blocks = k.shape[1] // block_size
+    half_a_unit = torch.finfo(k.dtype).eps / 2
+    for row in samples(k.shape[0]):
+        for head in samples(k.shape[2]):
+            keys = k[row, : num_blocks * block_size, head].unflatten(0, (num_blocks, block_size))
+            exact = torch.cat([part.double().mean(dim=1) for part in keys.split(4096)])
+            actual = means[row, :num_blocks, head].double()
+            # One rounding, after a sum in fp32 of numbers of order one.
+            bound = 1.01 * half_a_unit * exact.abs() + 2e-6
+            if not bool(((actual - exact).abs() <= bound).all()):
+                return f"block means of row {row}, head {head} are off by {(actual - exact).abs().max():.1e}"
+    return None
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> str | None:
+    """Compare sampled heads of a dense step's last query with fp64: q, out [B, H, T, D], k, v [B, G, S, D]."""
+    group, errors = q.shape[1] // k.shape[1], []
+    for row in samples(q.shape[0]):
+        for head in samples(q.shape[1]):
+            vector, keys, values = q[row, head, -1].double(), k[row, head // group], v[row, head // group]
+            # In pieces that take little memory.
+            logits = torch.cat([part.double() @ vector for part in keys.split(1 << 16)]) * vector.shape[0] ** -0.5
+            parts = zip(torch.softmax(logits, dim=0).split(1 << 16), values.split(1 << 16), strict=True)
+            exact = torch.stack([weights @ part.double() for weights, part in parts]).sum(dim=0)
+            errors.append(relative_error(out[row, head, -1], exact))
+    # Over so many keys an output is small beside its parts, each rounded: twice the bound of the sparse step.
+    return _judge("out", errors, 2 * BOUND[q.dtype])
 
 
 def check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, topk: int) -> str | None:
@@ -83,3 +112,9 @@ def check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, topk
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """‖actual − exact‖ / ‖exact‖ in fp64."""
     return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def _judge(name: str, errors: list[float], bound: float) -> str | None:
+    if all(error <= bound for error in errors):
+        return None
+    return f"relative error of {name} is {max(errors, key=lambda e: (e != e, e)):.1e}, more than {bound:.0e}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,31 +9,16 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from moba.attention import moba_attention
 from moba.block_means import append_block_means
-from moba_lab.bench import machine
-from moba_lab.bench.decode_cases import DecodeCase, cpu_suite, cuda_suite, free_bytes
-from moba_lab.bench.decode_check import check_dense, check_means, check_step
-from moba_lab.bench.decode_dense import dense_baselines
-from moba_lab.bench.decode_report import plot, rows
+from moba_lab.bench import machine, suite
+from moba_lab.bench.cases import DecodeCase, decode_suite, free_bytes
+from moba_lab.bench.check import check, check_dense, check_means
+from moba_lab.bench.dense import decode_baselines
 from moba_lab.bench.measure import measure
-from moba_lab.bench.options import (
-    BackendOption,
-    BlockSizeOption,
-    DtypeOption,
-    HeadDimOption,
-    HeadsOption,
-    OutOption,
-    RepeatsOption,
-    TokensOption,
-    TopkOption,
-    dtype_of,
-)
-from moba_lab.bench.report import require_writable, table, write
+from moba_lab.bench.report import Growth, Records, require_writable
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -49,20 +33,20 @@ class Layer(NamedTuple):
 
 
 def decode(
-    device: Annotated[str, typer.Option(help='"cpu", "cuda", or "auto".')] = "auto",
-    backend: BackendOption = "auto",
-    tokens: TokensOption = None,
+    device: suite.DeviceOption = "auto",
+    backend: suite.BackendOption = "auto",
+    tokens: suite.TokensOption = None,
     batch: Annotated[int, typer.Option(help="Sequences of the one case.", min=1)] = 1,
     queries: Annotated[int, typer.Option(help="New tokens a step of the one case.", min=1, max=16)] = 1,
-    heads: HeadsOption = 32,
+    heads: suite.HeadsOption = 32,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads of the one case.", min=1)] = 8,
-    head_dim: HeadDimOption = 128,
-    block_size: BlockSizeOption = 128,
-    topk: TopkOption = 16,
-    dtype: DtypeOption = "bf16",
+    head_dim: suite.HeadDimOption = 128,
+    block_size: suite.BlockSizeOption = 128,
+    topk: suite.TopkOption = 16,
+    dtype: suite.DtypeOption = "bf16",
     flex: Annotated[bool, typer.Option("--flex", help="Also FlexAttention, which compiles for a while.")] = False,
-    repeats: RepeatsOption = 5,
-    out: OutOption = None,
+    repeats: suite.RepeatsOption = 5,
+    out: suite.OutOption = None,
 ) -> None:
     """Time one step of decoding, and count the bytes it reads, beside dense attention over the same cache.
 
@@ -70,39 +54,20 @@ def decode(
     layer finds its keys in a cache. Each case first compares sampled heads with an fp64 computation; one that fails is
     reported without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
-    case_dtype = dtype_of(dtype)
-    where = machine.device_of(device)
+    case_dtype = suite.dtype_of(dtype)
+    where = machine.device_to_time(device)
     if out is not None:
         require_writable(out)
+    cases = decode_suite(where)
     if tokens is not None:
-        suite = [DecodeCase(tokens, batch, heads, kv_heads, head_dim, block_size, topk, case_dtype, queries=queries)]
-    else:
-        suite = cuda_suite() if where.type == "cuda" else cpu_suite()
-
-    header = machine.describe(where)
-    copy_rate = _copy_rate(where)
+        cases = [DecodeCase(tokens, heads, kv_heads, head_dim, block_size, topk, case_dtype, batch, queries)]
+    header, copy_rate = machine.describe(where), _copy_rate(where)
     header["copy"] = f"{copy_rate / 1e9:.4g} GB/s, read and written"
-    records: list[dict[str, Any]] = []
     measured: dict[Any, dict[str, Any]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(suite))
-        for case in suite:
-            progress.update(task, description=case.name)
-            records.append(run_case(case, where, backend, repeats, flex, copy_rate, measured))
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
-            progress.advance(task)
-            if out is not None:  # after every case, so that a run cut short keeps what it measured
-                write(header, records, out, rows)
-
-    for name, value in header.items():
-        typer.echo(f"{name:>9}: {value}")
-    Console(width=220).print(table(records, rows))
-    if out is not None:
-        plot(header, records, out.with_suffix(".png"))
-    typer.echo(json.dumps({"header": header, "records": records}))
-    if any("failed" in record for record in records):
-        raise typer.Exit(1)
+    run = partial(
+        run_case, device=where, backend=backend, repeats=repeats, flex=flex, copy_rate=copy_rate, measured=measured
+    )
+    suite.run_suite(cases, where, header, out, run, rows, panels)
 
 
 def run_case(
@@ -119,9 +84,7 @@ def run_case(
     Dense attention does not know of blocks: `measured` keeps its times for the next case of the same shape.
     """
     record: dict[str, Any] = {
-        "case": case.name, "tokens": case.tokens, "batch": case.batch, "queries": case.queries, "heads": case.heads,
-        "kv_heads": case.kv_heads, "head_dim": case.head_dim, "block_size": case.block_size, "topk": case.topk,
-        "dtype": str(case.dtype).removeprefix("torch."), "copy_bytes_per_second": copy_rate,
+        **case.to_dict(), "batch": case.batch, "queries": case.queries, "copy_bytes_per_second": copy_rate,
         "dense_bytes": case.dense_bytes, "dense_bound_ms": case.dense_bytes / copy_rate * 1e3,
     }  # fmt: skip
     num_layers = case.num_layers(device, free_bytes(device))
@@ -141,9 +104,9 @@ def run_case(
 
     out, routing = moba(layers[0], return_routing=True)
     keys, values = (x.transpose(1, 2) for x in layers[0][1:3])
-    if problem := check_means(layers[0].means, keys, case.block_size) or check_step(
-        layers[0].q, keys, values, layers[0].means, out, routing, case.topk
-    ):
+    problem = check_means(layers[0].means, keys, case.block_size)
+    problem = problem or check(layers[0].q, keys, values, out, routing, case.topk, means=layers[0].means)
+    if problem:
         record["failed"] = problem
         return record
     # "auto" takes dense attention where it is the same function.
@@ -174,7 +137,7 @@ def _dense_times(
     """Times in ms by baseline, and of those that do not run or are wrong, why."""
     times: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for name, dense in dense_baselines(device, case.queries, flex).items():
+    for name, dense in decode_baselines(device, case.queries, flex).items():
         try:
             q, k, v = layers[0].q.transpose(1, 2), layers[0].k, layers[0].v
             with torch.no_grad(), warnings.catch_warnings():
@@ -216,3 +179,57 @@ def _copy_rate(device: torch.device) -> float:
     target = torch.empty_like(source)
     ms = measure(lambda: target.copy_(source), device, warmups=2, repeats=5).ms
     return 2 * COPY_BYTES[device.type] / ms * 1e3
+
+
+def best_dense(record: dict[str, Any]) -> tuple[str, float] | None:
+    """The fastest dense baseline and its time in ms, None if none ran."""
+    times: dict[str, float] = record.get("dense_ms", {})
+    return min(times.items(), key=lambda item: item[1]) if times else None
+
+
+def rows(records: Records) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells: MoBA's step, the best dense one, each baseline with how many times longer it takes."""
+    names = list(dict.fromkeys(name for r in records for name in (*r.get("dense_ms", {}), *r.get("dense_failed", {}))))
+    titles = ["case", "MoBA µs", "µs a token", "MB read", "of copy rate", "best dense µs", "times longer", "MB",
+              "of copy rate", "dense byte bound µs", *names]  # fmt: skip
+    cells = []
+    for record in records:
+        if what := next((name for name in ("failed", "skipped") if name in record), None):
+            cells.append([record["case"], f"{what}: {record[what]}", *[""] * (len(titles) - 2)])
+            continue
+        ms, best, bound = record["moba_ms"], best_dense(record), record["dense_bound_ms"]
+        line = [record["case"], _us(ms) + (" (dense)" if record["is_dense"] else "")]
+        line += [_us(ms / record["batch"] / record["queries"]), _mb(record["moba_bytes"])]
+        line.append(f"{record['moba_bound_ms'] / ms:.0%}")
+        line += [""] * 4 if best is None else [
+            f"{_us(best[1])} ({best[0]})", f"{best[1] / ms:.3g}", _mb(record["dense_bytes"]), f"{bound / best[1]:.0%}"
+        ]  # fmt: skip
+        line.append(_us(bound))
+        for name in names:
+            time = record["dense_ms"].get(name)
+            is_failed = name in record["dense_failed"]
+            line.append("does not run" if is_failed else "" if time is None else f"{_us(time)} ({time / ms:.2g})")
+        cells.append(line)
+    return titles, cells
+
+
+def panels(records: Records) -> tuple[str, Growth]:
+    """Times of a step: a panel for each batch size."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for record in sorted((record for record in records if "moba_ms" in record), key=lambda record: record["batch"]):
+        times = {f"MoBA {record['block_size']}/{record['topk']}": record["moba_ms"]}
+        if best := best_dense(record):
+            times["best dense"] = best[1]
+        times["dense, byte bound"] = record["dense_bound_ms"]
+        for label, ms in times.items():
+            lines = found.setdefault(f"batch {record['batch']}", {})
+            lines.setdefault(label, {})[record["tokens"]] = 1e3 * ms
+    return "a step, µs", found
+
+
+def _us(ms: float) -> str:
+    return f"{1e3 * ms:.0f}" if ms >= 0.1 else f"{1e3 * ms:.3g}"
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.0f}" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g}"

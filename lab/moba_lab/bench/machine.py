@@ -14,18 +14,34 @@ from pathlib import Path
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def device_of(name: str) -> torch.device:
-    """The device that `--device` names; "auto" is CUDA where there is one.
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes CUDA, then Apple MPS, then the CPU.
 
     Raises:
         ValueError: if there is no such device here.
     """
-    if name not in ("auto", "cpu", "cuda"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def device_to_time(name: str) -> torch.device:
+    """The CPU or the CUDA device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: if there is no such device here, or times and memory cannot be measured on it.
+    """
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': torch finds no CUDA device here")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return choose_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from rich.console import Console
 from torch import Tensor
 
 from moba.attention import moba_attention
@@ -30,23 +29,11 @@ from moba.parallel.process import end_process
 from moba.parallel.routing import SharedRouting
 from moba.parallel.shards import ranks_of
 from moba.routing import Routing
-from moba_lab.bench import machine
+from moba_lab.bench import machine, suite
+from moba_lab.bench.cases import ParallelCase, parallel_suite
 from moba_lab.bench.link import measure_link, rate
 from moba_lab.bench.measure import measure
-from moba_lab.bench.options import (
-    BackendOption,
-    BlockSizeOption,
-    DtypeOption,
-    HeadDimOption,
-    HeadsOption,
-    KvHeadsOption,
-    RepeatsOption,
-    TokensOption,
-    TopkOption,
-    dtype_of,
-)
-from moba_lab.bench.parallel_cases import ParallelCase, make_inputs, suite
-from moba_lab.bench.report import Records, require_writable, table, write
+from moba_lab.bench.report import Records, require_writable, write
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
 BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.4e-2}
@@ -56,16 +43,16 @@ TIMEOUT, PATIENCE = timedelta(seconds=60), timedelta(days=1)
 
 
 def parallel(
-    backend: BackendOption = "auto",
-    tokens: TokensOption = None,
-    heads: HeadsOption = 16,
-    kv_heads: KvHeadsOption = None,
-    head_dim: HeadDimOption = 128,
-    block_size: BlockSizeOption = 512,
-    topk: TopkOption = 8,
-    dtype: DtypeOption = "bf16",
+    backend: suite.BackendOption = "auto",
+    tokens: suite.TokensOption = None,
+    heads: suite.HeadsOption = 16,
+    kv_heads: suite.KvHeadsOption = None,
+    head_dim: suite.HeadDimOption = 128,
+    block_size: suite.BlockSizeOption = 512,
+    topk: suite.TopkOption = 8,
+    dtype: suite.DtypeOption = "bf16",
     clustered: Annotated[bool, typer.Option(help="Routings that touch few blocks, for the one case.")] = False,
-    repeats: RepeatsOption = 3,
+    repeats: suite.RepeatsOption = 3,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -81,11 +68,11 @@ def parallel(
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         raise typer.BadParameter("start it with torchrun: torchrun --nproc-per-node 2 -m moba_lab bench parallel")
-    case_dtype = dtype_of(dtype)
+    case_dtype = suite.dtype_of(dtype)
     # What is not valid is said by the command line, once, so long as no rank waits for another.
     device, num_ranks = _own_device(), int(os.environ["WORLD_SIZE"])
     if tokens is None:
-        cases = [case.for_ranks(num_ranks) for case in suite(device, num_ranks)]
+        cases = [case.for_ranks(num_ranks) for case in parallel_suite(device, num_ranks)]
     else:
         cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, clustered)]
     for case in cases:
@@ -95,10 +82,7 @@ def parallel(
     with _process_group(device):
         records = _run(cases, device, backend, repeats, out, header, earlier)
         if dist.get_rank() == 0:
-            for name, value in header.items():
-                typer.echo(f"{name:>9}: {value}")
-            Console(width=200).print(table(records, rows))
-            typer.echo(json.dumps({"header": header, "records": records}))
+            suite.tell(header, records, rows)
         end_process(
             any("failed" in found for record in records for found in (record, *record.get("ways", {}).values()))
         )
@@ -221,7 +205,7 @@ def _check(case: ParallelCase, device: torch.device, options: dict[str, Any], tr
     """Compare out and gradients of a short sequence with one device; on every rank the first problem of any."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = 2 * case.block_size
-    whole = make_inputs(replace(case, backward=True), device, num_ranks * length)
+    whole = replace(case, backward=True).make_inputs(device, num_ranks * length)
     mine = slice(rank * length, (rank + 1) * length)
 
     def train(attend: Callable[..., Any], tensors: list[Tensor], **more: Any) -> tuple[Routing, list[Tensor]]:
@@ -246,7 +230,7 @@ def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], r
 
     def run() -> dict[str, Any]:
         try:
-            tensors = make_inputs(case, device, case.tokens)
+            tensors = case.make_inputs(device, case.tokens)
             return _measure(case, tensors, device, repeats, lambda *x: moba_attention(*x, **options))
         except Exception as error:
             traceback.print_exc()
@@ -270,7 +254,7 @@ def _routing_times(
     """What each rank takes until it knows the blocks of its tokens, if each routes its own and if they lend queries."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
-    q, k, *_ = make_inputs(replace(case, backward=False), device, length, first=rank * length)
+    q, k, *_ = replace(case, backward=False).make_inputs(device, length, first=rank * length)
     shards = Shards((length,) * num_ranks, rank, ranks_of(None).inside)
     selection = {**options, "keep_first": 0, "keep_recent": 0, "router": "mean"}
     times = {}
@@ -294,7 +278,7 @@ def _on_all(
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
-    tensors = make_inputs(case, device, length, first=rank * length)
+    tensors = case.make_inputs(device, length, first=rank * length)
     attend = partial(context_parallel_attention, **options, transport=transport)
     try:
         with torch.no_grad(), _sent_bytes() as sent:

@@ -14,10 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from moba.config import MoBAConfig
+from moba_lab.bench.machine import DTYPES, choose_device
 from moba_lab.cli.options import Attention, Choice, Dtype
 from moba_lab.models.rope import can_stretch, stretch_config, stretch_positions
-
-DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 NAMES = {Attention.moba: "MoBA", Attention.moba_naive: "MoBA, mask-based", Attention.sdpa: "full attention"}
 
@@ -122,7 +121,7 @@ def open_session(
     quieten()
     from moba_lab.models.load import EMBEDDED, load_config, load_tokenizer
 
-    precision = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else torch.bfloat16)
+    precision = DTYPES.get(dtype.value, torch.float32 if where.type == "cpu" else torch.bfloat16)
     name = model or EMBEDDED
     config = load_config(model).get_text_config(decoder=True)
     stretch_config(config, factor=yarn, scaling="yarn")
@@ -149,22 +148,6 @@ def describe(config: MoBAConfig, attention: Attention) -> str:
     parts += [f"router {config.router}"] if config.router != "mean" else []
     parts += ["decode moba"] if config.decode == "moba" else []
     return ", ".join(parts) + (" (reference)" if attention is Attention.moba_naive else "")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes CUDA, then Apple MPS, then the CPU.
-
-    Raises:
-        ValueError: if there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def quieten() -> None:
