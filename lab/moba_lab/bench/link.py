@@ -1,9 +1,11 @@
-"""How the ranks of a process group are linked, and how fast bytes travel between them."""
+"""The ranks of a process group: how fast bytes travel between them, and what they tell each other."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch.distributed as dist
 
 from moba_lab.bench.measure import measure
 
+# What a rank waits for one that measures alone.
+PATIENCE = timedelta(days=1)
 # Message sizes: the smallest shows the latency, the largest the rate.
 CUDA_BYTES = (1 << 12, 1 << 20, 1 << 26, 1 << 30)
 CPU_BYTES = (1 << 12, 1 << 20, 1 << 24)
@@ -79,3 +83,32 @@ def _slowest(run: Callable[[], object], device: torch.device) -> float:
     ms = torch.tensor(measure(run, device, warmups=1, repeats=5).ms, device=device)
     dist.all_reduce(ms, dist.ReduceOp.MAX)
     return float(ms)
+
+
+def on_first(run: Callable[[], Any]) -> Any:
+    """What `run` returns on the first rank, on all of them, which wait for it as long as it takes."""
+    group = _patient_group()
+    result = [run() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, group=group)
+    return result[0]
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks again, over gloo, where those that wait for one see at once when its process ends."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What every rank has, in their order, on all of them."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def free(device: torch.device) -> None:
+    """Wait for all ranks, and give back what the allocator keeps."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

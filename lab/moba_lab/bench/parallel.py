@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,15 +32,15 @@ from moba.parallel.shards import ranks_of
 from moba.routing import Routing
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import ParallelCase, parallel_suite
-from moba_lab.bench.link import measure_link, rate
+from moba_lab.bench.link import free, gathered, measure_link, on_first, rate
 from moba_lab.bench.measure import measure
 from moba_lab.bench.report import Records, require_writable, write
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
 BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.4e-2}
 UNFINISHED = "the run ended in this case"
-# What a rank waits for another that does the same, and for one that measures alone.
-TIMEOUT, PATIENCE = timedelta(seconds=60), timedelta(days=1)
+# What a rank waits for another that does the same.
+TIMEOUT = timedelta(seconds=60)
 
 
 def parallel(
@@ -125,7 +126,7 @@ def _run(
     earlier: Records,
 ) -> Records:
     """The records of all cases, the same on every rank, those that the first has from earlier among them."""
-    records: Records = _on_first(lambda: earlier)
+    records: Records = on_first(lambda: earlier)
 
     def save() -> None:
         if dist.get_rank() == 0 and out is not None:
@@ -222,7 +223,7 @@ def _check(case: ParallelCase, device: torch.device, options: dict[str, Any], tr
         error = ((x.double() - y[:, mine].double()).norm() / y[:, mine].double().norm()).item()
         if not error <= BOUND[case.dtype]:
             problem = problem or f"relative error of {name} is {error:.1e}"
-    return next((found for found in _gathered(problem) if found), None)
+    return next((found for found in gathered(problem) if found), None)
 
 
 def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -236,8 +237,8 @@ def _on_one(case: ParallelCase, device: torch.device, options: dict[str, Any], r
             traceback.print_exc()
             return {"failed": in_one_line(error)}
 
-    result: dict[str, Any] = _on_first(run)
-    _free(device)
+    result: dict[str, Any] = on_first(run)
+    free(device)
     return result
 
 
@@ -260,8 +261,8 @@ def _routing_times(
     times = {}
     for name, lends in (("own", False), ("lending", True)):
         run = partial(_route, q, k, shards, selection, lends)
-        times[name] = _gathered(measure(run, device, warmups=1, repeats=repeats).ms)
-    _free(device)
+        times[name] = gathered(measure(run, device, warmups=1, repeats=repeats).ms)
+    free(device)
     return times
 
 
@@ -288,8 +289,8 @@ def _on_all(
         mine |= _measure(case, tensors, device, repeats, partial(attend, shards=shards))
     except torch.OutOfMemoryError:
         mine = {"failed": "out of memory"}
-    every = _gathered(mine)
-    _free(device)
+    every = gathered(mine)
+    free(device)
     if failed := [part["failed"] for part in every if "failed" in part]:
         return {"failed": failed[0]}
     result: dict[str, Any] = {name: sum(part[name] for part in every) for name in ("sent", "needed")}
@@ -339,11 +340,8 @@ def _sent_bytes() -> Iterator[list[int]]:
         sizes.extend(x.numel() * x.element_size() for x in sent)
         return exchange(operations)
 
-    dist.batch_isend_irecv = counting  # type: ignore[assignment]
-    try:
+    with patch.object(dist, "batch_isend_irecv", counting):
         yield sizes
-    finally:
-        dist.batch_isend_irecv = exchange
 
 
 def _needed_bytes(case: ParallelCase, routing: Routing, rank: int, num_ranks: int) -> int:
@@ -356,33 +354,6 @@ def _needed_bytes(case: ParallelCase, routing: Routing, rank: int, num_ranks: in
         row[heads.flatten().clamp(-1, num_before).long()] = True  # -1 lands in the last place, as a later block does
     count = int(chosen[:, :num_before].sum())
     return count * 2 * case.block_size * case.head_dim * case.dtype.itemsize
-
-
-def _on_first(run: Callable[[], Any]) -> Any:
-    """What `run` returns on the first rank, on all of them, which wait for it as long as it takes."""
-    group = _patient_group()
-    result = [run() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(result, group=group)
-    return result[0]
-
-
-@cache
-def _patient_group() -> dist.ProcessGroup:
-    """All ranks again, over gloo, where those that wait for one see at once when its process ends."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return group
-
-
-def _gathered(mine: Any) -> list[Any]:
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
-
-
-def _free(device: torch.device) -> None:
-    dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:

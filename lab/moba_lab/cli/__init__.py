@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 
 import typer
@@ -48,13 +47,6 @@ _BROUGHT = {
     "tomli",
 }
 
-# Seconds in which the first of several processes says what all were given wrong; torchrun then ends the others. On a
-# busy machine its imports may end seconds after theirs.
-_FIRST_SPEAKS = 15
-
-# typer has no public name for the class of all usage errors, and has moved it between packages.
-_UsageError = typer.BadParameter.__mro__[1]
-
 
 @app.callback()
 def _options(
@@ -76,27 +68,30 @@ def main(args: list[str] | None = None) -> None:
         # The reader of our output has left; what Python still holds for it goes nowhere.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         code = 1
-    except (_UsageError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:  # type: ignore[misc]
-        if isinstance(error, ModuleNotFoundError) and _package(error) in ("moba", "moba_lab"):
-            raise
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+    except Exception as error:
+        if not _is_users_mistake(error):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)  # a command without what it needs has shown its help, which is all there is to say
-        rank = os.environ.get("RANK", "0")  # torchrun's
-        if rank != "0":
-            time.sleep(_FIRST_SPEAKS)
         if "--debug" in args:
             traceback.print_exc()
-        # A whole line in one write: torchrun's processes share a terminal, and do not buffer.
-        sys.stderr.write(f"moba: error: {'' if rank == '0' else f'rank {rank}: '}{one_line(error)}\n")
+        # torchrun ends all processes when the first fails, so each says at once what it knows; a whole line in one
+        # write, as they share a terminal and do not buffer.
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        sys.stderr.write(f"moba: error: {rank}{one_line(error)}\n")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has an error of its own for it, on a CPU a RuntimeError like any other."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether one line says all that the user needs; a bug shows its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        return _package(error) not in ("moba", "moba_lab")
+    if isinstance(error, RuntimeError):
+        # On a GPU torch has an error of its own for too little memory, on a CPU a RuntimeError like any other.
+        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    # typer's errors of usage, whose class has moved between packages, format their message.
+    return isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")
 
 
 def _package(error: ModuleNotFoundError) -> str:

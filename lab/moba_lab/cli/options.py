@@ -132,7 +132,8 @@ RouterOption = Annotated[
     str | None,
     typer.Option(
         help="mean (the paper), recent (sliding window), sink (first and recent), shared (one choice for the query "
-        "heads of a key/value head), unrotated (by queries and keys from before the rotary embedding).",
+        "heads of a key/value head), unrotated (by queries and keys from before the rotary embedding), "
+        "top_p=0.5 (as many blocks as hold that share).",
         rich_help_panel=_SELECTION,
     ),
 ]
