@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from moba_lab.cli.options import Attention, Choice, Dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from moba_lab.cli.session import Session
     from moba_lab.evals.reader import Reader
-    from moba_lab.lines import Lines
 
 app = typer.Typer(
     help="Evaluate a model with MoBA, and with --compare with full attention too.",
@@ -57,14 +58,12 @@ def parse_length(text: str | int) -> int:
     return length
 
 
-TEXT = "Text"
 _OUTPUT = "Output"
-LengthOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N", parser=parse_length, help="Tokens of each document or prompt; K means 1024.", rich_help_panel=TEXT
-    ),
-]
+
+
+def of_text(what: str, *, metavar: str = "N", **more: Any) -> Any:
+    """An option that says what is read."""
+    return typer.Option(metavar=metavar, help=what, rich_help_panel="Text", **more)
 
 
 def _check_texts(texts: list[str] | None) -> list[str] | None:
@@ -76,21 +75,20 @@ def _check_texts(texts: list[str] | None) -> list[str] | None:
     return texts
 
 
-DocumentsOption = Annotated[int, typer.Option(metavar="N", min=1, help="How many documents.", rich_help_panel=TEXT)]
+LengthOption = Annotated[int, of_text("Tokens of each document or prompt; K means 1024.", parser=parse_length)]
+DocumentsOption = Annotated[int, of_text("How many documents.", min=1)]
 DataOption = Annotated[
     Path | None,
-    typer.Option(
-        "--data", metavar="FOLDER", rich_help_panel=TEXT,
-        help="Held-out documents of `moba data`, instead of State of the Union addresses.",
-    ),
-]  # fmt: skip
+    of_text("Held-out documents of `moba data`, instead of State of the Union addresses.", metavar="FOLDER"),
+]
 TextOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--text", metavar="FILE|ADDRESS", rich_help_panel=TEXT, callback=_check_texts,
-        help="Your own text instead, or the name of an address such as 1848-Polk-1. May be given more than once.",
+    of_text(
+        "Your own text instead, or the name of an address such as 1848-Polk-1. May be given more than once.",
+        metavar="FILE|ADDRESS",
+        callback=_check_texts,
     ),
-]  # fmt: skip
+]
 
 FULL = "full"
 # What a setting may say beside its blocks, by the field of MoBAConfig.
@@ -102,6 +100,7 @@ _WORDS = {
     "decode": "decode",
 }
 Table = Mapping[str, Mapping[str, str]]  # row -> column -> cell
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ class Setup:
     has_blocks: bool
     chunk_tokens: int | None
 
-    def open(self, length: int) -> Session:
-        """The session with the model, for texts of `length` tokens.
+    def begin(self, name: str, length: int, /, **settings: Any) -> Run:
+        """Open the model for texts of `length` tokens. `settings`: what else changes all records.
 
         Raises:
             ValueError: if its context cannot hold them.
@@ -129,7 +128,10 @@ class Setup:
 
         session = open_session(self.model, self.choice, Attention.moba, self.dtype, self.device, self.yarn)
         session.require_context(length, f"prompts of {length:,} tokens are asked for")
-        return session
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+        stretched = {} if self.yarn is None else {"yarn": self.yarn}
+        about = {"model": self.model, **stretched, "dtype": str(session.dtype), "evaluation": name, **given}
+        return Run(self, name, session, about)
 
     def attentions(self, default: str | None = None) -> dict[str, MoBAConfig | None]:
         """What is measured, by name: --settings; else the setting of the other options, or where these do not say its
@@ -143,12 +145,6 @@ class Setup:
         listed = self.listed or (None if self.has_blocks else default)
         configs = parse_settings(listed, self.choice) if listed else [self.choice.config]
         return {setting_name(config): config for config in ([None] if self.compare else []) + configs}
-
-    def settings(self, session: Session, **own: Any) -> dict[str, Any]:
-        """What changes all records: what differs only by rounding may change between the runs of one evaluation."""
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
-        stretched = {} if self.yarn is None else {"yarn": self.yarn}
-        return {"model": self.model, **stretched, "dtype": str(session.dtype), **given}
 
     @property
     def model_name(self) -> str:
@@ -282,108 +278,110 @@ def _parse_setting(text: str, choice: Choice) -> MoBAConfig | None:
     return choice.with_blocks(size, topk, **values)
 
 
-@dataclass(frozen=True)
-class Results:
-    """Records, in the order of the cells, and what the first of them was made on."""
+@dataclass
+class Run:
+    """An evaluation that has begun.
 
-    rows: list[dict[str, Any]]
-    made_on: Mapping[str, str]
-
-    def by_attention(self) -> dict[str, list[dict[str, Any]]]:
-        """The records of each attention, by its name."""
-        names = dict.fromkeys(row["attention"] for row in self.rows)
-        return {name: [row for row in self.rows if row["attention"] == name] for name in names}
-
-
-def run_cells(
-    setup: Setup,
-    session: Session,
-    name: str,
-    settings: Mapping[str, Any],
-    attentions: Mapping[str, MoBAConfig | None],
-    cells: Sequence[Mapping[str, Any]],
-    measure: Callable[..., dict[str, Any]],
-    told: Callable[[dict[str, Any]], str],
-) -> Results:
-    """Measure every cell with every attention, but for what the file of records holds already.
-
-    Args:
+    Attributes:
+        setup: what it was told. name: of the evaluation.
+        session: with the model.
         settings: what changes all records.
-        cells: what a record is of, in the order in which one `Reader` reads the least.
-        measure: a reader and a cell's values -> its record.
-        told: a record -> what is said of it.
+        made_on: what the first record was made on, once there is one.
     """
-    from moba_lab.bench.machine import describe
-    from moba_lab.cli.session import say
-    from moba_lab.evals.records import open_records, record_of
 
-    wanted = [{"attention": attention, **cell} for attention in attentions for cell in cells]
-    made_on = {**describe(session.device), "dtype": str(session.dtype)}
-    with open_records(folder(setup, name) / f"{name}.jsonl", settings, made_on) as lines:
-        num_done = sum(record_of(lines, cell) is not None for cell in wanted)
-        if num_done:
-            say(f"{num_done} of {len(wanted)} measured before")
-        reader, attention = None, None
-        for cell in wanted:
-            if record_of(lines, cell) is not None:
-                continue
-            if reader is None or cell["attention"] != attention:
-                attention = cell["attention"]
-                reader = _reader(setup, session, attentions[attention])
-            num_done += 1
-            row = _measure(reader, lines, cell, measure)
-            what = ", ".join(f"{value:.2g}" if isinstance(value, float) else f"{value}" for value in cell.values())
-            say(f"{num_done} of {len(wanted)}: {what}: {told(row)} ({row['seconds']} s)")
-        rows = [record_of(lines, cell) for cell in wanted]
-        return Results([row for row in rows if row is not None], lines.rows[0]["made_on"])
+    setup: Setup
+    name: str
+    session: Session
+    settings: Mapping[str, Any]
+    made_on: Mapping[str, str] | None = None
 
+    @property
+    def path(self) -> Path:
+        """What is written, but for the endings."""
+        return (self.setup.out or FOLDER / self.name) / self.name
 
-def _reader(setup: Setup, session: Session, config: MoBAConfig | None) -> Reader:
-    """A reader of the model with an attention."""
-    from moba_lab.evals.reader import Reader
-    from moba_lab.models.unrotated import apply_config
+    def documents(self, length: int, count: int, data: Path | None, texts: list[str] | None) -> dict[str, Tensor]:
+        """The first `length` tokens of documents, by name: see `long_documents`."""
+        from moba_lab.evals.texts import long_documents
 
-    # Full attention by MoBA's own layers needs no mask of chunk × text, and so takes the fused kernels.
-    apply_config(session.model, config or replace(setup.choice.config, full_layers=session.num_layers))
-    return Reader(session.model, chunk_tokens=setup.chunk_tokens)
+        return dict(long_documents(self.session.tokenizer, length, count, data=data, texts=texts))
 
+    def measure(
+        self,
+        attentions: Mapping[str, MoBAConfig | None],
+        cells: Sequence[Mapping[str, Any]],
+        measure: Callable[..., Record],
+        told: Callable[[Record], str],
+    ) -> dict[str, list[Record]]:
+        """Measure every cell with every attention, but for what the file of records holds already.
 
-def _measure(
-    reader: Reader, lines: Lines, cell: dict[str, Any], measure: Callable[..., dict[str, Any]]
-) -> dict[str, Any]:
-    import time
+        Args:
+            attentions: settings by name; None is full attention.
+            cells: what a record is of, in the order in which one `Reader` reads the least.
+            measure: a reader and a cell's values -> its record.
+            told: a record -> what is said of it.
 
-    start = time.perf_counter()
-    values = measure(reader, **{key: value for key, value in cell.items() if key != "attention"})
-    lines.add({**cell, **values, "seconds": round(time.perf_counter() - start, 2)})
-    return lines.rows[-1]
+        Returns:
+            the records of each attention, in the order of the cells.
+        """
+        from moba_lab.bench.machine import describe
+        from moba_lab.cli.session import say
+        from moba_lab.evals.records import open_records, record_of
 
+        made_on = {**describe(self.session.device), "dtype": str(self.session.dtype)}
+        total = len(attentions) * len(cells)
+        records: dict[str, list[Record]] = {}
+        with open_records(self.path.with_suffix(".jsonl"), self.settings, made_on) as lines:
+            wanted = [{"attention": attention, **cell} for attention in attentions for cell in cells]
+            num_done = sum(record_of(lines, cell) is not None for cell in wanted)
+            if num_done:
+                say(f"{num_done} of {total} measured before")
+            for attention, config in attentions.items():
+                reader = None
+                for cell in cells:
+                    of = {"attention": attention, **cell}
+                    record = record_of(lines, of)
+                    if record is None:
+                        reader = reader or self._reader(config)
+                        start = time.perf_counter()
+                        values = measure(reader, **cell)
+                        record = {**of, **values, "seconds": round(time.perf_counter() - start, 2)}
+                        lines.add(record)
+                        num_done += 1
+                        what = ", ".join(f"{v:.2g}" if isinstance(v, float) else f"{v}" for v in of.values())
+                        say(f"{num_done} of {total}: {what}: {told(record)} ({record['seconds']} s)")
+                    records.setdefault(attention, []).append(record)
+            self.made_on = lines.rows[0]["made_on"]
+        return records
 
-def folder(setup: Setup, name: str) -> Path:
-    """Where an evaluation writes."""
-    return setup.out or FOLDER / name
+    def _reader(self, config: MoBAConfig | None) -> Reader:
+        """A reader of the model with an attention."""
+        from moba_lab.evals.reader import Reader
+        from moba_lab.models.unrotated import apply_config
 
+        # Full attention by MoBA's own layers needs no mask of chunk × text, and so takes the fused kernels.
+        full = replace(self.setup.choice.config, full_layers=self.session.num_layers)
+        apply_config(self.session.model, config or full)
+        return Reader(self.session.model, chunk_tokens=self.setup.chunk_tokens)
 
-def write_results(
-    setup: Setup,
-    name: str,
-    title: str,
-    figure: Figure,
-    tables: Mapping[str, Table],
-    results: Results,
-    notes: Sequence[str] = (),
-) -> None:
-    """Write the picture, and the notes and the tables, by their titles; print the tables, and say where all that is."""
-    from moba_lab.cli.session import say
+    def write(self, title: str, figure: Figure, tables: Mapping[str, Table], notes: Sequence[str] = ()) -> None:
+        """Write the picture, the notes, and the tables by their titles; print the tables; say where all that is."""
+        from rich import box, console
+        from rich import table as rich_table
 
-    path = folder(setup, name) / f"{name}.png"
-    figure.savefig(path)
-    parts = [f"# {title}", *notes, *(_markdown(table_title, table) for table_title, table in tables.items())]
-    parts.append("\n".join(f"- {key}: {value}" for key, value in results.made_on.items()))
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    say(f"{path}, tables in {path.with_suffix('.md')}, records in {path.with_suffix('.jsonl')}")
-    for table_title, table in tables.items():
-        _print(table_title, table)
+        from moba_lab.cli.session import say
+
+        picture, page = self.path.with_suffix(".png"), self.path.with_suffix(".md")
+        figure.savefig(picture)
+        parts = [f"# {title}", *notes, *(_markdown(name, table) for name, table in tables.items())]
+        parts.append("\n".join(f"- {key}: {value}" for key, value in (self.made_on or {}).items()))
+        page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        say(f"{picture}, tables in {page}, records in {self.path.with_suffix('.jsonl')}")
+        for name, table in tables.items():
+            shown = rich_table.Table(name, *next(iter(table.values())), box=box.SIMPLE_HEAD)
+            for row, cells in table.items():
+                shown.add_row(row, *cells.values())
+            console.Console(file=sys.stdout, highlight=False).print(shown)
 
 
 def _markdown(title: str, table: Table) -> str:
@@ -391,14 +389,3 @@ def _markdown(title: str, table: Table) -> str:
     lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in table.items()]
     return "\n".join(lines)
-
-
-def _print(title: str, table: Table) -> None:
-    from rich import box, console
-    from rich import table as rich_table
-
-    columns = list(next(iter(table.values())))
-    shown = rich_table.Table(title, *columns, box=box.SIMPLE_HEAD)
-    for name, cells in table.items():
-        shown.add_row(name, *cells.values())
-    console.Console(file=sys.stdout, highlight=False).print(shown)
