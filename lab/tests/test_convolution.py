@@ -13,8 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, Stati
 
 from moba import MoBAConfig, register_moba
 from moba.hf.cache import MoBACache
-from moba_lab.models.convolution import KeyConvolution
-from moba_lab.models.key_convolution import add_key_convolution, load_key_convolution
+from moba_lab.models.key_convolution import KeyConvolution, add_key_convolution, load_key_convolution
 
 CONFIG = MoBAConfig(4, 3, decode="moba")
 

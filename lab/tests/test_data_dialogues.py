@@ -14,7 +14,7 @@ from tiny_folder import save_tiny_model, words
 from moba.files import write_json
 from moba_lab.data import ShardWriter, open_shards, tokenizer_hash
 from moba_lab.data.build import build
-from moba_lab.data.dialogues import _FACTS, DialoguePlan, Maker, documents, draw_facts
+from moba_lab.data.dialogues import PARTS, DialoguePlan, Maker, documents, draw_facts
 from moba_lab.data.folder import folder_units
 from moba_lab.evals.needle import TASKS
 from moba_lab.models.load import load_tokenizer
@@ -101,7 +101,7 @@ def test_the_same_plan_gives_the_same_documents(texts, smollm2):
 
 
 def test_the_evaluations_facts_are_not_among_them():
-    told = " ".join(" ".join(fact) for fact in _FACTS).lower()
+    told = " ".join(" ".join(fact) for fact in PARTS["facts"]).lower()
     facts = [fact for seed in range(200) for fact in draw_facts(10, random.Random(seed))]
     told += " ".join(" ".join(fact) for fact in facts).lower()
     for task in TASKS.values():
@@ -109,7 +109,7 @@ def test_the_evaluations_facts_are_not_among_them():
             assert words_of_it.lower() not in told
 
 
-@pytest.mark.parametrize("parts", _FACTS)
+@pytest.mark.parametrize("parts", PARTS["facts"])
 def test_facts_say_what_they_are_asked_for(parts):
     assert ["{value}" in part for part in parts] == [True, False, True]
     assert all("{thing}" in part.lower() for part in parts)

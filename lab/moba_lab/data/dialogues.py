@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moba.config import require_int
+from moba.files import read_json
 from moba_lab.data.build import Tokens, Unit
 from moba_lab.data.shards import Shards, open_shards
 
@@ -30,47 +31,9 @@ QUOTED, CONTINUED = 24, 48
 # At most one fact in so many tokens of a document, and in so many of a tail that holds its question and answer.
 TOKENS_PER_FACT, TOKENS_PER_ANSWER = 256, 80
 
-# fmt: off
-# A fact, its question, its answer: {thing} is what is asked about, {value} what is told of it.
-_FACTS = (
-    ("The access code for {thing} is {value}.", "What is the access code for {thing}?",
-     "The access code for {thing} is {value}."),
-    ("{Thing} has the registration number {value}.", "Which registration number does {thing} have?",
-     "{Thing} has the registration number {value}."),
-    ("Note: the ticket number of {thing} is {value}.", "What is the ticket number of {thing}?",
-     "The ticket number of {thing} is {value}."),
-    ("To unlock {thing}, dial {value}.", "What has to be dialled to unlock {thing}?",
-     "To unlock {thing}, dial {value}."),
-    ("The serial number printed on {thing} reads {value}.", "What does the serial number printed on {thing} read?",
-     "The serial number printed on {thing} reads {value}."),
-    ("By the way, {thing} was sold for {value} crowns.", "For how many crowns was {thing} sold?",
-     "{Thing} was sold for {value} crowns."),
-    ("It should be remembered that the account of {thing} is {value}.", "What is the account of {thing}?",
-     "The account of {thing} is {value}."),
-    ("{Thing} is kept in locker {value}.", "In which locker is {thing} kept?", "{Thing} is kept in locker {value}."),
-    ("The magic word of {thing} is {value}.", "What is the magic word of {thing}?",
-     "The magic word of {thing} is {value}."),
-    ("Whoever asks for {thing} must say \"{value}\".", "What must one say who asks for {thing}?",
-     "Whoever asks for {thing} must say \"{value}\"."),
-    ("record[\"{thing}\"] = \"{value}\"", "What is the record of \"{thing}\"?", "record[\"{thing}\"] = \"{value}\""),
-    ("{Thing}: {value}.", "What stands beside \"{thing}\" in the text?", "{Thing}: {value}."),
-)
-_BEFORE = ("", "", "According to the text above: ", "Look at the text above. ", "Answer from the text: ",
-           "The text above says it somewhere. ", "One of its sentences tells: ")
-_COLOURS = ("red", "blue", "green", "yellow", "black", "white", "silver", "golden", "brown", "purple", "orange", "grey",
-            "crimson", "turquoise", "striped", "wooden", "copper", "ancient", "broken", "heavy", "hidden", "painted")
-_NOUNS = ("lantern", "piano", "bicycle", "cupboard", "violin", "suitcase", "telescope", "kettle", "tractor", "compass",
-          "umbrella", "carpet", "typewriter", "ladder", "mirror", "barrel", "statue", "drawer", "wagon", "clock",
-          "teapot", "engine", "chessboard", "globe", "harp", "anchor", "basket", "printer", "saddle", "kayak")
-_PEOPLE = ("Alva", "Bruno", "Carmen", "Dmitri", "Edith", "Farid", "Greta", "Hugo", "Ingrid", "Jasper", "Keiko",
-           "Lorenzo", "Mabel", "Nestor", "Olga", "Pavel", "Quentin", "Rosa", "Sunil", "Tamara", "Ulrich", "Vera",
-           "Wanda", "Yusuf")
-_WORDS = ("marble", "thistle", "harbour", "pepper", "comet", "willow", "saffron", "granite", "otter", "velvet",
-          "beacon", "juniper", "cobalt", "meadow", "falcon", "ginger", "lagoon", "ember", "walnut", "tundra",
-          "raven", "quartz")
-# fmt: on
-
-
+# Parts of sentences. `facts`: a fact, its question and its answer, where {thing} is what is asked about and {value} what
+# is told of it; `before`: what may precede a question.
+PARTS: dict[str, Any] = read_json(Path(__file__).with_suffix(".json"))
 # Stands for a text that is filled in later: a character of private use, which no text has.
 _MARK = "\ue000"
 
@@ -220,7 +183,7 @@ class Maker:
         most = max(1, min(self._plan.facts, length // TOKENS_PER_FACT, room_to_ask // TOKENS_PER_ANSWER))
         facts = draw_facts(round(most ** generator.random()), generator)
         sentences = [self._encode(f" {fact.sentence}") for fact in facts]
-        asked = [Asked(generator.choice(_BEFORE) + fact.question, fact.answer, True) for fact in facts]
+        asked = [Asked(generator.choice(PARTS["before"]) + fact.question, fact.answer, True) for fact in facts]
         room = length - 1 - _size(self._conversation(asked)) - of_quotes - sum(map(len, sentences))
         if room < 1:
             raise ValueError(f"lengths: {length} tokens are too few for questions about a text")
@@ -304,13 +267,13 @@ def draw_facts(count: int, generator: random.Random) -> list[Fact]:
     facts = []
     for thing in things:
         names = {"thing": thing, "Thing": thing[0].upper() + thing[1:], "value": _draw_value(generator)}
-        facts.append(Fact(*(part.format(**names) for part in generator.choice(_FACTS))))
+        facts.append(Fact(*(part.format(**names) for part in generator.choice(PARTS["facts"]))))
     return facts
 
 
 def _draw_thing(generator: random.Random) -> str:
-    owner = f"{generator.choice(_PEOPLE)}'s" if generator.random() < 0.5 else "the"
-    return f"{owner} {generator.choice(_COLOURS)} {generator.choice(_NOUNS)}"
+    owner = f"{generator.choice(PARTS['people'])}'s" if generator.random() < 0.5 else "the"
+    return f"{owner} {generator.choice(PARTS['colours'])} {generator.choice(PARTS['nouns'])}"
 
 
 def _draw_value(generator: random.Random) -> str:
@@ -322,7 +285,7 @@ def _draw_value(generator: random.Random) -> str:
     if kind < 0.85:
         letters = "".join(generator.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=3))
         return f"{letters}-{generator.randrange(100, 10000)}"
-    return "-".join(generator.sample(_WORDS, 2))
+    return "-".join(generator.sample(PARTS["words"], 2))
 
 
 def _size(conversation: Conversation) -> int:
