@@ -31,7 +31,7 @@ QUOTED, CONTINUED = 24, 48
 # At most one fact in so many tokens of a document, and in so many of a tail that holds its question and answer.
 TOKENS_PER_FACT, TOKENS_PER_ANSWER = 256, 80
 
-# Parts of sentences. `facts`: a fact, its question and its answer, where {thing} is what is asked about and {value} what
+# Parts of sentences. `facts`: a fact, its question and its answer, where {thing} is what is asked about, {value} what
 # is told of it; `before`: what may precede a question.
 PARTS: dict[str, Any] = read_json(Path(__file__).with_suffix(".json"))
 # Stands for a text that is filled in later: a character of private use, which no text has.

@@ -15,7 +15,8 @@ from moba_lab.models.key_convolution import add_key_convolution
 from moba_lab.models.load import EMBEDDED, load_model, load_tokenizer, num_layers_of
 from moba_lab.models.rope import stretch_positions
 from moba_lab.models.unrotated import apply_config
-from moba_lab.train.recipe import LoraPart, ModelPart, Recipe
+from moba_lab.train.recipe import Recipe
+from moba_lab.train.recipe_parts import LoraPart, ModelPart
 
 
 def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
