@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 -m moba_lab bench parallel --out parallel
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import ParallelCase, parallel_suite
 from moba_lab.bench.link import free, gathered, measure_link, on_first, rate
 from moba_lab.bench.measure import measure
-from moba_lab.bench.report import Records, require_writable, write
+from moba_lab.bench.report import Records, earlier_records, require_writable, write
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
 BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.4e-2}
@@ -79,7 +78,10 @@ def parallel(
     for case in cases:
         case.check(num_ranks, backend, device)
     header = {**machine.describe(device), "ranks": str(num_ranks)}
-    earlier = _earlier(out, header) if os.environ["RANK"] == "0" and out is not None else []
+    earlier: Records = []
+    if os.environ["RANK"] == "0" and out is not None:
+        require_writable(out)
+        earlier = earlier_records(out, header, ("device", "versions", "commit", "ranks"))
     with _process_group(device):
         records = _run(cases, device, backend, repeats, out, header, earlier)
         if dist.get_rank() == 0:
@@ -148,26 +150,6 @@ def _run(
         records[-1] = run_case(case, device, backend, repeats)
         save()
     return records
-
-
-def _earlier(out: Path, header: dict[str, str]) -> Records:
-    """The records that a run of this code on this machine left.
-
-    Raises:
-        ValueError, OSError: if OUT's files cannot be written, or were not written by this command.
-    """
-    require_writable(out)
-    path = out.with_suffix(".json")
-    if not path.exists():
-        return []
-    try:
-        earlier = json.loads(path.read_text())
-        earlier["header"], earlier["records"]
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"--out: {path} is no result of this command; name another file") from None
-    same = all(earlier["header"].get(name) == header[name] for name in ("device", "versions", "commit", "ranks"))
-    found: Records = earlier["records"] if same else []
-    return found
 
 
 def run_case(case: ParallelCase, device: torch.device, backend: str, repeats: int) -> dict[str, Any]:

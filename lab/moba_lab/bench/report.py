@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,24 @@ def require_writable(out: Path) -> None:
     for path in (out.with_suffix(".json"), out.with_suffix(".md")):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"--out: {path} cannot be written")
+
+
+def earlier_records(out: Path, header: dict[str, str], names: Sequence[str]) -> Records:
+    """The records that a run of the same command left in OUT.json, if its header agrees in these names; else none.
+
+    Raises:
+        ValueError: if the file was not written by this command.
+    """
+    path = out.with_suffix(".json")
+    if not path.exists():
+        return []
+    try:
+        earlier = json.loads(path.read_text())
+        records: Records = earlier["records"]
+        same = all(earlier["header"].get(name) == header[name] for name in names)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"--out: {path} is no result of this command; name another file") from None
+    return records if same else []
 
 
 def write(header: dict[str, str], records: Records, out: Path, rows: Rows) -> None:

@@ -1,25 +1,19 @@
-"""Seconds of the first calls of one setting after another on a GPU, beside the times of later ones.
-
-    python benchmarks/first_calls.py --out benchmarks/results/first-calls-CARD
-
-An empty TRITON_CACHE_DIR makes the caches cold. Settings run in one process, as a training or a server meets them:
-another length of a known setting should compile nothing.
-"""
+"""`moba bench first-calls`: what the first calls of one setting after another take on a GPU, beside later ones."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+import typer
 
 from moba import moba_attention
-from moba_lab.bench.machine import describe
+from moba_lab.bench import machine, suite
+from moba_lab.bench.cases import K
+from moba_lab.bench.report import Records, require_writable, write
 
-K = 1024
 # Tokens, rows, query and key/value heads, head dim, block size, topk.
 SETTINGS = [
     (8 * K, 1, 16, 16, 128, 128, 8),
@@ -43,7 +37,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(setting: tuple[int, ...]) -> dict[str, float | str]:
+def measure(setting: tuple[int, ...]) -> dict[str, Any]:
     """First and median later seconds of a forward, and of a forward with its backward."""
     tokens, rows, heads, kv_heads, head_dim, block_size, topk = setting
     q, k, v, d_out = (
@@ -58,7 +52,7 @@ def measure(setting: tuple[int, ...]) -> dict[str, float | str]:
     def train() -> None:
         torch.autograd.grad(moba_attention(q, k, v, block_size=block_size, topk=topk), (q, k, v), d_out)
 
-    record: dict[str, float | str] = {
+    record: dict[str, Any] = {
         "setting": f"{rows} × {tokens:,} tokens, {heads}/{kv_heads} heads, D {head_dim}, {block_size}/{topk}"
     }
     for name, call in (("forward", forward), ("forward + backward", train)):
@@ -67,23 +61,23 @@ def measure(setting: tuple[int, ...]) -> dict[str, float | str]:
     return record
 
 
-def main() -> None:
-    """Measure, print and write OUT.json and OUT.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="without a suffix")
-    options = parser.parse_args()
-    records = []
+def rows(records: Records) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells."""
+    return list(records[0]), [[str(value) for value in record.values()] for record in records]
+
+
+def first_calls(out: suite.OutOption = None) -> None:
+    """Time the first calls of one setting after another, as a training or a server meets them, beside later ones.
+
+    Another length of a known setting should compile nothing. An empty TRITON_CACHE_DIR makes the caches cold.
+    """
+    device = machine.device_to_time("cuda")
+    if out is not None:
+        require_writable(out)
+    header, records = machine.describe(device), []
     for setting in SETTINGS:
         records.append(measure(setting))
-        print(json.dumps(records[-1], ensure_ascii=False), flush=True)
-    if options.out is not None:
-        header = describe(torch.device("cuda"))
-        options.out.with_suffix(".json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
-        lines = [f"- {name}: {value}" for name, value in header.items()]
-        lines += ["", "| " + " | ".join(records[0]) + " |", "|" + "---|" * len(records[0])]
-        lines += ["| " + " | ".join(str(x) for x in record.values()) + " |" for record in records]
-        options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        typer.echo(f"{records[-1]}", err=True)
+        if out is not None:
+            write(header, records, out, rows)
+    suite.tell(header, records, rows)

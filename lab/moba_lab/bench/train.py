@@ -1,46 +1,28 @@
-"""Tokens a second of a training step of SmolLM2-135M's shape: MoBA beside dense attention.
-
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --fast --out benchmarks/results/train-step-fast-h200
-
-Random weights and tokens; rows of each length, at least 32K tokens in a step; fp32 weights under bf16 autocast,
-activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. With --fast, the
-layers are compiled and activations kept: training.compile=true, training.checkpoint_activations=false. Dense attention
-is transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the
-whole row must give the loss and the gradients of dense attention. Writes PREFIX.json and .md, by default
-benchmarks/results/train-step-h200; a run that was stopped goes on from there.
-"""
+"""`moba bench train`: tokens a second of a training step of SmolLM2-135M's shape, MoBA beside dense attention."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from moba import MoBAConfig, register_moba
+from moba import MoBAConfig
+from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import length_name
-from moba_lab.bench.machine import describe
-from moba_lab.bench.report import Records, write
-from moba_lab.train.loss import use_fused_loss
-from moba_lab.train.model import checkpoint_activations, compile_layers
+from moba_lab.bench.report import Records, earlier_records, require_writable, write
 
-RESULTS = Path(__file__).parent / "results"
 CONFIG = MoBAConfig(128, 16)
 LENGTHS = (8192, 32768, 131072)
 # SmolLM2-135M.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
@@ -57,23 +39,37 @@ GATE_TOKENS = CONFIG.block_size * CONFIG.topk
 GATE_TOLERANCE = 0.03
 
 
-def main(
+def train(
     lengths: Annotated[str, typer.Option(help="Tokens of a row, a list.")] = ",".join(map(str, LENGTHS)),
     seconds: Annotated[float, typer.Option(help="Of timed steps in a case: at least one step, at most ten.")] = 4.0,
-    layers: Annotated[int, typer.Option(help="Of the model; 30 is SmolLM2-135M.")] = SHAPE["num_hidden_layers"],
+    layers: Annotated[int, typer.Option(help="Of the model; 30 is SmolLM2-135M.", min=1)] = 30,
     fast: Annotated[
-        bool, typer.Option(help="Compile the layers, and keep activations instead of computing them anew.")
+        bool, typer.Option("--fast", help="Compile the layers, and keep activations instead of computing them anew.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try the script.")] = "cuda",
-    out: Annotated[Path, typer.Option(help="PREFIX.json and PREFIX.md are written.")] = RESULTS / "train-step-h200",
+    device: suite.DeviceOption = "auto",
+    out: suite.OutOption = None,
 ) -> None:
-    """Check, then measure every length."""
-    where = torch.device(device)
+    """Time a training step of a whole model, and its peak memory, beside dense attention.
+
+    Random weights and tokens; rows of each length, at least 32K tokens in a step; fp32 weights under bf16 autocast,
+    activation checkpointing, the loss without logits, fused AdamW: what `moba train` does in a step. Dense attention is
+    transformers' "sdpa" with each of torch's kernels alone. Before anything is timed, MoBA over blocks that cover the
+    whole row must give the loss and the gradients of dense attention. A run that was stopped goes on from PREFIX.json.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moba import register_moba
+    from moba_lab.train.loss import use_fused_loss
+    from moba_lab.train.model import checkpoint_activations, compile_layers
+
+    where = machine.device_to_time(device)
+    if out is not None:
+        require_writable(out)
     register_moba(CONFIG)
     torch.manual_seed(0)
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers, "max_position_embeddings": max(LENGTHS)})
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, max_position_embeddings=max(LENGTHS))
     with where:
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     model.train()
     loss = use_fused_loss(model)
     if fast:
@@ -81,14 +77,13 @@ def main(
     else:
         checkpoint_activations(model)
     how = "layers compiled, activations kept" if fast else "activation checkpointing"
-    header = describe(where)
+    header = machine.describe(where)
     header["setting"] = (
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in fp32, bf16 autocast, {how}, "
         f"loss {loss}, AdamW; MoBA {CONFIG.block_size} × {CONFIG.topk} in every layer"
     )
     header["gate"] = check(model, where)
-    print(header["gate"], flush=True)
-    records = earlier_records(header, out)
+    records = [] if out is None else earlier_records(out, header, ("device", "versions", "commit", "setting"))
     for tokens in (int(part) for part in lengths.split(",")):
         num_rows = max(1, STEP_TOKENS // tokens) if where.type == "cuda" else 1
         case = f"{num_rows} × {length_name(tokens)}"
@@ -98,19 +93,10 @@ def main(
             records.append(record)
         for name in (name for name in WAYS if name not in record):
             record[name] = measure(model, name, random_rows(num_rows, tokens, where), where, seconds)
-            print(f"{case} {name}: {record[name]}", flush=True)
-            write(header, records, out, rows)
-
-
-def earlier_records(header: dict[str, str], out: Path) -> Records:
-    """What a run of the same code on the same device has measured."""
-    path = out.with_suffix(".json")
-    if not path.is_file():
-        return []
-    earlier = json.loads(path.read_text())
-    same = all(earlier["header"].get(key) == header[key] for key in ("device", "versions", "commit", "setting"))
-    records: Records = earlier["records"] if same else []
-    return records
+            typer.echo(f"{case} {name}: {record[name]}", err=True)
+            if out is not None:
+                write(header, records, out, rows)
+    suite.tell(header, records, rows)
 
 
 def check(model: Any, device: torch.device) -> str:
@@ -127,8 +113,8 @@ def check(model: Any, device: torch.device) -> str:
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     model.zero_grad()
-    (loss, gradients), (expected, wanted) = results
-    errors = abs(loss / expected - 1), ((gradients - wanted).norm() / wanted.norm()).item()
+    (found, gradients), (expected, wanted) = results
+    errors = abs(found / expected - 1), ((gradients - wanted).norm() / wanted.norm()).item()
     if not max(errors) < GATE_TOLERANCE:
         raise ValueError(f"MoBA over whole rows is not dense attention: relative errors of loss, gradients: {errors}")
     return f"at {GATE_TOKENS} tokens, relative error of the loss {errors[0]:.1e}, of the gradients {errors[1]:.1e}"
@@ -162,13 +148,13 @@ def measure(model: Any, name: str, batch: torch.Tensor, device: torch.device, se
 
 def step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, device: torch.device) -> float:
     """Seconds of one step."""
-    synchronize(device)
+    _synchronize(device)
     start = time.perf_counter()
     forward(model, batch, device).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    synchronize(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
@@ -185,8 +171,7 @@ def random_rows(num_rows: int, tokens: int, device: torch.device) -> torch.Tenso
     return torch.randint(SHAPE["vocab_size"], (num_rows, tokens), generator=generator).to(device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -210,7 +195,3 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
             line += [f"{result['tokens_per_s']:,.0f}", f"{1e3 * result['step_s']:.0f}{times}", memory]
         cells.append(line)
     return titles, cells
-
-
-if __name__ == "__main__":
-    typer.run(main)
