@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -26,10 +27,24 @@ def folder(tmp_path_factory):
     return path
 
 
-def started(folder, hidden, arguments):
-    script = Path(__file__).parent / "without_packages.py"
-    command = [sys.executable, str(script), hidden, *arguments.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+@pytest.fixture(scope="module")
+def start(folder):
+    """Run a command where packages are missing: exit code, standard output, standard error."""
+    script, servers = Path(__file__).parent / "without_packages.py", {}
+
+    def run(hidden, arguments):
+        # torch looks for numpy when it is imported, so that it cannot be hidden later.
+        name, more = (hidden, []) if hidden in ("bare", "numpy") else ("all", [hidden])
+        if name not in servers:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            servers[name] = subprocess.Popen([sys.executable, script, name], cwd=folder, **pipes)
+        servers[name].stdin.write(json.dumps([arguments.split(), more]) + "\n")
+        servers[name].stdin.flush()
+        return json.loads(servers[name].stdout.readline())
+
+    yield run
+    for server in servers.values():
+        server.communicate()
 
 
 @pytest.mark.parametrize(
@@ -43,18 +58,18 @@ def started(folder, hidden, arguments):
         f"bench attention {ONE_CASE} --out made/x", f"bench decode {ONE_CASE} --out made/x",
     ],
 )  # fmt: skip
-def test_with_torch_typer_and_rich_alone(folder, arguments):
-    result = started(folder, "bare", arguments)
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert re.fullmatch(SAID, result.stderr.splitlines()[-1]), result.stderr
-    assert "Traceback" not in result.stderr
+def test_with_torch_typer_and_rich_alone(start, arguments):
+    code, out, err = start("bare", arguments)
+    assert (code, out) == (2, ""), err
+    assert re.fullmatch(SAID, err.splitlines()[-1]), err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("arguments", ["--help", "doctor", f"bench attention {ONE_CASE}"])
-def test_commands_that_need_no_more(folder, arguments):
-    result = started(folder, "bare", arguments)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
+def test_commands_that_need_no_more(start, arguments):
+    code, out, err = start("bare", arguments)
+    assert code == 0, err
+    assert out
 
 
 @pytest.mark.parametrize(
@@ -78,12 +93,12 @@ def test_commands_that_need_no_more(folder, arguments):
         ("transformers", "data made --from text.txt"),
     ],
 )
-def test_a_single_missing_package_is_named(folder, package, arguments):
-    result = started(folder, package, arguments)
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+def test_a_single_missing_package_is_named(start, package, arguments):
+    code, out, err = start(package, arguments)
+    assert (code, out) == (2, ""), err
     said = f"moba: error: this command needs the package {package}: pip install moba-lab"
-    assert result.stderr.splitlines()[-1] == said
-    assert "Traceback" not in result.stderr
+    assert err.splitlines()[-1] == said
+    assert "Traceback" not in err
 
 
 def test_a_package_that_no_extra_brings(moba, monkeypatch):
