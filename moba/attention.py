@@ -11,7 +11,7 @@ from torch import Tensor
 from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
-from moba.numerics import all_finite, positive_scale, to_autocast_dtype
+from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
 from moba.routing import Routing, Selection, replayed_indices
 from moba.sequences import Sequences
 from moba.validate import (
@@ -54,8 +54,9 @@ def moba_attention(
 
     Args:
         q: [B, T, H, D]. The queries are the last T of the S positions: prefill, chunked prefill and decode alike.
-        k, v: [B, S, G, D], T <= S, G divides H, of q's dtype (fp16, bf16, fp32, fp64) and device. Any strides with a
+        k: [B, S, G, D], T <= S, G divides H, of q's dtype (fp16, bf16, fp32, fp64) and device. Any strides with a
             contiguous last dimension; never copied or expanded.
+        v: [B, S, G, Dv], the same of values; Dv may differ from D. Each is at most 256.
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
         topk: blocks a query attends to, its own included, >= 1.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
@@ -79,7 +80,7 @@ def moba_attention(
         return_lse, return_routing: also return the log-sum-exp, the routing.
 
     Returns:
-        out [B, T, H, D]; or a tuple of out, lse (fp32, natural log, [B, T, H]; fp64 for fp64) and the `Routing`, of
+        out [B, T, H, Dv]; or a tuple of out, lse (fp32, natural log, [B, T, H]; fp64 for fp64) and the `Routing`, of
         what was asked for, in that order. Differentiable in q, k and v through out and lse, not through the selection.
 
     Raises:
@@ -134,7 +135,7 @@ def moba_attention_varlen(
 
     Args:
         q: [total, H, D], the sequences' queries one after another.
-        k, v: [total_k, G, D].
+        k, v: [total_k, G, D] and [total_k, G, Dv].
         cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
             cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
         cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
@@ -143,7 +144,7 @@ def moba_attention_varlen(
             within each sequence.
 
     Returns:
-        out [total, H, D]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
+        out [total, H, Dv]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
@@ -202,7 +203,7 @@ def route_and_attend(
     """Choose a backend, route, attend: what the public functions do once their tensors are checked.
 
     Args:
-        q: [R, T, H, D]. k, v: [R, S, G, D], or pages, where the sequences say so.
+        q: [R, T, H, D]. k: [R, S, G, D] and v: [R, S, G, Dv], or pages, where the sequences say so.
         sequences: that lie in them.
         call: checked here.
         routing, block_means, route_by: as in `moba_attention`.
@@ -260,11 +261,13 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention to all keys."""
     q, scale = positive_scale(q, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    value_dim = v.shape[3]
+    # Without zeros behind the shorter rows, torch's fused kernels refuse, and the others build a T × S mask.
+    q, k, v = (x.transpose(1, 2) for x in padded_to(max(q.shape[3], value_dim), q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)
+    return out[..., :value_dim].transpose(1, 2)
 
 
 def _checked(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:

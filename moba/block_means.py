@@ -21,6 +21,7 @@ from moba.sequences import Sequences
 from moba.validate import (
     check_attention,
     check_bounds,
+    check_head_dim,
     check_heads,
     check_means,
     check_page_means,
@@ -112,6 +113,7 @@ def moba_route(
     require_one_of("backend", backend, BACKENDS)
     require_tensors(q=q, block_means=block_means)
     check_tensors(4, q=q, block_means=block_means)
+    check_head_dim(q=q, block_means=block_means)
     check_heads(q.shape[2], block_means.shape[2])
     require_int("num_keys", num_keys, q.shape[1])
     check_means("block_means", block_means, block_means[:, :0], num_keys // block_size)
@@ -151,7 +153,8 @@ def moba_attention_paged(
     Args:
         q: [B, T, H, D]. Row b's queries are the last T of its key_end[b] positions; rows with fewer keys than
             queries have padding in front, which gives zeros.
-        k_pages, v_pages: [P, page_size, G, D] of q's dtype and device, any strides with a contiguous last dimension.
+        k_pages, v_pages: [P, page_size, G, D] and [P, page_size, G, Dv] of q's dtype and device, any strides with a
+            contiguous last dimension.
         page_table: int32 [B, pages]: position p of row b lies in page page_table[b, p // page_size] at
             p % page_size. Entries behind a row's last page mean nothing.
         key_end: int32 [B], the number of keys of each row.

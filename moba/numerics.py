@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Those with autocast. A list, as torch.compile cannot trace torch's own question in every version.
@@ -81,6 +82,21 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale >= least:
         return q, scale
     return (-q, -scale) if scale <= -least else (q * scale, 1.0)
+
+
+def padded_to(width: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows [.., D] with zeros behind them up to the width, which leave products of rows as they are. Copies shorter
+    rows only, and once those that an expanded second dimension repeats.
+    """
+
+    def padded(x: Tensor) -> Tensor:
+        if x.shape[-1] == width:
+            return x
+        if x.stride(1) == 0:
+            return F.pad(x[:, :1], (0, width - x.shape[-1])).expand(*x.shape[:-1], width)
+        return F.pad(x, (0, width - x.shape[-1]))
+
+    return tuple(padded(x) for x in tensors)
 
 
 def to_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

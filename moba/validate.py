@@ -22,7 +22,9 @@ def require_tensors(**arguments: object) -> None:
 
 
 def check_tensors(ndim: int, **tensors: Tensor) -> None:
-    """Check dimensions, dtypes, devices, strides and head dims of tensors [.., heads, D], called by these names."""
+    """Check dimensions, dtypes, devices, strides and the range of head dims of tensors [.., heads, D], called by these
+    names.
+    """
     names = _listed(list(tensors))
     layout = "[B, T, H, D]" if ndim == 4 else "[total, H, D]"
     first, q = next(iter(tensors.items()))
@@ -36,12 +38,16 @@ def check_tensors(ndim: int, **tensors: Tensor) -> None:
             raise ValueError(f"{names} must be on one device; {name} is on {x.device}, {first} on {q.device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
-    head_dim = q.shape[-1]
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    if any(x.shape[-1] != head_dim for x in tensors.values()):
+    for name, x in tensors.items():
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {x.shape[-1]} for {name}")
+
+
+def check_head_dim(**tensors: Tensor) -> None:
+    """Check that these tensors [.., D] have one head dim."""
+    if len({x.shape[-1] for x in tensors.values()}) > 1:
         got = _listed([str(x.shape[-1]) for x in tensors.values()])
-        raise ValueError(f"{names} must have one head dim, got {got}")
+        raise ValueError(f"{_listed(list(tensors))} must have one head dim, got {got}")
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -67,12 +73,13 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def check_attention(ndim: int, **tensors: Tensor) -> None:
-    """Check queries, keys and values, given in this order by their names."""
+    """Check queries, keys and values, given in this order by their names. Values may have a head dim of their own."""
     check_tensors(ndim, **tensors)
     q, k, v = tensors.values()
-    if k.shape != v.shape:
+    check_head_dim(**dict(list(tensors.items())[:2]))
+    if k.shape[:-1] != v.shape[:-1]:
         names = _listed(list(tensors)[1:])
-        raise ValueError(f"{names} must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(f"{names} must have one shape but for the head dim, got {tuple(k.shape)} and {tuple(v.shape)}")
     check_heads(q.shape[-2], k.shape[-2])
 
 

@@ -15,17 +15,17 @@ from moba import moba_attention, moba_attention_paged, moba_attention_varlen
 from moba.backends.triton.launch import Plan
 from moba.block_means import append_block_means
 
-# tokens, query heads, key/value heads, head dim, block size, topk: blocks of one tile of keys or several, even and
-# uneven, short last blocks, a single block, blocks longer than the text.
+# tokens, query heads, key/value heads, head dims of keys and values, block size, topk: blocks of one tile of keys or
+# several, even and uneven, short last blocks, a single block, blocks longer than the text.
 SHAPES = [
-    (224, 2, 1, 16, 96, 3),
-    (130, 2, 2, 32, 32, 4),
-    (300, 4, 2, 80, 128, 2),
-    (200, 1, 1, 16, 7, 5),
-    (260, 2, 1, 128, 256, 2),
-    (100, 2, 2, 64, 16, 1),
-    (33, 2, 1, 16, 64, 2),
-    (1, 1, 1, 16, 16, 2),
+    (224, 2, 1, 16, 16, 96, 3),
+    (130, 2, 2, 32, 32, 32, 4),
+    (300, 4, 2, 80, 80, 128, 2),
+    (200, 1, 1, 24, 16, 7, 5),
+    (260, 2, 1, 128, 128, 256, 2),
+    (100, 2, 2, 64, 64, 16, 1),
+    (33, 2, 1, 16, 40, 64, 2),
+    (1, 1, 1, 16, 16, 16, 2),
 ]
 # The lengths of packed sequences: one, two, several, empty ones, and rows that belong to none.
 DTYPES = [torch.bfloat16, torch.float32]
@@ -76,12 +76,15 @@ def attention(device: str, side: str) -> None:
     for dtype in _some(device, DTYPES, 2):
         # Every kernel of every setting is compiled on a card: fp32 takes a few.
         shapes = SHAPES if dtype == torch.bfloat16 else SHAPES[::4]
-        for tokens, heads, kv_heads, head_dim, block_size, topk in _some(device, shapes, 3):
+        for tokens, heads, kv_heads, head_dim, value_dim, block_size, topk in _some(device, shapes, 3):
             for layout in _some(device, ["plain", "last", "padded", "heads first"], 2):
-                print(dtype, tokens, heads, kv_heads, head_dim, block_size, topk, layout, flush=True)
+                print(dtype, tokens, heads, kv_heads, head_dim, value_dim, block_size, topk, layout, flush=True)
                 rows, queries = (2, tokens) if layout == "padded" else (1, tokens)
                 queries = (tokens + 1) // 2 if layout == "last" else queries
-                shapes = [(rows, queries, heads, head_dim), *[(rows, tokens, kv_heads, head_dim)] * 2]
+                shapes = [
+                    (rows, queries, heads, head_dim),
+                    *((rows, tokens, kv_heads, d) for d in (head_dim, value_dim)),
+                ]
                 if layout == "heads first":
                     q, k, v = (torch.randn(r, h, t, d).transpose(1, 2) for r, t, h, d in shapes)
                 else:
@@ -116,13 +119,16 @@ def decoding(device: str, side: str) -> None:
     """Steps over a cache and over pages, one query and several."""
     at_end = side == "end"
     for dtype in _some(device, DTYPES, 2):
-        for tokens, heads, kv_heads, head_dim, block_size, topk in _some(device, SHAPES, 2):
+        for tokens, heads, kv_heads, head_dim, value_dim, block_size, topk in _some(device, SHAPES, 2):
             for queries in (1, 5):
                 if queries > tokens:
                     continue
-                print(dtype, tokens, heads, kv_heads, head_dim, block_size, topk, queries, flush=True)
+                print(dtype, tokens, heads, kv_heads, head_dim, value_dim, block_size, topk, queries, flush=True)
                 q = guarded(torch.randn(1, queries, heads, head_dim).to(device, dtype), at_end)
-                k, v = (guarded(torch.randn(1, tokens, kv_heads, head_dim).to(device, dtype), at_end) for _ in "kv")
+                k, v = (
+                    guarded(torch.randn(1, tokens, kv_heads, d).to(device, dtype), at_end)
+                    for d in (head_dim, value_dim)
+                )
                 means = guarded(k.new_zeros(1, tokens // block_size, kv_heads, head_dim), at_end)
                 with torch.no_grad(), guarded_allocations(at_end):
                     append_block_means(means, k, num_new=tokens, block_size=block_size, backend="triton")

@@ -6,14 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, *, dtype=torch.float32, device="cpu", exact_for=None):
+def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, value_dim=None, *, dtype=torch.float32, device="cpu",
+             exact_for=None):  # fmt: skip
     """Random q, k, v. With `exact_for=block_size`, small integers whose block means and scores are exact everywhere."""
 
     def draw(*shape):
         x = torch.randn(shape) if exact_for is None else torch.randint(-2, 3, shape).float()
         return x.to(device=device, dtype=dtype)
 
-    q, k, v = draw(batch, queries, heads, head_dim), *(draw(batch, keys, kv_heads, head_dim) for _ in range(2))
+    q, k = draw(batch, queries, heads, head_dim), draw(batch, keys, kv_heads, head_dim)
+    v = draw(batch, keys, kv_heads, head_dim if value_dim is None else value_dim)
     if exact_for is not None:
         k *= exact_for // (exact_for & -exact_for)  # the odd part: what a power of two would not divide exactly
     return q, k, v

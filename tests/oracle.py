@@ -18,15 +18,15 @@ def select(q, k, position, block_size, topk, keep_first=0, keep_recent=0):
 
 
 def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=None, indices=None, **keep):
-    """One sequence: q [T, H, D], k and v [S, G, D] -> out, lse in fp64, indices [T, H, K]: those given, if any.
+    """One sequence: q [T, H, D], k [S, G, D] and v [S, G, Dv] -> out, lse in fp64, indices [T, H, K].
 
-    Differentiable.
+    The indices are those given, if any. Differentiable.
     """
     given = indices
     num_queries, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros(num_queries, num_heads, head_dim, dtype=torch.float64)
+    out = torch.zeros(num_queries, num_heads, v.shape[2], dtype=torch.float64)
     lse = torch.full((num_queries, num_heads), -torch.inf, dtype=torch.float64)
     indices = torch.full((num_queries, num_heads, topk), -1, dtype=torch.int32)
     for row in range(num_queries):

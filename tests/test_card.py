@@ -47,7 +47,8 @@ def assert_right(call, q, k, v, block_size, topk, **options):
     """A call and its gradients by the kernels, twice, against the reference in fp64 over the same routing."""
     # A replayed routing holds what was kept, and refuses to be told again.
     where = {name: value for name, value in options.items() if not name.startswith("keep_")}
-    leaves, d_out, dtype = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q), q.dtype
+    leaves, dtype = [x.requires_grad_() for x in (q, k, v)], q.dtype
+    d_out = normal(*q.shape[:-1], v.shape[-1], dtype=dtype)
 
     def run(leaves, d_out, **more):
         out, lse, routing = call(
@@ -121,6 +122,25 @@ def test_packed_sequences(lengths, heads, block_size, topk):
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     q, k, v = (normal(sum(lengths), heads, 128) for _ in range(3))
     assert_right(moba_attention_varlen, q, k, v, cu_seqlens=cu, block_size=block_size, topk=topk)
+
+
+@pytest.mark.parametrize("dtype", SPACINGS, ids=str)
+@pytest.mark.parametrize(("block_size", "topk"), [(64, 4), (128, 3), (512, 3), (100, 1)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (64, 256), (40, 16)])
+def test_values_of_another_head_dim(head_dim, value_dim, block_size, topk, dtype):
+    options = {"block_size": block_size, "topk": topk}
+    q, k, v = (normal(2, 700, n, d, dtype=dtype) for n, d in ((4, head_dim), (2, head_dim), (2, value_dim)))
+    assert_right(moba_attention, q, k, v, **options)
+    cu = torch.tensor([0, 300, 300, 650], dtype=torch.int32, device="cuda")
+    assert_right(moba_attention_varlen, *(x[0].detach() for x in (q, k, v)), cu_seqlens=cu, **options)
+    means = k.new_zeros(2, 700 // block_size, 2, head_dim)
+    options["backend"] = "triton"
+    with torch.no_grad():
+        append_block_means(means, k, num_new=700, block_size=block_size, backend="triton")
+        whole, routing = moba_attention(q, k, v, **options, return_routing=True)
+        step, chosen = moba_attention(q[:, -3:], k, v, **options, block_means=means, return_routing=True)
+        same = (chosen.indices == routing.indices[:, -3:]).all(-1)
+        assert_near(step[same], whole[:, -3:][same], dtype, "a step")
 
 
 def test_one_of_everything():

@@ -210,8 +210,7 @@ class Pages:
         free = torch.randperm(num_pages).tolist()
         # Entries behind a row's last page name no page.
         table = torch.full((len(lengths), -(-k.shape[1] // page_size) + 1), 1 << 30, dtype=torch.int32)
-        shape = (num_pages, page_size, *k.shape[2:])
-        self.k_pages, self.v_pages = (k.new_full(shape, torch.nan) for _ in range(2))
+        self.k_pages, self.v_pages = (x.new_full((num_pages, page_size, *x.shape[2:]), torch.nan) for x in (k, v))
         for row, length in enumerate(lengths):
             for i in range(counts[row]):
                 page = free.pop()

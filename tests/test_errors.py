@@ -80,9 +80,10 @@ def test_options(named, options, message):
             "T must be at most S, got T=12, S=11 for q [B, T, H, D] (2, 12, 4, 8) and k [B, S, G",
         ),
         (Q[:, :, :3], K, V, "got 3 query and 2 key/value heads"),
-        (Q, K, V[..., :4], "q, k and v must have one head dim, got 8, 8 and 4"),
-        (Q, K, V[:, :15], "k and v must have one shape"),
-        (Q.repeat(1, 1, 1, 40), K.repeat(1, 1, 1, 40), V.repeat(1, 1, 1, 40), "head dim must be 1 to 256, got 320"),
+        (Q, K[..., :4], V, "q and k must have one head dim, got 8 and 4"),
+        (Q, K, V[:, :15], "k and v must have one shape but for the head dim, got (2, 16, 2, 8) and (2, 15, 2, 8)"),
+        (Q.repeat(1, 1, 1, 40), K.repeat(1, 1, 1, 40), V, "head dim must be 1 to 256, got 320 for q"),
+        (Q, K, V.repeat(1, 1, 1, 40), "head dim must be 1 to 256, got 320 for v"),
         (Q.mT.contiguous().mT, K, V, "the last dimension of q must be contiguous"),
         (Q[:, :1], K[:, :, :0], V[:, :, :0], "4 query and 0 key/value heads: heads are the last dimension but one"),
         (

@@ -81,10 +81,10 @@ def is_given(rank, what):
     elif what == "some heads":
         options |= {"transport": "heads", "router": by_first_head}
         q = torch.zeros(1, 16, 3, 8)
-    else:
+    elif what != "values":
         options["cu_seqlens"] = torch.tensor({"beyond the end": [0, 49], "not ascending": [0, 20, 10, 48]}[what]).int()
     k = torch.zeros(1, 16, 3 if what in ("heads", "some heads") else 1, 8)
-    context_parallel_attention(q, k, k, **options)
+    context_parallel_attention(q, k, k[..., :4] if what == "values" else k, **options)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def is_given(rank, what):
         ("no tensor", "q must be a tensor, got None"),
         ("strides", "the last dimension of q must be contiguous"),
         ("heads", "key/value heads must divide query heads, got 2 query and 3 key/value heads"),
+        ("values", "context parallelism needs keys and values of one head dim, got 8 and 4"),
         ("scale", "scale must be a finite number or None, got '0.5'"),
         ("backend", "backend='triton' cannot run here: needs a CUDA device"),
         ("too large", "Overflow"),

@@ -106,3 +106,14 @@ def plain_attention(q, k, v, d_out, routing):
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
     out = (torch.softmax(scores, dim=-1) @ v).transpose(0, 1)[None]
     return out, *torch.autograd.grad(out, leaves, d_out)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (16, 24)])
+def test_the_careful_ways_take_values_of_another_head_dim(head_dim, value_dim):
+    q, k, v = make_qkv(1, 40, 40, 2, 1, head_dim, value_dim)
+    options = {"block_size": 8, "topk": 3, "backend": "pytorch"}
+    d_out = torch.randn(1, 40, 2, value_dim)
+    expected, (expected_d_q, _, _) = moba_attention(q, k, v, **options), gradients(q, k, v, d_out, **options)
+    v[:, 30:] = torch.nan
+    assert_close(moba_attention(q, k, v, **options)[:, :30], expected[:, :30], 2e-6)
+    assert_close(gradients(q, k, v, d_out, **options)[0][:, :30], expected_d_q[:, :30], 2e-6)

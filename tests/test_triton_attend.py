@@ -27,12 +27,13 @@ AMPLE = 1 << 30
 
 
 def problem(shape, *, dtype=torch.float32, indices=None, block_size=16, topk=3):
-    """q, k, v, a routing, and gradients of out and lse. `shape`: B, T, S, H, G, D."""
+    """q, k, v, a routing, and gradients of out and lse. `shape`: B, T, S, H, G, D, and Dv where it differs."""
     q, k, v = make_qkv(*shape, dtype=dtype, device=DEVICE)
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
     if indices is None:
         indices = plain_route(q, k, sequences, Selection.of(block_size, topk, 0, 0, "mean"))
-    return q, k, v, indices, torch.randn_like(q), torch.randn(q.shape[:3], device=DEVICE)
+    d_out = torch.randn(*q.shape[:3], v.shape[3], dtype=dtype, device=DEVICE)
+    return q, k, v, indices, d_out, torch.randn(q.shape[:3], device=DEVICE)
 
 
 def kernels(q, k, v, indices, d_out, d_lse, *, block_size=16, workspace_bytes=AMPLE, arch=None):
@@ -41,7 +42,7 @@ def kernels(q, k, v, indices, d_out, d_lse, *, block_size=16, workspace_bytes=AM
     view = new_view(indices, sequences, block_size)
     options = {"block_size": block_size, "scale": 0.2, "workspace_bytes": workspace_bytes}
     options["arch"] = arch_of(DEVICE) if arch is None else arch
-    out, lse = torch.full_like(q, torch.nan), torch.full_like(d_lse, torch.nan)
+    out, lse = torch.full_like(d_out, torch.nan), torch.full_like(d_lse, torch.nan)
     inputs = (q, k, v, indices, *view, out, lse)
     run_planned(plan_attend, *inputs, None, None, None, None, device=q.device, **options)
     inputs = (d_out, d_lse, q, k, v, out, lse, indices, *view)
@@ -103,6 +104,7 @@ CASES = {
     "head dim 96, block 24": ((1, 60, 60, 1, 1, 96), 24, 2),
     "chunk of a prefill": ((1, 13, 75, 2, 1, 16), 16, 3),
     "block above a tile": ((1, 200, 200, 1, 1, 16), 96, 2),
+    "wider values": ((1, 60, 60, 2, 1, 16, 40), 24, 2),
 }
 
 
@@ -157,10 +159,10 @@ def everyone_chooses_first_block(num_queries, heads):
     return indices.int()[None, :, None].expand(1, -1, heads, -1).contiguous()
 
 
-@pytest.mark.parametrize("segment_length", [16, 4096])
-def test_every_query_choosing_one_block(segment_length, poisoned, monkeypatch):
+@pytest.mark.parametrize(("segment_length", "value_dim"), [(16, 16), (4096, 16), (16, 8), (16, 40)])
+def test_every_query_choosing_one_block(segment_length, value_dim, poisoned, monkeypatch):
     monkeypatch.setattr(dkv, "MIN_SEGMENT_LENGTH", segment_length)
-    inputs = problem((1, 90, 90, 2, 1, 16), indices=everyone_chooses_first_block(90, 2))
+    inputs = problem((1, 90, 90, 2, 1, 16, value_dim), indices=everyone_chooses_first_block(90, 2))
     for a, b in zip(kernels(*inputs), exact(*inputs), strict=True):
         assert_close(a, b, 3e-5)
 

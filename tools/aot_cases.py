@@ -22,6 +22,8 @@ HEAD_DIMS = {
     torch.float16: (64, 128, 256),
     torch.float32: (16, 64, 128, 256),
 }
+# Of keys and values where these differ: as MLA has them, and values that are the wider ones.
+UNEQUAL_HEAD_DIMS = ((192, 128), (64, 256))
 LAYOUTS = ("plain", "padded", "packed", "one query")
 # Block size and topk: a block that is one tile of keys, several, or uneven; few places, and so many that scores are
 # counted.
@@ -69,6 +71,14 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} decode"
                 yield name, step_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
+    for head_dim, value_dim in UNEQUAL_HEAD_DIMS:
+        for dtype in (torch.bfloat16, torch.float32):
+            name, dims = f"{str(dtype)[6:]} D{head_dim}/{value_dim}", (arch, dtype, head_dim)
+            is_usual = (dtype, head_dim) == (torch.bfloat16, 192) and common
+            for block_size, topk in ((80, 3), (128, 8), (512, 4)):
+                plans = call_plans(*dims, block_size, topk, value_dim=value_dim)
+                yield f"{name} {block_size}/{topk}", plans, is_usual and block_size == 128
+            yield f"{name} 128/16 decode", step_plans(*dims, 128, 16, value_dim=value_dim), is_usual
     for layout in LAYOUTS[1:]:
         yield layout, call_plans(arch, torch.bfloat16, 80, 128, 3, layout), arch == 90 and layout == "packed"
     for block_size in (128, 512):
@@ -90,6 +100,7 @@ def call_plans(
     topk: int,
     layout: str = "plain",
     *,
+    value_dim: int | None = None,
     num_tokens: int = NUM_TOKENS,
     num_sequences: int = 4,
     num_rows: int | None = None,
@@ -105,7 +116,7 @@ def call_plans(
     sequences = Sequences(num_rows, num_queries, num_keys, key_start=bound, key_end=bound, cu_q=cu, cu_k=cu)
     bounds = bounds_of(sequences)
     q = _empty(num_rows, num_queries, num_heads, head_dim, dtype=dtype)
-    k, v = (_empty(num_rows, num_keys, num_kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (_empty(num_rows, num_keys, num_kv_heads, dim, dtype=dtype) for dim in (head_dim, value_dim or head_dim))
     if layout == "far":
         # Head after head, one of two key/value heads: the strides of rows and of heads are both beyond 2^31.
         q = _empty(num_rows, num_heads, num_queries, head_dim, dtype=dtype).transpose(1, 2)
@@ -118,13 +129,14 @@ def call_plans(
         )
     ]  # fmt: skip
     view = new_view(indices, sequences, block_size)
+    out = q if value_dim is None else _empty(num_rows, num_queries, num_heads, value_dim, dtype=dtype)
     lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)
     for workspace_bytes in workspaces or (1 << 40, TIGHT_BYTES_PER_KEY * num_keys):
         options: dict[str, Any] = {
             "block_size": block_size, "scale": head_dim**-0.5, "arch": arch, "workspace_bytes": workspace_bytes
         }  # fmt: skip
-        forward = (q, k, v, indices, *view, q, lse)
-        backward = (q, lse, q, k, v, q, lse, indices, *view, q, k, v)
+        forward = (q, k, v, indices, *view, out, lse)
+        backward = (out, lse, q, k, v, out, lse, indices, *view, q, k, v)
         plans.append(make_plan(plan_attend, *forward, *bounds, **options))
         plans.append(make_plan(plan_attend_backward, *backward, *bounds, **options))
     return plans
@@ -138,6 +150,7 @@ def step_plans(
     topk: int,
     layout: str = "plain",
     *,
+    value_dim: int | None = None,
     num_keys: int = 131072,
     num_rows: int = 2,
 ) -> list[Plan]:
@@ -147,7 +160,7 @@ def step_plans(
     num_queries = 16 if layout == "many queries" else 1
     num_heads, num_kv_heads = (8, 8) if layout == "alone" else (32, 8)
     q = _empty(num_rows, num_queries, num_heads, head_dim, dtype=dtype)
-    k, v = (_empty(num_rows, num_keys, num_kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (_empty(num_rows, num_keys, num_kv_heads, dim, dtype=dtype) for dim in (head_dim, value_dim or head_dim))
     means = _empty(num_rows, num_keys // block_size, num_kv_heads, head_dim, dtype=dtype)
     bounds: tuple[Tensor | None, ...] = (None, None, None)
     if layout == "padded":
@@ -158,7 +171,7 @@ def step_plans(
         means = _empty(1024, PAGE_SIZE // block_size, num_kv_heads, head_dim, dtype=dtype)
     page_size = PAGE_SIZE if layout == "pages" else 0
     indices = _empty(num_rows, num_queries, num_heads, topk)
-    results = (_empty(*q.shape, dtype=dtype), _empty(*q.shape[:3], dtype=torch.float32), indices)
+    results = (_empty(*q.shape[:3], v.shape[3], dtype=dtype), _empty(*q.shape[:3], dtype=torch.float32), indices)
     step = make_plan(
         plan_decode, q, k, v, means, *bounds, *results, block_size=block_size, keep_first=0, keep_recent=0,
         scale=head_dim**-0.5, arch=arch, capacity=num_keys, page_size=page_size,

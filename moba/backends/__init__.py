@@ -1,7 +1,7 @@
 """The contract of a backend, and the one table that resolves "auto".
 
-A backend is a module with five functions over tensors q [R, T, H, D], k and v [R, S, G, D] (any strides with a
-contiguous last dimension) and the `Sequences` that lie in them:
+A backend is a module with five functions over tensors q [R, T, H, D], k [R, S, G, D] and v [R, S, G, Dv] (any strides
+with a contiguous last dimension) and the `Sequences` that lie in them:
 
     unsupported(q, k) -> str | None
         Why this backend cannot run on these tensors, or None if it can.
@@ -10,8 +10,8 @@ contiguous last dimension) and the `Sequences` that lie in them:
         do with fewer blocks than there are places for); -1 everywhere in padded rows. By the
         given means of finished blocks (see below) if they are there; k is then not read and may be None.
     attend(q, k, v, indices, sequences, *, block_size, scale) -> (out, lse)
-        out like q, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there. Differentiable in q, k and v
-        through both results. Entries of `indices` outside 0 … own block are ignored.
+        out [R, T, H, Dv] in q's dtype, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there.
+        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored.
 
 Two of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
 or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and

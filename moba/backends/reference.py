@@ -94,7 +94,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
     group = q.shape[2] // k.shape[2]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
@@ -124,7 +124,7 @@ def attend(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Out [..., D] and lse [...] of queries [..., D] over keys and values [S, D], in one [..., S] tensor."""
+    """Out [..., Dv] and lse [...] of queries [..., D] over keys [S, D] and values [S, Dv], in one [..., S] tensor."""
     wide = accumulation_dtype(q.dtype)
     weights = (scale * q.to(wide)) @ k.to(wide).T
     if hidden is not None:

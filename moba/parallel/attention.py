@@ -150,6 +150,10 @@ def context_parallel_attention(
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, transport: str, ranks: Ranks) -> None:
     check_attention(4, q=q, k=k, v=v)
+    if v.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"context parallelism needs keys and values of one head dim, got {k.shape[3]} and {v.shape[3]}"
+        )
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(
             "q must be [B, T, H, D] and k and v [B, T, G, D] with this rank's tokens, got "

@@ -5,7 +5,8 @@ A pass takes the query heads of one kv head over a range of queries. Its past bl
 merges: K - 1 for the past blocks, one for the own block up to the query, and where the pass begins inside a block, one
 for that block's keys before the pass.
 
-Letters: T query tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk, M rows of a tile.
+Letters: T query tokens, H query heads, G key/value heads, D head dim, Dv that of values, N blocks, K = topk, M rows of
+a tile.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, block_size: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
         for is_careful in (False, True):
 
@@ -71,7 +72,7 @@ class _Attend(torch.autograd.Function):
         d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
         wide = accumulation_dtype(q.dtype)
         for is_careful in (False, True):
-            d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
+            d_k, d_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
 
             def run(part: _Pass, d_k: Tensor = d_k, d_v: Tensor = d_v, is_careful: bool = is_careful) -> None:
                 results = _Results(
@@ -127,7 +128,7 @@ class _Pass(NamedTuple):
 
     q: Tensor  # [T, H/G, D]
     k: Tensor  # [S, D], the sequence's keys
-    v: Tensor
+    v: Tensor  # [S, Dv]
     indices: Tensor  # int32 [T, H/G, K]
     offset: int  # position of the first query
     block_size: int
@@ -164,7 +165,7 @@ class _Pass(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """Forward results of a pass's rows and their gradients, [T, H/G, D] and [T, H/G]."""
+    """Forward results of a pass's rows and their gradients, [T, H/G, Dv] and [T, H/G]."""
 
     out: Tensor
     lse: Tensor
@@ -177,7 +178,7 @@ def _passes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequenc
     for span in sequences.spans():
         most_blocks = (span.k_len - 1) // block_size + 1
         topk = min(indices.shape[3], most_blocks)
-        bytes_per_query = group * topk * q.shape[3] * q.element_size()
+        bytes_per_query = group * topk * max(q.shape[3], v.shape[3]) * q.element_size()
         if q.device.type == "cpu":  # at least two ranges of a long sequence, for threads to share
             num_queries = min(CPU_PASS_BYTES // bytes_per_query, max(1024, span.q_len // 2))
         else:
@@ -255,7 +256,7 @@ def _steps(part: _Pass) -> Iterator[_Step]:
     # Only with rows that chose the block: another row's logits may be far above its own log-sum-exp.
     place = torch.minimum(place, last[:, None] - 1)
 
-    tile_bytes = 2 * (size + part.block_size) * part.q.shape[2] * part.q.element_size()
+    tile_bytes = (size + part.block_size) * (part.q.shape[2] + part.v.shape[1]) * part.q.element_size()
     if part.q.device.type == "cpu":
         step = max(1, CPU_STEP_BYTES // tile_bytes)
     else:  # `dense` holds its scores there
@@ -313,8 +314,8 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
 
 
 def _forward_pass(part: _Pass, scale: float, is_careful: bool) -> tuple[Tensor, Tensor]:
-    """out [T, H/G, D] and lse [T, H/G] of a pass."""
-    outs = part.new_parts(part.q.shape[2], fill=None)
+    """out [T, H/G, Dv] and lse [T, H/G] of a pass."""
+    outs = part.new_parts(part.v.shape[1], fill=None)
     lses = part.new_parts(fill=-torch.inf, dtype=accumulation_dtype(part.q.dtype))
     q_rows = part.q.flatten(0, 1)
     k_blocks, v_blocks = part.finished_blocks(part.k), part.finished_blocks(part.v)
@@ -334,7 +335,7 @@ def _forward_pass(part: _Pass, scale: float, is_careful: bool) -> tuple[Tensor, 
 
 
 def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, scale: float, is_careful: bool) -> Tensor:
-    """d_q [T, H/G, D] of a pass; adds to d_k and d_v [S, D] of its kv head, in a fixed order."""
+    """d_q [T, H/G, D] of a pass; adds to d_k [S, D] and d_v [S, Dv] of its kv head, in a fixed order."""
     d_qs = part.new_parts(part.q.shape[2])
     q_rows, out_rows, lse_rows, d_out_rows = (x.flatten(0, 1) for x in (part.q, *results[:3]))
     d_lse_rows = None if results.d_lse is None else results.d_lse.flatten(0, 1)

@@ -3,8 +3,8 @@
 Every query head picks its own blocks, and the heads of a group share few, so each reads for itself. A query's keys are
 copied into a small workspace for the product with it; on a CPU its values are summed where they lie.
 
-Letters: R tensor rows, T query tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk, M = R · T · H
-query rows, C slices of W consecutive keys that each of them reads.
+Letters: R tensor rows, T query tokens, H query heads, G key/value heads, D head dim, Dv that of values, N blocks,
+K = topk, M = R · T · H query rows, C slices of W consecutive keys that each of them reads.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def decode(
     """Route by the means and attend to the selected keys. See `moba.backends` for the contract."""
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-        return torch.empty_like(q), lse, q.new_empty(*q.shape[:3], selection.topk, dtype=torch.int32)
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        return out, lse, q.new_empty(*q.shape[:3], selection.topk, dtype=torch.int32)
     positions = sequences.positions(q.device).long()
     chosen = _route(q, means, positions, sequences, selection)
     out, lse = _attend(q, k, v, chosen, positions, sequences, selection.block_size, scale)
@@ -210,12 +211,12 @@ def _attend(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query head over its own blocks: out [R, T, H, D], lse [R, T, H]."""
+    """Attention of every query head over its own blocks: out [R, T, H, Dv], lse [R, T, H]."""
     width = block_size if sequences.page_table is None else min(block_size, sequences.page_size)
     slices = _slices(chosen, positions, sequences, k, block_size, width)
     keys, values = _Rows.of(k), _Rows.of(v)
     q_rows = q.reshape(-1, q.shape[3])
-    row_bytes = slices.token.shape[1] * width * max(8, q.shape[3] * q.element_size())
+    row_bytes = slices.token.shape[1] * width * max(8, max(q.shape[3], v.shape[3]) * q.element_size())
     at_once = max(1, WORKSPACE_BYTES // row_bytes)
     parts = [
         _attend_rows(
@@ -228,13 +229,13 @@ def _attend(
         is_padding = (positions < 0)[..., None].expand(q.shape[:3]).flatten()
         out.masked_fill_(is_padding[:, None], 0.0)
         lse.masked_fill_(is_padding, -torch.inf)
-    return out.view(q.shape), lse.view(q.shape[:3])
+    return out.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
 
 
 def _attend_rows(
     q: Tensor, keys: _Rows, values: _Rows, slices: _Slices, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [M, D] and lse [M] of query rows [M, D]; NaN where a row sees no key."""
+    """out [M, Dv] and lse [M] of query rows [M, D]; NaN where a row sees no key."""
     hidden = torch.arange(width, device=q.device) >= slices.stop[..., None]  # [M, C, W]
     key_rows = slices.rows(keys.steps, hidden)
     value_rows = key_rows if values.steps == keys.steps else slices.rows(values.steps, hidden)

@@ -6,7 +6,7 @@ attention: p = exp(s − lse) is then this part's share of the weights.
 A causal product multiplies what its mask hides by weights of zero, and 0 · NaN is NaN. `is_careful` asks for the
 slower way that never reads what is hidden, and that keeps weights at most 1 however large the logits are.
 
-Letters: C problems, H heads, M query rows, L keys, D head dim.
+Letters: C problems, H heads, M query rows, L keys, D head dim, Dv that of values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moba.combine import combine
-from moba.numerics import accumulation_dtype
+from moba.numerics import accumulation_dtype, padded_to
 
 
 def forward(
@@ -24,17 +24,19 @@ def forward(
     """softmax(scale · q Kᵀ) V and its log-sum-exp for each problem.
 
     Args:
-        q: [C, H, M, D]. k, v: [C, H, L, D], any strides with a contiguous last dimension.
+        q: [C, H, M, D]. k: [C, H, L, D], v: [C, H, L, Dv], any strides with a contiguous last dimension.
         scale: larger than 0.
         is_causal: row i sees keys 0 … i only; M must equal L.
 
     Returns:
-        out [C, H, M, D] in q's dtype, lse [C, H, M] in fp32 (fp64 for fp64).
+        out [C, H, M, Dv] in q's dtype, lse [C, H, M] in fp32 (fp64 for fp64).
     """
     if is_careful and is_causal:
         return _careful_forward(q, k, v, scale)
     if _has_flash_kernel(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+        rows = padded_to(max(q.shape[3], v.shape[3]), q, k, v)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, is_causal, scale=scale)
+        return out[..., : v.shape[3]], lse
     wide = accumulation_dtype(q.dtype)
     scores = _scores(q, k, scale, is_causal)
     lse = torch.logsumexp(scores, dim=-1)
@@ -47,7 +49,7 @@ def _careful_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     without them.
     """
     out, lse = forward(q, k, v, scale, is_causal=True)
-    is_bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(dim=-1)
+    is_bad = ~(torch.isfinite(k).all(dim=-1) & torch.isfinite(v).all(dim=-1))
     clean_k, clean_v = (x.masked_fill(is_bad[..., None], 0.0) for x in (k, v))
     clean_out, clean_lse = forward(q, clean_k, clean_v, scale, is_causal=True)
     seen_out, seen_lse = _forward_by_halves(q, k, v, scale=scale)
@@ -86,16 +88,19 @@ def backward(
     """Gradients of q, k and v through this part of a softmax.
 
     Args:
-        d_out, d_lse: gradients of the whole softmax's out [C, H, M, D] and lse [C, H, M] (None for zero).
+        d_out, d_lse: gradients of the whole softmax's out [C, H, M, Dv] and lse [C, H, M] (None for zero).
         out, lse: its results, as `forward` returns them. q, k, v, scale, is_causal: as in `forward`.
 
     Returns:
         d_q, d_k, d_v, shaped like q, k and v.
     """
     if _has_flash_kernel(q) and d_lse is None and not is_careful:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        head_dim, value_dim = q.shape[3], v.shape[3]
+        d_out, q, k, v, out = padded_to(max(head_dim, value_dim), d_out, q, k, v, out)
+        d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, is_causal, scale=scale
         )
+        return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :value_dim]
     d_out = d_out.to(accumulation_dtype(q.dtype))
     through = (d_out * out).sum(dim=-1, keepdim=True)
     if d_lse is not None:

@@ -18,6 +18,7 @@ from moba.backends.triton.forward import plan_forward
 from moba.backends.triton.launch import Plan, run_planned
 from moba.backends.triton.registration import differentiable, fake, operator
 from moba.backends.triton.tuning import arch_of
+from moba.backends.triton.workspace import num_elements
 from moba.sequences import Sequences
 
 # Workspace beyond inputs and outputs: this share of their bytes, but for small inputs MIN_WORKSPACE_BYTES, where memory
@@ -36,19 +37,18 @@ def attend(
     return out, lse
 
 
-def workspace_bytes(q: Tensor, k: Tensor, view: View) -> int:
+def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, view: View) -> int:
     """Memory for partial results: the budget less what the by-block view takes."""
-    inputs_and_outputs = 2 * (q.numel() + k.numel()) * q.element_size()
-    budget = max(int(WORKSPACE_SHARE * inputs_and_outputs), MIN_WORKSPACE_BYTES)
+    budget = max(int(WORKSPACE_SHARE * num_elements(q, k, v) * q.element_size()), MIN_WORKSPACE_BYTES)
     return budget - 4 * (view.offsets.numel() + view.entries.numel())
 
 
-def _options(q: Tensor, k: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
+def _options(q: Tensor, k: Tensor, v: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
     """What the plans of forward and backward are told."""
     return {
         "block_size": block_size,
         "scale": scale,
-        "workspace_bytes": workspace_bytes(q, k, view),
+        "workspace_bytes": workspace_bytes(q, k, v, view),
         "arch": arch_of(q.device),
     }
 
@@ -69,10 +69,10 @@ def _attend(
     """Out, lse, and the by-block view (offsets, entries), which the backward reads again."""
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start, key_end, cu_q, cu_k)
     view = View(*new_view(indices, sequences, block_size))
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     run_planned(
         plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
-        **_options(q, k, view, block_size, scale),
+        **_options(q, k, v, view, block_size, scale),
     )  # fmt: skip
     return out, lse, *view
 
@@ -106,7 +106,7 @@ def _(
         Sequences(num_rows, num_queries, k.shape[1], key_start, key_end, cu_q, cu_k), block_size
     )
     return (
-        q.new_empty(q.shape),
+        q.new_empty(*q.shape[:3], v.shape[3]),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         indices.new_empty(num_heads, num_blocks + 1),
         indices.new_empty(num_heads, num_rows * num_queries * (indices.shape[3] - 1)),
@@ -137,7 +137,7 @@ def _attend_backward(
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     run_planned(
         plan_attend_backward, d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, d_q, d_k, d_v, key_start,
-        key_end, cu_q, cu_k, device=q.device, **_options(q, k, View(offsets, entries), block_size, scale),
+        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale),
     )  # fmt: skip
     return d_q, d_k, d_v
 

@@ -61,15 +61,15 @@ class Softmax(NamedTuple):
 
 @triton.jit
 def _delta_kernel(
-    out_ptr, lse_ptr, d_outs, d_lse_ptr, softmax, num_queries, num_heads, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr
+    out_ptr, lse_ptr, d_outs, d_lse_ptr, softmax, num_queries, num_heads, VALUE_DIM: tl.constexpr, TILE_M: tl.constexpr
 ):  # fmt: skip
     """delta, and lse in log2, both as [H, R · T]: what a gathered query needs lies together by head."""
     head = tl.program_id(1).to(tl.int64)
     query_rows = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     mask = query_rows < softmax.num_rows
     place = query_rows.to(tl.int64) * num_heads + head
-    out = load_rows(out_ptr, place * HEAD_DIM, mask, HEAD_DIM).to(tl.float32)
-    d_out = load_query_rows(d_outs, head, query_rows, num_queries, mask, HEAD_DIM, False).to(tl.float32)
+    out = load_rows(out_ptr, place * VALUE_DIM, mask, VALUE_DIM).to(tl.float32)
+    d_out = load_query_rows(d_outs, head, query_rows, num_queries, mask, VALUE_DIM, False).to(tl.float32)
     delta = tl.sum(out * d_out, 1)
     if d_lse_ptr is not None:
         delta -= tl.load(d_lse_ptr + place, mask=mask, other=0.0)
@@ -103,7 +103,7 @@ def plan_backward(
     """Gradients of `plan_forward`.
 
     Args:
-        d_out: [R, T, H, D], any strides with a contiguous last dimension. d_lse: [R, T, H], contiguous; None for zeros.
+        d_out: [R, T, H, Dv], any strides with a contiguous last dimension. d_lse: [R, T, H], contiguous; None: zeros.
         out, lse: what the forward made.
         d_q, d_k, d_v: like q, k and v, contiguous, which the plan fills: with exact zeros for keys that no query
             attends to. The rest is as in `plan_forward`.
@@ -112,7 +112,7 @@ def plan_backward(
         query from one block to q's dtype before they are added.
     """
     num_rows, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, topk = k.shape[2], indices.shape[3]
+    num_kv_heads, topk, value_dim = k.shape[2], indices.shape[3], v.shape[3]
     if not sequences.is_plain:
         # Padding belongs to no block, so no kernel writes its gradients.
         plan.zero(d_k)
@@ -126,20 +126,23 @@ def plan_backward(
     tile_m = 64
     plan.launch(
         _delta_kernel, (cdiv(total_rows, tile_m), num_heads), out, lse, rows_of(d_out), d_lse, softmax, num_queries,
-        num_heads, HEAD_DIM=head_dim, TILE_M=tile_m, num_warps=4,
+        num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, num_warps=4,
     )  # fmt: skip
 
     places, scale_log2 = layout_of(sequences, block_size), scale * LOG2_E
-    shape = {"GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim}
+    shape = {
+        "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim
+    }  # fmt: skip
     flats = spacings(q, d_out)
-    dkv = tile_sizes("dkv", arch, q, block_size)
+    dkv = tile_sizes("dkv", arch, q, v, block_size)
     dkv["TILE_N"] = min(dkv["TILE_N"], max(16, next_power_of_2(block_size)))
-    past, own = tile_sizes("dq_past", arch, q, block_size), tile_sizes("dq_own", arch, q, block_size)
+    past, own = (tile_sizes(name, arch, q, v, block_size) for name in ("dq_past", "dq_own"))
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
 
-    segment_length, num_segments = plan_segments(q, k, num_entries * group, block_size)
-    sums_bytes = 16 * num_segments * block_size * head_dim
+    segment_length, num_segments = plan_segments(q, k, v, num_entries * group, block_size)
+    sums_dim = max(head_dim, value_dim)
+    sums_bytes = 16 * num_segments * block_size * sums_dim
     row_bytes = (topk - 1) * head_dim * q.element_size()
     fits = group * total_rows * row_bytes + sums_bytes <= workspace_bytes
     can_fuse = block_size <= dkv["TILE_N"] and topk > 1
@@ -160,7 +163,7 @@ def plan_backward(
     at_once = max(1, min(num_kv_heads, workspace_bytes // max(1, kv_head_bytes)))
     at_once = cdiv(num_kv_heads, cdiv(num_kv_heads, at_once))
     extra = plan.buffer(at_once, num_blocks + 1, dtype=torch.int32)
-    sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * head_dim), dtype=torch.float32)
+    sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
     segments = Segments(extra, sums, segment_length, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
     heads_and_scales = (num_kv_heads, scale, scale_log2, places)
@@ -181,7 +184,7 @@ def plan_backward(
         plan.launch(
             _reduce_segments_kernel, (max(1, num_segments), cdiv(block_size, 32), kv_heads),
             segments, d_k, d_v, first_kv_head, num_kv_heads, places,
-            BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_N=32, num_warps=4,
+            BLOCK_SIZE=block_size, HEAD_DIM=head_dim, VALUE_DIM=value_dim, TILE_N=32, num_warps=4,
         )  # fmt: skip
         if partial is not None:
             add_own(partial, Chunk(first_kv_head * group, kv_heads * group, 0, total_rows))

@@ -41,8 +41,8 @@ def key_offsets(row, start, positions, is_key, x, table, PAGE_SIZE: tl.constexpr
 def _decode_attend_kernel(
     q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, scale_log2,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr, HEAD_DIM: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PART: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ((query row of the tile, slot, part), row · G + kv head, tile). IS_ALONE: M = 1."""
     part = tl.program_id(0) % PARTS
@@ -90,14 +90,14 @@ def _decode_attend_kernel(
         v_ptr = v.ptr + tl.cast(kv_head, tl.int64) * v.stride_h
         maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
-        acc = tl.zeros([TILE_M, padded_head_dim(HEAD_DIM)], tl.float32)
+        acc = tl.zeros([TILE_M, padded_head_dim(VALUE_DIM)], tl.float32)
         for first in tl.range(begin, stop, TILE_N, num_stages=NUM_STAGES):
             keys = first + tl.arange(0, TILE_N)
             is_key = keys < stop
             offsets = key_offsets(row, start, first_key + keys, is_key, k, table, PAGE_SIZE)
             k_tile = load_rows(k_ptr, offsets, is_key, HEAD_DIM)
             offsets = key_offsets(row, start, first_key + keys, is_key, v, table, PAGE_SIZE)
-            v_tile = load_rows(v_ptr, offsets, is_key, HEAD_DIM)
+            v_tile = load_rows(v_ptr, offsets, is_key, VALUE_DIM)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
             is_visible = is_key[None, :] & ((first_key + keys)[None, :] <= position[:, None])
             logits = tl.where(is_visible, logits, float("-inf"))
@@ -106,20 +106,20 @@ def _decode_attend_kernel(
         outputs = acc * (1.0 / tl.where(is_empty, 1.0, total))[:, None]
         lse = tl.where(is_empty, float("-inf"), maximum + tl.log2(tl.where(is_empty, 1.0, total)))
         place = (query_row * TOPK + slots) * PARTS + part
-        store_rows(partial_ptr, place * HEAD_DIM, outputs, chose & ~is_empty, HEAD_DIM)
+        store_rows(partial_ptr, place * VALUE_DIM, outputs, chose & ~is_empty, VALUE_DIM)
         tl.store(partial_lse_ptr + place, lse, mask=chose)
 
 
 @triton.jit
 def _decode_merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
-    NUM_PARTIALS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
     """Program (query row, tile of dims): lse = log Σ exp(lse_p), out = Σ exp(lse_p - lse) · out_p, in a fixed order."""
     query_row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)
-    is_dim = dims < HEAD_DIM
-    partial_ptr += query_row * NUM_PARTIALS * HEAD_DIM
+    is_dim = dims < VALUE_DIM
+    partial_ptr += query_row * NUM_PARTIALS * VALUE_DIM
     partial_lse_ptr += query_row * NUM_PARTIALS
     largest = tl.full([TILE_P], LOWEST_LOGIT, tl.float32)
     for first in range(0, NUM_PARTIALS, TILE_P):
@@ -134,13 +134,13 @@ def _decode_merge_kernel(
         lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))
         exists = lse > float("-inf")
         weights = tl.where(exists, tl.exp2(lse - maximum), 0.0)
-        pointers = partial_ptr + places.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+        pointers = partial_ptr + places.to(tl.int64)[:, None] * VALUE_DIM + dims[None, :]
         partials = tl.load(pointers, mask=exists[:, None] & is_dim[None, :], other=0.0)
         total += tl.sum(weights)
         acc += tl.sum(weights[:, None] * partials, axis=0)
     is_empty = total == 0.0
     safe = tl.where(is_empty, 1.0, total)
     out = acc * (1.0 / safe)
-    tl.store(out_ptr + query_row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=is_dim)
+    tl.store(out_ptr + query_row * VALUE_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=is_dim)
     if tl.program_id(1) == 0:
         tl.store(lse_ptr + query_row, tl.where(is_empty, float("-inf"), (maximum + tl.log2(safe)) * LN_2))

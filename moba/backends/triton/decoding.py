@@ -19,7 +19,8 @@ from moba.backends.triton.decode_select import Step, Table
 from moba.backends.triton.device import LOG2_E, padded_head_dim, rows_of
 from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.registration import fake, operator
-from moba.backends.triton.tuning import arch_of, lookup
+from moba.backends.triton.tuning import arch_of
+from moba.backends.triton.workspace import tile_sizes
 from moba.routing import Selection
 from moba.sequences import Sequences
 
@@ -99,7 +100,7 @@ def _decode(
     keep_recent: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, indices = _empty_results(q, topk)
+    out, lse, indices = _empty_results(q, v, topk)
     if q.numel():
         numbers = _numbers(k, page_table)
         run_planned(
@@ -126,7 +127,7 @@ def _(
     keep_recent: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(q, topk)
+    return _empty_results(q, v, topk)
 
 
 @operator("triton_decode_attend")
@@ -141,7 +142,7 @@ def _attend(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, lse, _ = _empty_results(q, 0)
+    out, lse, _ = _empty_results(q, v, 0)
     if q.numel():
         run_planned(
             _plan_attend, q, _begin(k), _begin(v), key_start, key_end, _begin(page_table), out, lse,
@@ -163,7 +164,7 @@ def _(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_results(q, 0)[:2]
+    return _empty_results(q, v, 0)[:2]
 
 
 @operator("triton_append_means", mutates_args=("means",))
@@ -189,10 +190,10 @@ def _(*arguments: Any) -> None:
     pass
 
 
-def _empty_results(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_results(q: Tensor, v: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for out, lse and the routing."""
     return (
-        q.new_empty(q.shape),
+        q.new_empty(*q.shape[:3], v.shape[3]),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         q.new_empty((*q.shape[:3], topk), dtype=torch.int32),
     )
@@ -308,7 +309,7 @@ def _launch_scores(
     num_kv_heads = means.shape[2]
     group = num_heads // num_kv_heads
     padded_dim = padded_head_dim(head_dim)
-    config = dict(_config("decode_score", arch, q, selection.block_size))
+    config = tile_sizes("decode_score", arch, q, means, selection.block_size)
     tile_n = config.pop("TILE_N")
     tile_m = _tile_m(num_queries * group)
     plan.launch(
@@ -341,31 +342,30 @@ def _plan_attend(
 ) -> None:
     """The launches that attend over a routing: partial results, and their merge."""
     num_rows, num_queries, num_heads, head_dim = q.shape
-    topk = indices.shape[3]
+    topk, value_dim = indices.shape[3], v.shape[3]
     group = num_heads // k.shape[2]
     members = num_queries * group
     tile_m = _tile_m(members)
-    config = dict(_config("decode_attend", arch, q, block_size))
+    config = tile_sizes("decode_attend", arch, q, v, block_size)
     part = max(config["TILE_N"], min(config.pop("PART"), next_power_of_2(block_size)))
     parts = cdiv(block_size, part)
-    partial = plan.buffer(num_rows, num_queries, num_heads, topk * parts, head_dim, dtype=torch.float32)
+    partial = plan.buffer(num_rows, num_queries, num_heads, topk * parts, value_dim, dtype=torch.float32)
     partial_lse = plan.buffer(num_rows, num_queries, num_heads, topk * parts, dtype=torch.float32)
-    padded_dim = padded_head_dim(head_dim)
     plan.launch(
         decode_attend._decode_attend_kernel,
         (min(tile_m, members) * topk * parts, num_rows * k.shape[2], cdiv(members, tile_m)),
         rows_of(q), rows_of(k), rows_of(v), indices, partial, partial_lse,
         Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), scale * LOG2_E,
         GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=page_size,
-        PARTS=parts, PART=part, HEAD_DIM=head_dim, IS_ALONE=members == 1, TILE_M=tile_m,
+        PARTS=parts, PART=part, HEAD_DIM=head_dim, VALUE_DIM=value_dim, IS_ALONE=members == 1, TILE_M=tile_m,
         TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,
     )  # fmt: skip
-    merge = dict(_config("decode_merge", arch, q, block_size))
-    tile_d = min(merge.pop("TILE_D"), padded_dim)
+    merge = tile_sizes("decode_merge", arch, q, v, block_size)
+    tile_d = min(merge.pop("TILE_D"), padded_head_dim(value_dim))
     tile_p = min(merge.pop("TILE_P"), next_power_of_2(topk * parts))
     plan.launch(
-        decode_attend._decode_merge_kernel, (num_rows * num_queries * num_heads, cdiv(head_dim, tile_d)),
-        partial, partial_lse, out, lse, NUM_PARTIALS=topk * parts, HEAD_DIM=head_dim, TILE_D=tile_d, TILE_P=tile_p,
+        decode_attend._decode_merge_kernel, (num_rows * num_queries * num_heads, cdiv(value_dim, tile_d)),
+        partial, partial_lse, out, lse, NUM_PARTIALS=topk * parts, VALUE_DIM=value_dim, TILE_D=tile_d, TILE_P=tile_p,
         **merge,
     )  # fmt: skip
 
@@ -373,8 +373,3 @@ def _plan_attend(
 def _tile_m(members: int) -> int:
     """Query rows of a tile: at least what a matrix product takes."""
     return min(64, max(16, next_power_of_2(members)))
-
-
-def _config(kernel: str, arch: int, q: Tensor, block_size: int) -> Any:
-    head_dim = padded_head_dim(q.shape[3])
-    return lookup(kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size())

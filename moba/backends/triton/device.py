@@ -1,7 +1,8 @@
 """What all kernels share: the arguments that tensors and sequences become, and the device helpers that read them.
 
-Letters, in all kernels: R tensor rows, T query tokens, S key tokens, H query heads, G key/value heads, D head dim,
-K = topk. A *query row* is a query's index in the flattened R · T. A *slot* is a place in a query's row of the routing.
+Letters, in all kernels: R tensor rows, T query tokens, S key tokens, H query heads, G key/value heads, D head dim of
+queries and keys, Dv that of values, K = topk. A *query row* is a query's index in the flattened R · T. A *slot* is a
+place in a query's row of the routing.
 
 Blocks are numbered globally, over all sequences of a call. A padded row r holds `blocks_per_row` = ceil(S / block_size)
 numbers from r · blocks_per_row. Packed sequence i holds the numbers from cu_k[i] // block_size + i: enough for its
@@ -312,7 +313,7 @@ def load_entries(entries_ptr, begin, end, TOPK: tl.constexpr, TILE_M: tl.constex
 
 @triton.jit
 def online_softmax(logits, values, maximum, total, acc):
-    """One step of the streaming softmax: logits [M, N] of N more keys with values [N, D]."""
+    """One step of the streaming softmax: logits [M, N] of N more keys with values [N, Dv]."""
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     weights = tl.exp2(logits - new_maximum[:, None])
     rescale = tl.exp2(maximum - new_maximum)

@@ -18,6 +18,7 @@ from moba.backends.triton.device import (
     store_rows,
 )
 from moba.backends.triton.launch import cdiv
+from moba.backends.triton.workspace import num_elements
 
 # Memory that the sums of split blocks may take, and the fewest queries that are worth a segment of their own.
 SEGMENT_SHARE = 0.06
@@ -29,8 +30,8 @@ class Segments(NamedTuple):
     """The full segments of split blocks, by key/value head of a launch.
 
     `extra_ptr`: int32 [heads, blocks + 1], how many there are before each block. `sums_ptr`: fp32 [heads, 2 · count, 2,
-    block_size, D], dK and dV of each, and of the last segments of split blocks. `length`: entries of a segment.
-    `count`: how many a head can have.
+    block_size, the larger of D and Dv], dK and dV of each, and of the last segments of split blocks. `length`: entries
+    of a segment. `count`: how many a head can have.
     """
 
     extra_ptr: Any
@@ -39,23 +40,23 @@ class Segments(NamedTuple):
     count: Any
 
 
-def plan_segments(q: Tensor, k: Tensor, num_entries: int, block_size: int) -> tuple[int, int]:
+def plan_segments(q: Tensor, k: Tensor, v: Tensor, num_entries: int, block_size: int) -> tuple[int, int]:
     """Length of a segment, and how many full segments a key/value head's `num_entries` can have in split blocks.
 
     The partial sums of split blocks take at most SEGMENT_SHARE of the inputs and outputs, or a share of
     MIN_SEGMENT_BYTES. Depends on shapes alone, so that gradients do not depend on the memory at hand.
     """
     num_kv_heads = k.shape[2]
-    inputs_bytes = 2 * (q.numel() + k.numel()) * q.element_size() // num_kv_heads
+    inputs_bytes = num_elements(q, k, v) * q.element_size() // num_kv_heads
     budget = max(int(SEGMENT_SHARE * inputs_bytes), MIN_SEGMENT_BYTES // num_kv_heads)
-    bytes_per_extra = 16 * block_size * q.shape[-1]
+    bytes_per_extra = 16 * block_size * max(q.shape[-1], v.shape[-1])
     length = max(MIN_SEGMENT_LENGTH, cdiv(num_entries * bytes_per_extra, max(budget, 1)))
     return length, num_entries // length
 
 
 @triton.jit
 def add_tile(q, d_out, k, v, lse2, delta, visible, d_k, d_v, scale_log2):
-    """Add a tile of queries [M, D] to d_k and d_v [N, D]; `visible` is [N, M] or None. Returns them and dSᵀ [N, M].
+    """Add a tile of queries [M, D] to d_k [N, D] and d_v [N, Dv]; `visible` is [N, M] or None. Returns them and dSᵀ.
 
     A query of zeros with lse2, delta and d_out of zero adds nothing, so rows that were masked when loaded need no mask.
     """
@@ -97,11 +98,11 @@ def segment_of_item(segments, extra_ptr, item, num_blocks):
 def _dkv_kernel(
     q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, num_entries, first_kv_head, num_kv_heads,
     scale, scale_log2, layout,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys; with `partial_ptr`, where a block is one tile, also dQ partials, not yet scaled."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    SUMS_DIM: tl.constexpr = HEAD_DIM if HEAD_DIM > VALUE_DIM else VALUE_DIM
     KEY_TILES: tl.constexpr = (BLOCK_SIZE + TILE_N - 1) // TILE_N
     item = tl.program_id(0) // KEY_TILES
     key_tile = tl.program_id(0) % KEY_TILES
@@ -120,9 +121,9 @@ def _dkv_kernel(
     k_tile = load_rows(k.ptr + long_row * k.stride_r + kv_head * k.stride_h, key.to(tl.int64) * k.stride_t, is_key,
                        HEAD_DIM)  # fmt: skip
     v_tile = load_rows(v.ptr + long_row * v.stride_r + kv_head * v.stride_h, key.to(tl.int64) * v.stride_t, is_key,
-                       HEAD_DIM)  # fmt: skip
-    d_k = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    d_v = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+                       VALUE_DIM)  # fmt: skip
+    d_k = tl.zeros([TILE_N, padded_head_dim(HEAD_DIM)], tl.float32)
+    d_v = tl.zeros([TILE_N, padded_head_dim(VALUE_DIM)], tl.float32)
 
     # The group's entries of this block count as one list, head after head.
     begin = segment * segments.length
@@ -144,7 +145,7 @@ def _dkv_kernel(
             mask = query < own_end
             query_rows = row * layout.num_queries + query
             q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, mask, HEAD_DIM)
-            d_out = load_rows(d_out_ptr, query.to(tl.int64) * d_outs.stride_t, mask, HEAD_DIM)
+            d_out = load_rows(d_out_ptr, query.to(tl.int64) * d_outs.stride_t, mask, VALUE_DIM)
             lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
             visible = (key_in_block[:, None] <= (query - first_query)[None, :]) & is_key[:, None]
@@ -160,7 +161,7 @@ def _dkv_kernel(
                                   num_stages=NUM_STAGES):  # fmt: skip
                 query_rows, slots, mask = load_entries(entries_ptr, start, last, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
-                d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
+                d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT)
                 lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
                 delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[:, None]
@@ -177,12 +178,12 @@ def _dkv_kernel(
     d_k *= scale
     sums_place = (local_kv_head.to(tl.int64) * 2 * segments.count + place) * 2 * BLOCK_SIZE + key_in_block
     sums_mask = (key_in_block < BLOCK_SIZE) & (place >= 0)
-    store_rows(segments.sums_ptr, sums_place * HEAD_DIM, d_k, sums_mask, HEAD_DIM)
-    store_rows(segments.sums_ptr, (sums_place + BLOCK_SIZE) * HEAD_DIM, d_v, sums_mask, HEAD_DIM)
+    store_rows(segments.sums_ptr, sums_place * SUMS_DIM, d_k, sums_mask, HEAD_DIM)
+    store_rows(segments.sums_ptr, (sums_place + BLOCK_SIZE) * SUMS_DIM, d_v, sums_mask, VALUE_DIM)
     is_whole = is_key & (place < 0)
     out_place = (long_row * layout.num_keys + key) * num_kv_heads + kv_head
     store_rows(d_k_ptr, out_place * HEAD_DIM, d_k, is_whole, HEAD_DIM)
-    store_rows(d_v_ptr, out_place * HEAD_DIM, d_v, is_whole, HEAD_DIM)
+    store_rows(d_v_ptr, out_place * VALUE_DIM, d_v, is_whole, VALUE_DIM)
 
 
 @triton.jit
@@ -209,9 +210,10 @@ def _count_segments_kernel(view, segments, first_kv_head, num_blocks, GROUP: tl.
 @triton.jit
 def _reduce_segments_kernel(
     segments, d_k_ptr, d_v_ptr, first_kv_head, num_kv_heads, layout, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TILE_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of a split block's segments, the last one first, then in order, and write its dK and dV."""
+    SUMS_DIM: tl.constexpr = HEAD_DIM if HEAD_DIM > VALUE_DIM else VALUE_DIM
     item = tl.program_id(0)
     local_kv_head = tl.program_id(2)
     extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 1)
@@ -223,16 +225,16 @@ def _reduce_segments_kernel(
     row, first_key, size, _, _, _ = block_span(block, layout, BLOCK_SIZE)
     key_in_block = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     mask = key_in_block < BLOCK_SIZE
-    sums_ptr = segments.sums_ptr + local_kv_head.to(tl.int64) * 4 * segments.count * BLOCK_SIZE * HEAD_DIM
+    sums_ptr = segments.sums_ptr + local_kv_head.to(tl.int64) * 4 * segments.count * BLOCK_SIZE * SUMS_DIM
     place = (segments.count + item).to(tl.int64) * 2 * BLOCK_SIZE + key_in_block
-    d_k = load_rows(sums_ptr, place * HEAD_DIM, mask, HEAD_DIM)
-    d_v = load_rows(sums_ptr, (place + BLOCK_SIZE) * HEAD_DIM, mask, HEAD_DIM)
+    d_k = load_rows(sums_ptr, place * SUMS_DIM, mask, HEAD_DIM)
+    d_v = load_rows(sums_ptr, (place + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
     for segment in range(item, tl.load(extra_ptr + block + 1)):
         place = tl.full([], segment, tl.int64) * 2 * BLOCK_SIZE + key_in_block
-        d_k += load_rows(sums_ptr, place * HEAD_DIM, mask, HEAD_DIM)
-        d_v += load_rows(sums_ptr, (place + BLOCK_SIZE) * HEAD_DIM, mask, HEAD_DIM)
+        d_k += load_rows(sums_ptr, place * SUMS_DIM, mask, HEAD_DIM)
+        d_v += load_rows(sums_ptr, (place + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
     key = first_key + key_in_block
     mask = key_in_block < size
     place = (tl.full([], row, tl.int64) * layout.num_keys + key) * num_kv_heads + first_kv_head + local_kv_head
     store_rows(d_k_ptr, place * HEAD_DIM, d_k, mask, HEAD_DIM)
-    store_rows(d_v_ptr, place * HEAD_DIM, d_v, mask, HEAD_DIM)
+    store_rows(d_v_ptr, place * VALUE_DIM, d_v, mask, VALUE_DIM)

@@ -25,7 +25,7 @@ from moba.backends.triton.device import (
 
 @triton.jit
 def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, scale_log2):
-    """Add a tile of keys [N, D] to d_q [M, D]; `visible` is [M, N] or None."""
+    """Add a tile of keys [N, D] and values [N, Dv] to d_q [M, D]; `visible` is [M, N] or None."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     weights = tl.exp2(logits - lse2[:, None])
     if visible is not None:
@@ -38,9 +38,9 @@ def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, scale_log2):
 @triton.jit
 def _dq_past_kernel(
     q, k, v, k_matrix, v_matrix, d_outs, softmax, view, bounds, partials, num_entries, scale_log2, layout,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr, NUM_STAGES: tl.constexpr,
-    FLAT: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
+    NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """dQ partials: a tile of gathered queries stays on chip while their block's K and V stream past."""
     BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
@@ -62,7 +62,7 @@ def _dq_past_kernel(
         for tile in tl.range(first_tile, stop, TILE_M, num_stages=1):
             query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
             q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
-            d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
+            d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT)
             lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
             d_q = tl.zeros([TILE_M, BLOCK_D], tl.float32)
@@ -70,7 +70,7 @@ def _dq_past_kernel(
                 keys = start + tl.arange(0, TILE_N)
                 is_key = keys < BLOCK_SIZE
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
-                v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
+                v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[None, :]
                 d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scale_log2)
             place = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows
@@ -83,8 +83,8 @@ def _dq_past_kernel(
 def _dq_own_kernel(
     q, k, v, k_matrix, v_matrix, d_outs, softmax, indices, partials, d_q_ptr, scale, scale_log2, num_heads, layout,
     tiles_per_row,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries: their partials in the order of slots, then their own blocks."""
     chunk_head = tl.program_id(1)
@@ -104,7 +104,7 @@ def _dq_own_kernel(
     q_ptr = q.ptr + long_row * q.stride_r + head * q.stride_h
     d_out_ptr = d_outs.ptr + long_row * d_outs.stride_r + head * d_outs.stride_h
     q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, is_real, HEAD_DIM)
-    d_out = load_rows(d_out_ptr, query.to(tl.int64) * d_outs.stride_t, is_real, HEAD_DIM)
+    d_out = load_rows(d_out_ptr, query.to(tl.int64) * d_outs.stride_t, is_real, VALUE_DIM)
     lse2 = tl.load(softmax.lse2_ptr + head * softmax.num_rows + query_row, mask=is_real, other=0.0)
     delta = tl.load(softmax.delta_ptr + head * softmax.num_rows + query_row, mask=is_real, other=0.0)
 
@@ -125,12 +125,12 @@ def _dq_own_kernel(
     begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_M, TILE_N)
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
-        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
+        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
         d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, None, d_q, scale_log2)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
-        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
+        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         visible = own_keys_visible(key, position, BLOCK_SIZE, TILE_M)
         d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scale_log2)
     place = query_row.to(tl.int64) * num_heads + head

@@ -55,7 +55,7 @@ from moba.sequences import Sequences
 
 
 class Partials(NamedTuple):
-    """A chunk's partials, [heads, K - 1, query rows, D], and which heads and query rows these are."""
+    """A chunk's partials, [heads, K - 1, query rows, Dv], and which heads and query rows these are."""
 
     ptr: Any
     lse_ptr: Any
@@ -66,26 +66,26 @@ class Partials(NamedTuple):
 
 @triton.jit
 def store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK: tl.constexpr,
-                   HEAD_DIM: tl.constexpr):  # fmt: skip
+                   VALUE_DIM: tl.constexpr):  # fmt: skip
     """Partials of one tile of entries, of a head of the chunk."""
     place = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows + (query_rows - partials.row_begin)
-    store_rows(partials.ptr, place * HEAD_DIM, outputs, mask, HEAD_DIM, True)
+    store_rows(partials.ptr, place * VALUE_DIM, outputs, mask, VALUE_DIM, True)
     tl.store(partials.lse_ptr + place, lse, mask=mask)
 
 
 @triton.jit
 def _attend_past_kernel(
     q, k, v, k_matrix, v_matrix, view, bounds, partials, num_entries, scale_log2, layout,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr, NUM_STAGES: tl.constexpr,
-    KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
+    NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Partials of past blocks: a program takes the tiles of queries that begin in its window.
 
     With KEEPS_KEYS a block's K and V stay on chip while its queries stream past, TILE_N >= BLOCK_SIZE. Otherwise a tile
     of queries stays on chip while the block's K and V stream past.
     """
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    BLOCK_V: tl.constexpr = padded_head_dim(VALUE_DIM)
     QUERY_STAGES: tl.constexpr = NUM_STAGES if KEEPS_KEYS else 1
     chunk_head = tl.program_id(1)
     head = chunk_head + partials.first_head
@@ -105,7 +105,7 @@ def _attend_past_kernel(
                 keys = tl.arange(0, TILE_N)
                 is_key = keys < BLOCK_SIZE
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key, is_key, HEAD_DIM, TILE_N)
-                v_tile = load_keys(v, v_matrix, row, kv_head, first_key, is_key, HEAD_DIM, TILE_N)
+                v_tile = load_keys(v, v_matrix, row, kv_head, first_key, is_key, VALUE_DIM, TILE_N)
             for tile in tl.range(first_tile, stop, TILE_M, num_stages=QUERY_STAGES):
                 query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
@@ -120,30 +120,30 @@ def _attend_past_kernel(
                 else:
                     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
                     total = tl.zeros([TILE_M], tl.float32)
-                    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+                    acc = tl.zeros([TILE_M, BLOCK_V], tl.float32)
                     for start in tl.range(0, BLOCK_SIZE, TILE_N, num_stages=NUM_STAGES):
                         keys = start + tl.arange(0, TILE_N)
                         is_key = keys < BLOCK_SIZE
                         k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
-                        v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
+                        v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
                         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
                         if BLOCK_SIZE % TILE_N != 0:
                             logits = tl.where(is_key[None, :], logits, float("-inf"))
                         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
                 outputs = acc * (1.0 / total)[:, None]
                 lse = maximum + tl.log2(total)
-                store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, HEAD_DIM)
+                store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, VALUE_DIM)
         block += 1
 
 
 @triton.jit
 def _attend_own_kernel(
     q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, scale_log2, num_heads, layout, tiles_per_row,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of a tile of queries in the order of slots, then add causal attention to their own blocks."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    BLOCK_V: tl.constexpr = padded_head_dim(VALUE_DIM)
     chunk_head = tl.program_id(1)
     kv_head = (chunk_head + partials.first_head) // GROUP
     head = (chunk_head + partials.first_head).to(tl.int64)
@@ -163,7 +163,7 @@ def _attend_own_kernel(
 
     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([TILE_M, BLOCK_V], tl.float32)
     if TOPK > 1:
         indices_ptr = indices.ptr + long_row * indices.stride_r + head * indices.stride_h
         bits = past_slots(indices_ptr, query, indices.stride_t, position, is_real, TOPK, BLOCK_SIZE)
@@ -183,19 +183,19 @@ def _attend_own_kernel(
             partial_lse = tl.load(partials.lse_ptr + index, mask=exists, other=LOWEST_LOGIT)
             weight = tl.where(exists, tl.exp2(partial_lse - maximum), 0.0)
             total += weight
-            acc += weight[:, None] * load_rows(partials.ptr, index * HEAD_DIM, exists, HEAD_DIM).to(tl.float32)
+            acc += weight[:, None] * load_rows(partials.ptr, index * VALUE_DIM, exists, VALUE_DIM).to(tl.float32)
 
     all_keys = tl.full([TILE_N], True, tl.int1)
     begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_M, TILE_N)
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
-        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
+        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
-        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
+        v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_M), logits, float("-inf"))
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
@@ -203,7 +203,7 @@ def _attend_own_kernel(
     out = tl.where(is_real[:, None], acc * (1.0 / total)[:, None], 0.0)
     lse = tl.where(is_real, (maximum + tl.log2(total)) * LN_2, float("-inf"))
     place = query_row.to(tl.int64) * num_heads + head
-    store_rows(out_ptr, place * HEAD_DIM, out, writes, HEAD_DIM)
+    store_rows(out_ptr, place * VALUE_DIM, out, writes, VALUE_DIM)
     tl.store(lse_ptr + place, lse, mask=writes)
 
 
@@ -227,7 +227,7 @@ def plan_forward(
 
     Args:
         indices: int32 [R, T, H, K]. view: the same routing by block.
-        out: [R, T, H, D] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
+        out: [R, T, H, Dv] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
         workspace_bytes: bound on the memory of partials; more heads than fit are taken in turn.
         arch: compute capability whose row of the tuning table is taken.
 
@@ -235,24 +235,27 @@ def plan_forward(
         to q's dtype before the merge.
     """
     num_rows, num_queries, num_heads, head_dim = q.shape
-    topk, num_blocks = indices.shape[3], view.offsets.shape[1] - 1
-    keeps = keeps_keys(q, block_size)
-    past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, block_size)
+    topk, num_blocks, value_dim = indices.shape[3], view.offsets.shape[1] - 1, v.shape[3]
+    keeps = keeps_keys(q, v, block_size)
+    past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, v, block_size)
     if keeps:
         past["TILE_N"] = max(16, next_power_of_2(block_size))
-    own = tile_sizes("attend_own", arch, q, block_size)
-    shape = {"GROUP": num_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim}
+    own = tile_sizes("attend_own", arch, q, v, block_size)
+    shape = {
+        "GROUP": num_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+    }  # fmt: skip
     num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
-    row_bytes = (topk - 1) * (head_dim * q.element_size() + 4)
+    row_bytes = (topk - 1) * (value_dim * q.element_size() + 4)
     total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
     places, scale_log2 = layout_of(sequences, block_size), scale * LOG2_E
 
     flats = spacings(q)
     parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
     size = parts[0].num_heads * parts[0].num_rows
-    partial = plan.buffer(topk - 1, size * head_dim, dtype=q.dtype)
+    partial = plan.buffer(topk - 1, size * value_dim, dtype=q.dtype)
     partial_lse = plan.buffer(topk - 1, size, dtype=torch.float32)
     bounds_memory = plan.buffer(2, parts[0].num_heads, num_blocks, dtype=torch.int32)
     for chunk in parts:

@@ -25,7 +25,7 @@ class Row:
     Args:
         config: keyword arguments of the launch: the kernel's tile sizes, `num_warps`, `num_stages`.
         arch: compute capabilities it is for, None for all.
-        max_head_dim: largest head dim, padded to a power of two, it is for.
+        max_head_dim: largest head dim, of keys or values, padded to a power of two, it is for.
         max_block_size: largest block size it is for, None for all.
         element_bytes: sizes of q's elements it is for, None for all.
     """
@@ -165,7 +165,7 @@ def lookup(kernel: str, arch: int, *, head_dim: int, block_size: int, element_by
     Args:
         kernel: a key of `TABLE`.
         arch: compute capability, major · 10 + minor. See `arch_of`.
-        head_dim: as padded to a power of two.
+        head_dim: as padded to a power of two, the larger one of keys and values.
         element_bytes: size of an element of q.
     """
     for row in TABLE[kernel]:

@@ -30,10 +30,16 @@ class Chunk(NamedTuple):
     num_rows: int
 
 
-def tile_sizes(kernel: str, arch: int, q: Tensor, block_size: int) -> dict[str, int]:
+def tile_sizes(kernel: str, arch: int, q: Tensor, v: Tensor, block_size: int) -> dict[str, int]:
     """Launch configuration of a kernel for these tensors, from the table in tuning.py."""
-    head_dim = padded_head_dim(q.shape[-1])
+    head_dim = padded_head_dim(max(q.shape[-1], v.shape[-1]))
     return dict(lookup(kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size()))
+
+
+def num_elements(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Elements of attention's inputs and outputs: of q, k, v and out."""
+    num_outputs = q.numel() // q.shape[-1] * v.shape[-1]
+    return q.numel() + k.numel() + v.numel() + num_outputs
 
 
 def windows(view: View, sizes: dict[str, int]) -> int:
@@ -53,12 +59,13 @@ def windows(view: View, sizes: dict[str, int]) -> int:
     return count
 
 
-def keeps_keys(q: Tensor, block_size: int) -> bool:
+def keeps_keys(q: Tensor, v: Tensor, block_size: int) -> bool:
     """Whether a block's K and V are few enough bytes to stay on chip while its queries stream past.
 
     Products of fp32 run outside the tensor cores and need the registers that this would take.
     """
-    block_bytes = next_power_of_2(block_size) * padded_head_dim(q.shape[-1]) * q.element_size()
+    head_dim = padded_head_dim(max(q.shape[-1], v.shape[-1]))
+    block_bytes = next_power_of_2(block_size) * head_dim * q.element_size()
     return q.element_size() == 2 and block_bytes <= KEPT_BYTES
 
 
