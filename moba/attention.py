@@ -12,10 +12,11 @@ from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
-from moba.routing import Routing, Selection, replayed_indices
+from moba.routing import Routing, Selection, given_indices
 from moba.sequences import Sequences
 from moba.validate import (
     check_attention,
+    check_block_indices,
     check_bounds,
     check_cu_seqlens,
     check_means,
@@ -33,12 +34,14 @@ def moba_attention(
     v: Tensor,
     *,
     block_size: int,
-    topk: int,
+    topk: int | None = None,
     scale: float | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
     routing: Routing | None = None,
+    block_indices: Tensor | None = None,
+    own_block: bool = True,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     block_means: Tensor | None = None,
@@ -58,7 +61,7 @@ def moba_attention(
             contiguous last dimension; never copied or expanded.
         v: [B, S, G, Dv], the same of values; Dv may differ from D. Each is at most 256.
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
-        topk: blocks a query attends to, its own included, >= 1.
+        topk: blocks a query attends to, its own included, >= 1. May be left out with block_indices.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
         keep_first, keep_recent: the first blocks, and the past blocks nearest to the own, that are always selected;
             they take places of topk.
@@ -68,6 +71,11 @@ def moba_attention(
             `moba.routers`.
         routing: attend over this routing instead of choosing one (replay). Its blocks may stand in any order; a block
             listed twice is read once, one outside 0 … own block not at all, the own block always.
+        block_indices: int32 or int64 [B, T, G or H, K]: attend over a selection that somebody else made, such as a
+            model's own indexer. In any order, -1 for none; read as a `routing` is. One list of a key/value head serves
+            its query heads. With at most 16 queries a row and no gradient asked for, only the listed keys are read.
+        own_block: whether every query reads its own block; False: only where block_indices list it (a query that
+            then has no block gives zeros and an lse of -inf). Not in the triton backend.
         key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
@@ -108,8 +116,16 @@ def moba_attention(
         if routing is not None:
             raise ValueError("block_means serve to choose a routing, so they cannot be combined with `routing`")
     route_by = check_route_by(route_by, q, k, routing=routing, block_means=block_means)
-    call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
-    return route_and_attend(q, k, v, sequences, call, routing=routing, block_means=block_means, route_by=route_by)
+    if block_indices is not None:
+        chosen = {"routing": routing, "block_means": block_means, "route_by": route_by}
+        topk = check_block_indices(block_indices, q, k.shape[2], topk, own_block, **chosen)
+    call = Call(
+        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+    )
+    return route_and_attend(
+        q, k, v, sequences, call, routing=routing, block_indices=block_indices, block_means=block_means,
+        route_by=route_by,
+    )  # fmt: skip
 
 
 def moba_attention_varlen(
@@ -120,12 +136,14 @@ def moba_attention_varlen(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None = None,
     block_size: int,
-    topk: int,
+    topk: int | None = None,
     scale: float | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
     routing: Routing | None = None,
+    block_indices: Tensor | None = None,
+    own_block: bool = True,
     route_by: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
@@ -139,9 +157,9 @@ def moba_attention_varlen(
         cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
             cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
         cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
-        block_size, topk, scale, keep_first, keep_recent, router, routing, route_by, backend, return_lse,
-            return_routing: as in `moba_attention`, route_by packed like q and k; a routing's blocks are numbered
-            within each sequence.
+        block_size, topk, scale, keep_first, keep_recent, router, routing, block_indices, own_block, route_by, backend,
+            return_lse, return_routing: as in `moba_attention`, block_indices [total, G or H, K] and route_by packed
+            like q and k; blocks are numbered within each sequence.
 
     Returns:
         out [total, H, Dv]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
@@ -168,8 +186,15 @@ def moba_attention_varlen(
         routing = Routing(routing.indices[None], routing.block_size)
     by = check_route_by(route_by, q, k, routing=routing)
     by = None if by is None else (by[0][None], by[1][None])
-    call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
-    results = route_and_attend(q[None], k[None], v[None], sequences, call, routing=routing, route_by=by)
+    if block_indices is not None:
+        topk = check_block_indices(block_indices, q, k.shape[1], topk, own_block, routing=routing, route_by=route_by)
+        block_indices = block_indices[None]
+    call = Call(
+        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+    )
+    results = route_and_attend(
+        q[None], k[None], v[None], sequences, call, routing=routing, block_indices=block_indices, route_by=by
+    )
     if not isinstance(results, tuple):
         return results[0]
     return tuple(Routing(r.indices[0], r.block_size) if isinstance(r, Routing) else r[0] for r in results)
@@ -179,7 +204,7 @@ class Call(NamedTuple):
     """What a call says beside its tensors: the arguments of `moba_attention`."""
 
     block_size: int
-    topk: int
+    topk: int | None
     scale: float | None
     keep_first: int
     keep_recent: int
@@ -187,6 +212,7 @@ class Call(NamedTuple):
     backend: str
     return_lse: bool
     return_routing: bool
+    own_block: bool = True
 
 
 def route_and_attend(
@@ -197,6 +223,7 @@ def route_and_attend(
     call: Call,
     *,
     routing: Routing | None = None,
+    block_indices: Tensor | None = None,
     block_means: Tensor | None = None,
     route_by: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
@@ -206,40 +233,48 @@ def route_and_attend(
         q: [R, T, H, D]. k: [R, S, G, D] and v: [R, S, G, Dv], or pages, where the sequences say so.
         sequences: that lie in them.
         call: checked here.
-        routing, block_means, route_by: as in `moba_attention`.
+        routing, block_indices, block_means, route_by: as in `moba_attention`.
     """
-    block_size, topk = call.block_size, call.topk
+    block_size = call.block_size
+    topk = require_int("topk", call.topk, 1)
     validate_selection(block_size, topk, call.keep_first, call.keep_recent, call.router)
     require_one_of("backend", call.backend, BACKENDS)
-    if routing is not None and (call.router != "mean" or call.keep_first or call.keep_recent):
+    given = "routing says" if routing is not None else "block_indices say" if block_indices is not None else None
+    if given and (call.router != "mean" or call.keep_first or call.keep_recent):
         raise ValueError(
-            "routing says which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
+            f"{given} which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
             f"got {call.router!r}, {call.keep_first} and {call.keep_recent}"
         )
+    if block_indices is None and call.own_block is not True:
+        raise ValueError(f"own_block says how block_indices are read, and there are none: got {call.own_block!r}")
     if route_by is not None and call.router in ("recent", "sink"):
         raise ValueError(f"route_by serves to score blocks, and router={call.router!r} scores none")
     scale = check_scale(call.scale, q.shape[-1])
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)
-    # A routing that is replayed may have fewer blocks than there are.
-    if call.backend == "auto" and routing is None and _dense_serves(q, k, v, sequences, selection, call):
+    # A routing that is given may have fewer blocks than there are.
+    if call.backend == "auto" and not given and _dense_serves(q, k, v, sequences, selection, call):
         out = _dense(q, k, v, scale)
         # Torch's kernels let NaN and inf through the mask.
         if q.shape[1] == 1 or not is_readable(out) or all_finite(out):
             return out
 
-    implementation = backends.resolve(call.backend, q, k)
+    implementation = backends.resolve(call.backend, q, k, own_block=call.own_block)
+    is_step = q.shape[1] <= MAX_DECODE_QUERIES and sequences.cu_q is None and not _needs_grad(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        if block_means is not None and q.shape[1] <= MAX_DECODE_QUERIES and not _needs_grad(q, k, v):
+        if block_means is not None and is_step:
             out, lse, indices = implementation.decode(q, k, v, block_means, sequences, selection, scale=scale)
         else:
-            if routing is None:
+            chosen = block_indices if routing is None else _checked(routing, q, block_size, topk)
+            if chosen is None:
                 with torch.no_grad():
                     indices = implementation.route(*(route_by or (q, k)), sequences, selection, block_means)
             else:
                 own = torch.div(sequences.positions(q.device), fitting_size, rounding_mode="floor")
-                indices = replayed_indices(_checked(routing, q, block_size, topk), own)
-            out, lse = implementation.attend(q, k, v, indices, sequences, block_size=fitting_size, scale=scale)
+                indices = given_indices(chosen, own, q.shape[2], own_block=call.own_block)
+            options: dict[str, Any] = {"block_size": fitting_size, "scale": scale, "own_block": call.own_block}
+            attend = implementation.attend_step if is_step and block_indices is not None else implementation.attend
+            out, lse = attend(q, k, v, indices, sequences, **options)
 
     asked = [lse] if call.return_lse else []
     if call.return_routing:
@@ -249,7 +284,8 @@ def route_and_attend(
 
 def _dense_serves(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, selection: Selection, call: Call) -> bool:
     """Whether torch's dense attention is the same function, needs no T × S mask, and gives all that is asked for."""
-    reads_all = sequences.is_plain and call.block_size * call.topk >= sequences.num_keys and selection.top_p is None
+    num_read = selection.block_size * selection.topk
+    reads_all = sequences.is_plain and num_read >= sequences.num_keys and selection.top_p is None
     asks_more = call.return_lse or call.return_routing or _needs_grad(q, k, v)
     return reads_all and not asks_more and q.shape[1] in (1, k.shape[1])
 

@@ -20,6 +20,7 @@ from moba.routing import Routing, Selection
 from moba.sequences import Sequences
 from moba.validate import (
     check_attention,
+    check_block_indices,
     check_bounds,
     check_head_dim,
     check_heads,
@@ -134,13 +135,15 @@ def moba_attention_paged(
     *,
     page_table: Tensor,
     key_end: Tensor,
-    block_means: Tensor,
+    block_means: Tensor | None = None,
     block_size: int,
-    topk: int,
+    topk: int | None = None,
     scale: float | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
+    block_indices: Tensor | None = None,
+    own_block: bool = True,
     backend: str = "auto",
     return_lse: bool = False,
     return_routing: bool = False,
@@ -159,9 +162,9 @@ def moba_attention_paged(
             p % page_size. Entries behind a row's last page mean nothing.
         key_end: int32 [B], the number of keys of each row.
         block_means: [P, page_size // block_size, G, D] where block_size divides page_size, or [P, 1, G, D] where it is
-            a multiple; the means of finished blocks, as `append_block_means` writes them.
-        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing:
-            as in `moba_attention`.
+            a multiple; the means of finished blocks, as `append_block_means` writes them. Left out with block_indices.
+        block_size, topk, scale, keep_first, keep_recent, router, block_indices, own_block, backend, return_lse,
+            return_routing: as in `moba_attention`.
 
     Returns:
         As `moba_attention`, without gradients.
@@ -178,14 +181,19 @@ def moba_attention_paged(
     check_attention(4, q=q, k_pages=k_pages, v_pages=v_pages)
     require_int("block_size", block_size, 1)
     check_pages(k_pages, page_table, key_end, q.shape[0])
-    check_page_means("block_means", block_means, k_pages, block_size)
+    if block_indices is None:
+        check_page_means("block_means", block_means, k_pages, block_size)
+    else:
+        topk = check_block_indices(block_indices, q, k_pages.shape[2], topk, own_block, block_means=block_means)
     sequences = _paged_sequences(q.shape[1], k_pages, page_table, key_end)
     if q.shape[1] > MAX_DECODE_QUERIES:
         k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
         sequences = sequences.without_pages()
-    call = Call(block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing)
+    call = Call(
+        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+    )
     by_means = None if sequences.page_table is None else block_means
-    return route_and_attend(q, k_pages, v_pages, sequences, call, block_means=by_means)
+    return route_and_attend(q, k_pages, v_pages, sequences, call, block_indices=block_indices, block_means=by_means)
 
 
 def _paged_sequences(num_queries: int, pages: Tensor, page_table: Tensor, key_end: Tensor | None) -> Sequences:

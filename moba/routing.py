@@ -87,8 +87,8 @@ class Routing:
 
     Attributes:
         indices: int32 [B, T, H, K], or [total, H, K] of packed sequences. Ascending block numbers within the query's
-            own sequence, own block included and last, then -1 where fewer than K blocks exist or a budget
-            (`moba.routers.TopP`) takes fewer. A padded query row has -1 everywhere.
+            own sequence, own block included and last (unless `own_block=False`), then -1 where fewer than K blocks
+            exist or a budget (`moba.routers.TopP`) takes fewer. A padded query row has -1 everywhere.
         block_size: tokens in a block.
     """
 
@@ -134,25 +134,32 @@ def by_block(past: Tensor, own: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
     return entries[order], torch.bincount(blocks, minlength=num_blocks)
 
 
-def replayed_indices(indices: Tensor, own: Tensor) -> Tensor:
-    """A routing that may have been made by hand as a backend made it: ascending, each block once, the own block last.
+def given_indices(indices: Tensor, own: Tensor, num_heads: int, *, own_block: bool = True) -> Tensor:
+    """A selection made by somebody else as a backend makes it: ascending, each block once, the own block last.
 
     Args:
-        indices: int32 [R, T, H, K] in any order; entries outside 0 … own block count for nothing.
+        indices: int32 or int64 [R, T, H or G, K] in any order; entries outside 0 … own block count for nothing. One of
+            G key/value heads serves its query heads.
         own: int [R, T], each query's own block, negative for padded rows.
+        num_heads: H.
+        own_block: whether every query reads its own block; otherwise where it is listed.
 
     Returns:
-        int32 [R, T, H, K + 1], -1 behind the last block: K past blocks may leave no place for the own one. Where the
-        values can be read, K places if these are enough.
+        int32 [R, T, H, K + 1], -1 behind the last block: the last place is never a past block's. Where the values can
+        be read, K places if these are enough.
     """
-    own = own[..., None, None].expand(*indices.shape[:3], 1).to(torch.int32)
+    own = own[..., None, None].expand(*indices.shape[:3], 1).to(indices.dtype)
     none = torch.iinfo(torch.int32).max
-    blocks = torch.cat([indices, own], dim=-1)
-    blocks = blocks.masked_fill((blocks < 0) | (blocks > own), none).sort(dim=-1).values
+    blocks = torch.cat([indices, own if own_block else torch.full_like(own, -1)], dim=-1)
+    blocks = blocks.masked_fill((blocks < 0) | (blocks > own), none).to(torch.int32).sort(dim=-1).values
     is_again = F.pad(blocks.diff(dim=-1) == 0, (1, 0))
     blocks = blocks.masked_fill(is_again, none).sort(dim=-1).values
     blocks = blocks.masked_fill(blocks == none, -1)
-    return blocks[..., :-1] if is_readable(blocks) and not bool((blocks[..., -1] >= 0).any()) else blocks
+    if is_readable(blocks):
+        last, before = blocks[..., -1:], blocks[..., -2:-1]
+        if not bool(((last >= 0) | ((before >= 0) & (before < own))).any()):
+            blocks = blocks[..., :-1]
+    return blocks.repeat_interleave(num_heads // blocks.shape[2], dim=2) if blocks.shape[2] != num_heads else blocks
 
 
 def mean_keys(k: Tensor, block_size: int) -> Tensor:

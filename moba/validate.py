@@ -106,6 +106,40 @@ def check_route_by(
     return by_q, by_k
 
 
+def check_block_indices(
+    block_indices: object, q: Tensor, num_kv_heads: int, topk: int | None, own_block: object, **others: object
+) -> int:
+    """Check a selection of blocks given beside q [.., T, H, D], and that what chooses one is not; return its K.
+
+    Args:
+        others: arguments that serve to choose a routing, by name; all must be None.
+    """
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"block_indices say which blocks to attend to, so they cannot be combined with {name}")
+    if not isinstance(own_block, bool):
+        raise ValueError(f"own_block must be True or False, got {own_block!r}")
+    layout = "[B, T, H or G, K]" if q.ndim == 4 else "[total, H or G, K]"
+    if (
+        not isinstance(block_indices, Tensor)
+        or block_indices.dtype not in (torch.int32, torch.int64)
+        or block_indices.ndim != q.ndim
+        or block_indices.shape[:-2] != q.shape[:-2]
+        or block_indices.shape[-2] not in (q.shape[-2], num_kv_heads)
+        or block_indices.shape[-1] < 1
+    ):
+        raise ValueError(
+            f"block_indices must be int32 or int64 {layout} with a K >= 1 beside q {tuple(q.shape)} and {num_kv_heads} "
+            f"key/value heads, got {describe(block_indices)}"
+        )
+    if block_indices.device != q.device:
+        raise ValueError(f"block_indices must be on {q.device} like q, got {block_indices.device}")
+    places = block_indices.shape[-1]
+    if topk not in (None, places):
+        raise ValueError(f"topk must be left out or be the {places} places of block_indices, got {topk!r}")
+    return places
+
+
 def check_bounds(key_start: Tensor | None, key_end: Tensor | None, rows: Tensor, num_keys: int) -> None:
     """Check key_start and key_end, int32 [B] beside rows [B, ...], and where values can be read, that
     0 <= key_start <= key_end <= S.
@@ -160,7 +194,7 @@ def check_pages(pages: Tensor, page_table: Tensor, key_end: Tensor | None, num_r
     check_bounds(None, key_end, page_table, page_table.shape[1] * pages.shape[1])
 
 
-def check_page_means(name: str, means: Tensor, pages: Tensor, block_size: int) -> None:
+def check_page_means(name: str, means: Tensor | None, pages: Tensor, block_size: int) -> None:
     """Check means beside pages [P, page_size, G, D]."""
     expected = page_means_shape(pages, block_size)
     if not isinstance(means, Tensor) or tuple(means.shape) != expected or means.dtype != pages.dtype:

@@ -143,6 +143,35 @@ def test_values_of_another_head_dim(head_dim, value_dim, block_size, topk, dtype
         assert_near(step[same], whole[:, -3:][same], dtype, "a step")
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "block_size", "topk"), [(8, 1, 128, 16), (4, 2, 64, 4), (4, 4, 500, 2)])
+def test_blocks_that_somebody_else_selected(heads, kv_heads, block_size, topk):
+    """One list a key/value head, in any order, among them later blocks and none; steps read as the prefill does."""
+    q, k, v = (normal(2, 3000, n, 128) for n in (heads, kv_heads, kv_heads))
+    num_blocks = -(-3000 // block_size)
+    block_indices = torch.randint(-1, num_blocks, (2, 3000, kv_heads, topk), device="cuda")
+    options = {"block_size": block_size, "block_indices": block_indices, "backend": "triton"}
+    out, routing = moba_attention(q, k, v, **options, return_routing=True)
+    read = routing.block_mask(num_blocks)
+    own = torch.arange(3000, device="cuda") // block_size
+    listed = torch.nn.functional.one_hot(block_indices + 1, num_blocks + 1).any(-2)[..., 1:]
+    listed = listed.repeat_interleave(heads // kv_heads, dim=2)
+    blocks = torch.arange(num_blocks, device="cuda")
+    assert torch.equal(read, (listed & (blocks < own[:, None])[:, None]) | (blocks == own[:, None])[:, None])
+    step = moba_attention(q[:, -3:], k, v, **{**options, "block_indices": block_indices[:, -3:]})
+    assert_near(step, out[:, -3:], q.dtype, "a step")
+    places = routing.indices.shape[-1]
+    given = {"block_size": block_size, "topk": places, "routing": routing, "return_lse": True}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    d_out = torch.randn_like(out)
+    actual = torch.autograd.grad(moba_attention(*leaves, **options), leaves, d_out)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected, _ = moba_attention(*exact, **given, backend="reference")
+    assert_near(out, expected, q.dtype, "out")
+    wanted = torch.autograd.grad(expected, exact, d_out.double())
+    for name, a, b in zip(("d_q", "d_k", "d_v"), actual, wanted, strict=True):
+        assert_near(a, b, q.dtype, name)
+
+
 def test_one_of_everything():
     """Every public function on one row, token, head, block, sequence and page."""
     x = normal(1, 1, 1, 16)

@@ -15,6 +15,7 @@ from moba import MoBAConfig, Routing, append_block_means, moba_attention, moba_a
 
 Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
 VALID = {"block_size": 4, "topk": 2}
+CHOSEN = torch.zeros(2, 12, 2, 2, dtype=torch.int64)
 ONES = torch.ones(2, dtype=torch.int32)
 
 
@@ -54,6 +55,26 @@ def int32(*values):
         (
             {"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4), "keep_first": 1},
             "cannot be combined with router, keep_first and keep_recent, got 'mean', 1 and 0",
+        ),
+        ({"topk": None}, "topk must be an integer >= 1, got None"),
+        ({"block_indices": CHOSEN, "topk": 3}, "topk must be left out or be the 2 places of block_indices, got 3"),
+        ({"block_indices": CHOSEN, "own_block": 1}, "own_block must be True or False, got 1"),
+        ({"own_block": False}, "own_block says how block_indices are read, and there are none: got False"),
+        (
+            {"block_indices": CHOSEN[:, 1:]},
+            "block_indices must be int32 or int64 [B, T, H or G, K] with a K >= 1 beside",
+        ),
+        ({"block_indices": CHOSEN[:, :, :1]}, "q (2, 12, 4, 8) and 2 key/value heads, got torch.int64 (2, 12, 1, 2)"),
+        ({"block_indices": CHOSEN[..., :0]}, "got torch.int64 (2, 12, 2, 0)"),
+        ({"block_indices": CHOSEN.float()}, "got torch.float32 (2, 12, 2, 2)"),
+        ({"block_indices": [[0]]}, "got [[0]]"),
+        ({"block_indices": CHOSEN.to("meta")}, "block_indices must be on cpu like q, got meta"),
+        ({"block_indices": CHOSEN, "router": "sink"}, "block_indices say which blocks to attend to, so it cannot be"),
+        ({"block_indices": CHOSEN, "route_by": (Q, K)}, "so they cannot be combined with route_by"),
+        ({"block_indices": CHOSEN, "block_means": K[:, ::4]}, "so they cannot be combined with block_means"),
+        (
+            {"block_indices": CHOSEN, "routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4)},
+            "so they cannot be combined with routing",
         ),
         ({"route_by": (Q, K), "router": "sink"}, "route_by serves to score blocks, and router='sink' scores none"),
         ({"router": lambda q, means: torch.zeros(3, 1, 1)}, "router must return floating scores [rows, H, N]"),

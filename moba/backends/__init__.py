@@ -1,19 +1,21 @@
 """The contract of a backend, and the one table that resolves "auto".
 
-A backend is a module with five functions over tensors q [R, T, H, D], k [R, S, G, D] and v [R, S, G, Dv] (any strides
+A backend is a module with six functions over tensors q [R, T, H, D], k [R, S, G, D] and v [R, S, G, Dv] (any strides
 with a contiguous last dimension) and the `Sequences` that lie in them:
 
-    unsupported(q, k) -> str | None
-        Why this backend cannot run on these tensors, or None if it can.
+    unsupported(q, k, *, own_block=True) -> str | None
+        Why this backend cannot run on these tensors and as asked (see `attend`), or None if it can.
     route(q, k, sequences, selection, means=None) -> indices
         int32 [R, T, H, K]: ascending block numbers, own block included, then -1 (also where `selection.top_p` makes
         do with fewer blocks than there are places for); -1 everywhere in padded rows. By the
         given means of finished blocks (see below) if they are there; k is then not read and may be None.
-    attend(q, k, v, indices, sequences, *, block_size, scale) -> (out, lse)
+    attend(q, k, v, indices, sequences, *, block_size, scale, own_block=True) -> (out, lse)
         out [R, T, H, Dv] in q's dtype, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there.
-        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored.
+        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored, and
+        the last place is the own block's or nobody's. With own_block=False the own block is read only where `indices`
+        hold it; a query that then has no block gives what a padded row gives.
 
-Two of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
+Three of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
 or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and
 write the means of finished blocks, [R, N, G, D] in k's dtype with N >= S // block_size; block j of row r is counted
 from the row's key_start. An entry that stands for an unfinished block holds anything, NaN included, and is never used.
@@ -26,6 +28,8 @@ each where its keys lie; or [P, 1, G, D] where a block spans pages, each under t
     decode(q, k, v, means, sequences, selection, *, scale) -> (out, lse, indices)
         `route`, by the given means, and `attend` for at most MAX_DECODE_QUERIES queries a row; never packed sequences.
         Reads the selected keys only.
+    attend_step(q, k, v, indices, sequences, *, block_size, scale, own_block=True) -> (out, lse)
+        `attend` in the manner of `decode`. `indices` hold the own block where it is read.
 """
 
 from __future__ import annotations
@@ -73,16 +77,19 @@ def load(name: str) -> ModuleType:
         raise ValueError(f"backend={name!r} is not available here: {error}") from error
 
 
-def unavailable(name: str, q: Tensor, k: Tensor) -> str | None:
-    """Why the backend cannot run on these tensors here, or None if it can."""
+def unavailable(name: str, q: Tensor, k: Tensor, **asked: bool) -> str | None:
+    """Why the backend cannot run on these tensors here, as asked, or None if it can."""
     try:
-        return load(name).unsupported(q, k)
+        return load(name).unsupported(q, k, **asked)
     except ValueError as error:
         return str(error)
 
 
-def resolve(name: str, q: Tensor, k: Tensor) -> ModuleType:
+def resolve(name: str, q: Tensor, k: Tensor, **asked: bool) -> ModuleType:
     """The module of the named backend, or of the one that "auto" takes for these tensors.
+
+    Args:
+        asked: what else the call asks for, as `unsupported` takes it.
 
     Raises:
         ValueError: if the named backend cannot run on them; it says why.
@@ -91,11 +98,11 @@ def resolve(name: str, q: Tensor, k: Tensor) -> ModuleType:
         raise ValueError("q, k and v must hold values, got tensors on the device meta")
     if name != "auto":
         backend = load(name)
-        if reason := backend.unsupported(q, k):
+        if reason := backend.unsupported(q, k, **asked):
             raise ValueError(f"backend={name!r} cannot run here: {reason}")
         return backend
     candidates = AUTO.get(q.device.type, AUTO_OTHERWISE)
-    chosen = next((c for c in candidates if unavailable(c, q, k) is None), candidates[-1])
+    chosen = next((c for c in candidates if unavailable(c, q, k, **asked) is None), candidates[-1])
     if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
         _announced.add((q.device.type, chosen))
         logger.info('backend="auto" takes %r on %s', chosen, q.device)

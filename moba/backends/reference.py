@@ -14,7 +14,7 @@ from moba.routing import Selection, outside_graphs
 from moba.sequences import Sequences, Span
 
 
-def unsupported(q: Tensor, k: Tensor) -> str | None:
+def unsupported(q: Tensor, k: Tensor, *, own_block: bool = True) -> str | None:
     """Why this backend cannot run on these tensors: None, it always can."""
     return None
 
@@ -90,30 +90,40 @@ def attention_mask(indices: Tensor, span: Span, block_size: int) -> Tensor:
 
 @outside_graphs
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    scale: float,
+    own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
     group = q.shape[2] // k.shape[2]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     for span in sequences.spans():
-        q_rows = slice(span.q_start, span.q_start + span.q_len)
+        all_rows = torch.arange(span.q_start, span.q_start + span.q_len, device=q.device)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
-        hidden = attention_mask(indices[span.row, q_rows], span, block_size).logical_not_()
+        hidden_from_all = attention_mask(indices[span.row, all_rows], span, block_size).logical_not_()
         for head in range(q.shape[2]):
+            sees_any = ~hidden_from_all[head].all(dim=-1)
+            q_rows, hidden = all_rows[sees_any], hidden_from_all[head, sees_any]
             queries, keys, values = q[span.row, q_rows, head], *(x[span.row, k_rows, head // group] for x in (k, v))
             is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (queries, keys, values))
             head_out, head_lse = _softmax_attention(
                 queries.masked_fill(is_bad_query[:, None], 0.0),
                 keys.masked_fill(is_bad_key[:, None], 0.0),
                 values.masked_fill(is_bad_value[:, None], 0.0),
-                hidden[head],
+                hidden,
                 scale,
             )
             # 0 · NaN is NaN, so that each row that NaN or inf belongs to is computed from the keys that it sees alone.
-            sees_bad = is_bad_query | (~hidden[head] & (is_bad_key | is_bad_value)).any(dim=-1)
+            sees_bad = is_bad_query | (~hidden & (is_bad_key | is_bad_value)).any(dim=-1)
             for row in sees_bad.nonzero()[:, 0].tolist():
-                seen = ~hidden[head, row]
+                seen = ~hidden[row]
                 head_out[row], head_lse[row] = _softmax_attention(queries[row], keys[seen], values[seen], None, scale)
             out[span.row, q_rows, head], lse[span.row, q_rows, head] = head_out, head_lse
     if torch.is_grad_enabled():
@@ -161,3 +171,21 @@ def decode(
         sequences = sequences.without_pages()
     indices = route(q, None, sequences, selection, means)
     return (*attend(q, k, v, indices, sequences, block_size=selection.block_size, scale=scale), indices)
+
+
+def attend_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    scale: float,
+    own_block: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, of pages once they lie in rows. See `moba.backends` for the contract."""
+    if sequences.page_table is not None:
+        k, v = sequences.gather_pages(k), sequences.gather_pages(v)
+        sequences = sequences.without_pages()
+    return attend(q, k, v, indices, sequences, block_size=block_size, scale=scale, own_block=own_block)

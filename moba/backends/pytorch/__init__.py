@@ -6,10 +6,11 @@ from torch import Tensor
 
 from moba.backends.pytorch.attention import attend as attend
 from moba.backends.pytorch.decoding import append_means as append_means
+from moba.backends.pytorch.decoding import attend_step as attend_step
 from moba.backends.pytorch.decoding import decode as decode
 from moba.routing import route as route
 
 
-def unsupported(q: Tensor, k: Tensor) -> str | None:
+def unsupported(q: Tensor, k: Tensor, *, own_block: bool = True) -> str | None:
     """Why this backend cannot run on these tensors: None, it always can."""
     return None

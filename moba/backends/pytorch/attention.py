@@ -35,17 +35,33 @@ CPU_STEP_BYTES = 4 << 20
 
 @outside_graphs
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    scale: float,
+    own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the routing's blocks. See `moba.backends` for the contract."""
     q, scale = positive_scale(q, scale)
-    return _Attend.apply(q, k, v, indices, sequences, block_size, scale)
+    return _Attend.apply(q, k, v, indices, sequences, _Options(block_size, scale, own_block))
+
+
+class _Options(NamedTuple):
+    """What `attend` is told beside tensors, the scale larger than 0."""
+
+    block_size: int
+    scale: float
+    own_block: bool
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, block_size: int, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, options: _Options
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -53,14 +69,14 @@ class _Attend(torch.autograd.Function):
         for is_careful in (False, True):
 
             def run(part: _Pass, is_careful: bool = is_careful) -> None:
-                out[part.where], lse[part.where] = _forward_pass(part, scale, is_careful)
+                out[part.where], lse[part.where] = _forward_pass(part, is_careful)
 
-            for_each(run, list(_passes(q, k, v, indices, sequences, block_size)), q.device)
+            for_each(run, list(_passes(q, k, v, indices, sequences, options)), q.device)
             # What is not finite may have come through a mask: see `dense`.
             if all_finite(out):
                 break
         ctx.save_for_backward(q, k, v, indices, out, lse)
-        ctx.sequences, ctx.block_size, ctx.scale = sequences, block_size, scale
+        ctx.sequences, ctx.options = sequences, options
         return out, lse
 
     @staticmethod
@@ -82,16 +98,14 @@ class _Attend(torch.autograd.Function):
                     None if d_lse is None else d_lse[part.where],
                 )
                 try:
-                    d_q[part.where] = _backward_pass(
-                        part, results, d_k[part.keys], d_v[part.keys], ctx.scale, is_careful
-                    )
+                    d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], is_careful)
                 finally:
                     part.turn.end()
 
-            for_each(run, list(_passes(q, k, v, indices, ctx.sequences, ctx.block_size)), q.device)
+            for_each(run, list(_passes(q, k, v, indices, ctx.sequences, ctx.options)), q.device)
             if all_finite(d_q, d_k, d_v):
                 break
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
+        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 
 class _Turn:
@@ -131,10 +145,14 @@ class _Pass(NamedTuple):
     v: Tensor  # [S, Dv]
     indices: Tensor  # int32 [T, H/G, K]
     offset: int  # position of the first query
-    block_size: int
+    options: _Options
     where: tuple[int, slice, slice]  # of the pass's rows in q
     keys: tuple[int, slice, int]  # of the sequence's keys in k
     turn: _Turn  # among the passes of the same keys
+
+    @property
+    def block_size(self) -> int:
+        return self.options.block_size
 
     @property
     def num_past(self) -> int:
@@ -158,6 +176,14 @@ class _Pass(NamedTuple):
         """The same as [parts, T, H/G, ...]."""
         return parts[:-1].unflatten(0, (self.num_parts, *self.q.shape[:2]))
 
+    def reads_own(self) -> Tensor | None:
+        """Which rows read their own block: bool [T, H/G], None for all."""
+        if self.options.own_block:
+            return None
+        positions = torch.arange(self.offset, self.offset + self.q.shape[0], device=self.q.device)
+        own = torch.div(positions, self.block_size, rounding_mode="floor")
+        return (self.indices == own[:, None, None]).any(dim=-1)
+
     def finished_blocks(self, x: Tensor) -> Tensor:
         """[S, D] -> [N, block_size, D], a view."""
         count = x.shape[0] // self.block_size
@@ -173,8 +199,10 @@ class _Results(NamedTuple):
     d_lse: Tensor | None
 
 
-def _passes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, block_size: int) -> Iterator[_Pass]:
-    group = q.shape[2] // k.shape[2]
+def _passes(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, options: _Options
+) -> Iterator[_Pass]:
+    group, block_size = q.shape[2] // k.shape[2], options.block_size
     for span in sequences.spans():
         most_blocks = (span.k_len - 1) // block_size + 1
         topk = min(indices.shape[3], most_blocks)
@@ -194,7 +222,7 @@ def _passes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequenc
                 where = (span.row, slice(span.q_start + start, span.q_start + stop), heads)
                 at = (span.row, keys, kv_head)
                 chosen = _narrowed(indices[where], topk)
-                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, block_size, where, at, turn)
+                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, options, where, at, turn)
 
 
 def _ranges(span: Span, num_queries: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -313,8 +341,9 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
         yield _Own(start - part.offset, start, 1, stop - start, stop - start, True, diagonal)
 
 
-def _forward_pass(part: _Pass, scale: float, is_careful: bool) -> tuple[Tensor, Tensor]:
+def _forward_pass(part: _Pass, is_careful: bool) -> tuple[Tensor, Tensor]:
     """out [T, H/G, Dv] and lse [T, H/G] of a pass."""
+    scale, reads_own = part.options.scale, part.reads_own()
     outs = part.new_parts(part.v.shape[1], fill=None)
     lses = part.new_parts(fill=-torch.inf, dtype=accumulation_dtype(part.q.dtype))
     q_rows = part.q.flatten(0, 1)
@@ -329,13 +358,16 @@ def _forward_pass(part: _Pass, scale: float, is_careful: bool) -> tuple[Tensor, 
         q = own.take(part.q)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
         out, lse = dense.forward(q, k, v, scale, own.is_causal, is_careful)
+        if reads_own is not None:
+            lse = lse.masked_fill(~own.take(reads_own), -torch.inf)
         own.take(outs[own.part]).copy_(out)
         own.take(lses[own.part]).copy_(lse)
     return combine(outs, lses)
 
 
-def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, scale: float, is_careful: bool) -> Tensor:
+def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, is_careful: bool) -> Tensor:
     """d_q [T, H/G, D] of a pass; adds to d_k [S, D] and d_v [S, Dv] of its kv head, in a fixed order."""
+    scale, reads_own = part.options.scale, part.reads_own()
     d_qs = part.new_parts(part.q.shape[2])
     q_rows, out_rows, lse_rows, d_out_rows = (x.flatten(0, 1) for x in (part.q, *results[:3]))
     d_lse_rows = None if results.d_lse is None else results.d_lse.flatten(0, 1)
@@ -345,6 +377,11 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, sca
         q, out, lse, d_out = (own.take(x) for x in (part.q, *results[:3]))
         d_lse = None if results.d_lse is None else own.take(results.d_lse)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
+        if reads_own is not None:
+            # What weighs nothing, and passes nothing on.
+            is_left_out = ~own.take(reads_own)
+            d_out, lse = d_out.masked_fill(is_left_out[..., None], 0.0), lse.masked_fill(is_left_out, torch.inf)
+            d_lse = None if d_lse is None else d_lse.masked_fill(is_left_out, 0.0)
         d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal, is_careful)
         own.take(part.by_part(d_qs)[own.part]).copy_(d_q)
         own.add_to_keys(d_k, d_k_own)

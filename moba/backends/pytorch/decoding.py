@@ -71,7 +71,7 @@ def decode(
         return out, lse, q.new_empty(*q.shape[:3], selection.topk, dtype=torch.int32)
     positions = sequences.positions(q.device).long()
     chosen = _route(q, means, positions, sequences, selection)
-    out, lse = _attend(q, k, v, chosen, positions, sequences, selection.block_size, scale)
+    out, lse = attend_step(q, k, v, chosen, sequences, block_size=selection.block_size, scale=scale)
     indices = F.pad(chosen, (0, selection.topk - chosen.shape[-1]), value=-1)
     return out, lse, indices
 
@@ -201,19 +201,25 @@ def _slices(chosen: Tensor, positions: Tensor, sequences: Sequences, k: Tensor, 
     return _Slices(first.flatten(0, 2), token.flatten(0, 2), head, stop.flatten(0, 2))
 
 
-def _attend(
+@outside_graphs
+def attend_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    chosen: Tensor,
-    positions: Tensor,
+    indices: Tensor,
     sequences: Sequences,
+    *,
     block_size: int,
     scale: float,
+    own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query head over its own blocks: out [R, T, H, Dv], lse [R, T, H]."""
+    """Attention of every query head over its own blocks. See `moba.backends` for the contract."""
+    if q.numel() == 0:
+        lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+        return q.new_empty(*q.shape[:3], v.shape[3]), lse
+    positions = sequences.positions(q.device).long()
     width = block_size if sequences.page_table is None else min(block_size, sequences.page_size)
-    slices = _slices(chosen, positions, sequences, k, block_size, width)
+    slices = _slices(indices, positions, sequences, k, block_size, width)
     keys, values = _Rows.of(k), _Rows.of(v)
     q_rows = q.reshape(-1, q.shape[3])
     row_bytes = slices.token.shape[1] * width * max(8, max(q.shape[3], v.shape[3]) * q.element_size())
@@ -225,10 +231,10 @@ def _attend(
         for start in range(0, q_rows.shape[0], at_once)
     ]
     out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    if not sequences.is_plain:
-        is_padding = (positions < 0)[..., None].expand(q.shape[:3]).flatten()
-        out.masked_fill_(is_padding[:, None], 0.0)
-        lse.masked_fill_(is_padding, -torch.inf)
+    if not sequences.is_plain or not own_block:
+        sees_none = (indices < 0).all(dim=-1).flatten()
+        out.masked_fill_(sees_none[:, None], 0.0)
+        lse.masked_fill_(sees_none, -torch.inf)
     return out.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moba.backends.triton.attention import attend as attend
 from moba.backends.triton.decoding import append_means as append_means
+from moba.backends.triton.decoding import attend_step as attend_step
 from moba.backends.triton.decoding import decode as decode
 from moba.backends.triton.launch import IS_INTERPRETED
 from moba.backends.triton.routing import route as route
@@ -25,8 +26,10 @@ if IS_INTERPRETED:
     repair()
 
 
-def unsupported(q: Tensor, k: Tensor) -> str | None:
-    """Why this backend cannot run on these tensors, or None if it can."""
+def unsupported(q: Tensor, k: Tensor, *, own_block: bool = True) -> str | None:
+    """Why this backend cannot run on these tensors and as asked, or None if it can."""
+    if not own_block:
+        return "its kernels always read the own block, so own_block must be True"
     if q.dtype == torch.float64:
         return "Triton kernels take float16, bfloat16 and float32, not float64"
     if q.shape[-1] > MAX_HEAD_DIM:

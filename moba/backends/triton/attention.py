@@ -28,9 +28,18 @@ MIN_WORKSPACE_BYTES = 256 << 20
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    scale: float,
+    own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q Kᵀ) V over the keys that `indices` select. See `moba.backends` for the contract."""
+    assert own_block, "refused by `unsupported`"
     out, lse, _, _ = _attend(
         q, k, v, indices, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k, block_size, scale
     )

@@ -54,6 +54,22 @@ def decode(
     )  # fmt: skip
 
 
+def attend_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    scale: float,
+    own_block: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a routing, block by block. See `moba.backends` for the contract; numerics as `decode`."""
+    bounds = (sequences.key_start, sequences.key_end, sequences.page_table)
+    return _attend(q, k, v, indices, *bounds, block_size, scale)
+
+
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
     """Write the means of the blocks that each row's last keys finished. See `moba.backends` for the contract.
 
