@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
+from moba.combine import add_sinks
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
 from moba.routing import Routing, Selection, given_indices
@@ -22,6 +23,7 @@ from moba.validate import (
     check_means,
     check_route_by,
     check_scale,
+    check_sinks,
     describe,
     is_readable,
     require_tensors,
@@ -36,6 +38,7 @@ def moba_attention(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
@@ -63,6 +66,8 @@ def moba_attention(
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
         topk: blocks a query attends to, its own included, >= 1. May be left out with block_indices.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
+        sinks: [H] of any floating dtype: exp(sinks[h]) is added to the denominator of head h's softmax, as a key with
+            this logit and a value of zeros would. -inf for none.
         keep_first, keep_recent: the first blocks, and the past blocks nearest to the own, that are always selected;
             they take places of topk.
         router: "mean", "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice for the query
@@ -120,7 +125,7 @@ def moba_attention(
         chosen = {"routing": routing, "block_means": block_means, "route_by": route_by}
         topk = check_block_indices(block_indices, q, k.shape[2], topk, own_block, **chosen)
     call = Call(
-        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
     )
     return route_and_attend(
         q, k, v, sequences, call, routing=routing, block_indices=block_indices, block_means=block_means,
@@ -138,6 +143,7 @@ def moba_attention_varlen(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
@@ -157,9 +163,9 @@ def moba_attention_varlen(
         cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
             cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
         cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
-        block_size, topk, scale, keep_first, keep_recent, router, routing, block_indices, own_block, route_by, backend,
-            return_lse, return_routing: as in `moba_attention`, block_indices [total, G or H, K] and route_by packed
-            like q and k; blocks are numbered within each sequence.
+        block_size, topk, scale, sinks, keep_first, keep_recent, router, routing, block_indices, own_block, route_by,
+            backend, return_lse, return_routing: as in `moba_attention`, block_indices [total, G or H, K] and route_by
+            packed like q and k; blocks are numbered within each sequence.
 
     Returns:
         out [total, H, Dv]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
@@ -190,7 +196,7 @@ def moba_attention_varlen(
         topk = check_block_indices(block_indices, q, k.shape[1], topk, own_block, routing=routing, route_by=route_by)
         block_indices = block_indices[None]
     call = Call(
-        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
     )
     results = route_and_attend(
         q[None], k[None], v[None], sequences, call, routing=routing, block_indices=block_indices, route_by=by
@@ -206,13 +212,14 @@ class Call(NamedTuple):
     block_size: int
     topk: int | None
     scale: float | None
+    sinks: Tensor | None
     keep_first: int
     keep_recent: int
     router: Router
+    own_block: bool
     backend: str
     return_lse: bool
     return_routing: bool
-    own_block: bool = True
 
 
 def route_and_attend(
@@ -250,6 +257,7 @@ def route_and_attend(
     if route_by is not None and call.router in ("recent", "sink"):
         raise ValueError(f"route_by serves to score blocks, and router={call.router!r} scores none")
     scale = check_scale(call.scale, q.shape[-1])
+    check_sinks(call.sinks, q)
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)
     # A routing that is given may have fewer blocks than there are.
@@ -275,6 +283,8 @@ def route_and_attend(
             options: dict[str, Any] = {"block_size": fitting_size, "scale": scale, "own_block": call.own_block}
             attend = implementation.attend_step if is_step and block_indices is not None else implementation.attend
             out, lse = attend(q, k, v, indices, sequences, **options)
+        if call.sinks is not None:
+            out, lse = add_sinks(out, lse, call.sinks)
 
     asked = [lse] if call.return_lse else []
     if call.return_routing:
@@ -286,7 +296,7 @@ def _dense_serves(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, selecti
     """Whether torch's dense attention is the same function, needs no T × S mask, and gives all that is asked for."""
     num_read = selection.block_size * selection.topk
     reads_all = sequences.is_plain and num_read >= sequences.num_keys and selection.top_p is None
-    asks_more = call.return_lse or call.return_routing or _needs_grad(q, k, v)
+    asks_more = call.return_lse or call.return_routing or call.sinks is not None or _needs_grad(q, k, v)
     return reads_all and not asks_more and q.shape[1] in (1, k.shape[1])
 
 

@@ -139,6 +139,7 @@ def moba_attention_paged(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     router: Router = "mean",
@@ -163,7 +164,7 @@ def moba_attention_paged(
         key_end: int32 [B], the number of keys of each row.
         block_means: [P, page_size // block_size, G, D] where block_size divides page_size, or [P, 1, G, D] where it is
             a multiple; the means of finished blocks, as `append_block_means` writes them. Left out with block_indices.
-        block_size, topk, scale, keep_first, keep_recent, router, block_indices, own_block, backend, return_lse,
+        block_size, topk, scale, sinks, keep_first, keep_recent, router, block_indices, own_block, backend, return_lse,
             return_routing: as in `moba_attention`.
 
     Returns:
@@ -175,7 +176,7 @@ def moba_attention_paged(
     Numerics: as in `moba_attention`.
     """
     require_tensors(q=q, k_pages=k_pages, v_pages=v_pages)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_pages, v_pages, sinks)):
         raise ValueError("a paged cache serves inference only: call moba_attention_paged under torch.no_grad()")
     q, k_pages, v_pages = to_autocast_dtype(q, k_pages, v_pages)
     check_attention(4, q=q, k_pages=k_pages, v_pages=v_pages)
@@ -190,7 +191,7 @@ def moba_attention_paged(
         k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
         sequences = sequences.without_pages()
     call = Call(
-        block_size, topk, scale, keep_first, keep_recent, router, backend, return_lse, return_routing, own_block
+        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
     )
     by_means = None if sequences.page_table is None else block_means
     return route_and_attend(q, k_pages, v_pages, sequences, call, block_indices=block_indices, block_means=by_means)

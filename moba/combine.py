@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moba.numerics import accumulation_dtype
@@ -40,3 +41,21 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     for part, weight, is_used in zip(outs, weights, has_key, strict=True):
         out.addcmul_(part.to(wide).masked_fill(~is_used[..., None], 0.0), weight[..., None])
     return out.to(outs.dtype), lse
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose softmax has one more term in its denominator, exp(sink), that brings no value.
+
+    out' = sigmoid(lse − sink) · out;  lse' = log(exp(lse) + exp(sink)) = lse − log sigmoid(lse − sink)
+
+    Args:
+        out: [..., H, D], lse: [..., H] of the softmax without it.
+        sinks: floating [H]; -inf stands for none.
+
+    Returns:
+        out and lse in their dtypes. Where a query has no key, zeros and -inf as before. Differentiable in all three.
+    """
+    is_empty = lse == -torch.inf
+    gap = (lse - sinks.to(lse.dtype)).masked_fill(is_empty, 0.0)
+    scaled = (out * torch.sigmoid(gap)[..., None]).to(out.dtype)
+    return scaled, lse - F.logsigmoid(gap)

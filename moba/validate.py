@@ -140,6 +140,16 @@ def check_block_indices(
     return places
 
 
+def check_sinks(sinks: object, q: Tensor) -> None:
+    """Check one sink a head of q [.., H, D], None for none."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point() or sinks.shape != q.shape[-2:-1]:
+        raise ValueError(f"sinks must be a floating-point tensor [H] = [{q.shape[-2]}], got {describe(sinks)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on {q.device} like q, got {sinks.device}")
+
+
 def check_bounds(key_start: Tensor | None, key_end: Tensor | None, rows: Tensor, num_keys: int) -> None:
     """Check key_start and key_end, int32 [B] beside rows [B, ...], and where values can be read, that
     0 <= key_start <= key_end <= S.

@@ -172,6 +172,35 @@ def test_blocks_that_somebody_else_selected(heads, kv_heads, block_size, topk):
         assert_near(a, b, q.dtype, name)
 
 
+@pytest.mark.parametrize("dtype", SPACINGS, ids=str)
+@pytest.mark.parametrize(("block_size", "topk"), [(64, 8), (512, 3)])
+def test_sinks(block_size, topk, dtype):
+    """Out, lse and gradients, those of the sinks too; steps as the prefill."""
+    options = {"block_size": block_size, "topk": topk, "return_lse": True, "return_routing": True}
+    inputs = [normal(2, 1500, n, 64, dtype=dtype) for n in (4, 2, 2)] + [torch.tensor([-3.0, 0.5, 2.0, 8.0]).cuda()]
+    d_out = normal(2, 1500, 4, 64, dtype=dtype)
+
+    def run(inputs, **more):
+        q, k, v, sinks = (x.requires_grad_() for x in inputs)
+        out, lse, routing = moba_attention(q, k, v, sinks=sinks, **options, **more)
+        return [
+            out,
+            *torch.autograd.grad((out, lse), (q, k, v, sinks), (d_out.to(q.dtype), 0.1 * lse.detach())),
+        ], routing
+
+    results, routing = run(inputs, backend="triton")
+    expected, _ = run([x.detach().double() for x in inputs], backend="reference", routing=routing)
+    for name, a, b in zip(("out", "d_q", "d_k", "d_v"), results, expected, strict=False):
+        assert_near(a, b, dtype, name)
+    assert relative_error(results[4], expected[4]) < 5e-3
+    q, k, v, sinks = (x.detach() for x in inputs)
+    means = k.new_zeros(2, 1500 // block_size, 2, 64)
+    append_block_means(means, k, num_new=1500, block_size=block_size, backend="triton")
+    step, _, chosen = moba_attention(q[:, -3:], k, v, sinks=sinks, block_means=means, **options, backend="triton")
+    same = (chosen.indices == routing.indices[:, -3:]).all(-1)
+    assert_near(step[same], results[0][:, -3:][same], dtype, "a step")
+
+
 def test_one_of_everything():
     """Every public function on one row, token, head, block, sequence and page."""
     x = normal(1, 1, 1, 16)
