@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 import traceback
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from queue import Empty
 
 import torch
@@ -21,14 +23,13 @@ def _serve(rank, num_ranks, store, tasks, results, together):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=COLLECTIVE_S)
     )
-    while (task := tasks.get()) is not None:  # getting a file's first function imports that file
+    while True:
+        function, arguments = tasks.get()  # a file's first function imports that file
         together.wait()
-        function, arguments = task
         try:
             results.put((True, function(rank, *arguments)))
         except Exception as error:
             results.put((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    os._exit(0)  # every result was read; gloo's threads would hold up an orderly end
 
 
 class Ranks:
@@ -72,10 +73,8 @@ class Ranks:
                 assert all(process.is_alive() for process in self._processes), "a rank has died"
         raise AssertionError(f"no result for {RESULT_S} s")
 
-    def stop(self):
-        for tasks in self._tasks:
-            tasks.put(None)
-        for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+
+@cache
+def group_of(num_ranks):
+    """A group that all tests of this process share: starting one takes seconds. It ends with this process."""
+    return Ranks(num_ranks, Path(tempfile.mkdtemp()))

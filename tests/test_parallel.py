@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_close, make_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import group_of
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moba import moba_attention, moba_attention_varlen
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
 from moba.parallel import attention as parallel_attention
-from moba.parallel.exchange import Travel
+from moba.parallel.exchange import Gathering
 from moba.parallel.routing import SharedRouting, lent_rows
-from moba.parallel.selective import _wide
 
 BOTH = {"return_lse": True, "return_routing": True}
 
 
-def running_ranks(number, folders):
-    group = Ranks(number, folders.mktemp("ranks"))
-    yield group
-    group.stop()
+@pytest.fixture
+def two():
+    return group_of(2)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    yield from running_ranks(2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    yield from running_ranks(4, tmp_path_factory)
-
-
-@pytest.fixture(params=["two", "four"])
-def two_or_four(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture
+def ranks():
     """Three of them."""
-    yield from running_ranks(3, tmp_path_factory)
+    return group_of(3)
 
 
 def inputs(shape, dtype=torch.float32):
@@ -58,10 +42,7 @@ def inputs(shape, dtype=torch.float32):
 
 
 def on_rank(rank, shape, lengths, options):
-    """This rank's out, lse, indices and gradients. "nodes" among the options: a mesh of so many."""
-    options = dict(options)
-    if nodes := options.pop("nodes", None):
-        options["group"] = init_device_mesh("cpu", (nodes, len(lengths) // nodes))
+    """This rank's out, lse, indices and gradients."""
     start = sum(lengths[:rank])
     mine = slice(start, start + lengths[rank])
     q, k, v, d_out = (x[:, mine].clone() for x in inputs(shape))
@@ -74,7 +55,7 @@ def on_rank(rank, shape, lengths, options):
 def on_one_device(shape, options):
     *leaves, d_out = inputs(shape)
     leaves = [x.requires_grad_() for x in leaves]
-    options = {name: value for name, value in options.items() if name not in ("transport", "nodes")}
+    options = {name: value for name, value in options.items() if name != "transport"}
     if "cu_seqlens" in options:
         out, lse, routing = moba_attention_varlen(*(x[0] for x in leaves), **options, **BOTH)
         out, lse, indices = out[None], lse[None], routing.indices[None]
@@ -117,8 +98,8 @@ def test_three_ranks_compute_what_one_does(ranks, transport, case):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("case", ["two rows, shared keys", "uneven", "fewer blocks than ranks", "kept blocks"])
-def test_two_and_four_ranks_too(two_or_four, transport, case):
-    assert_case(two_or_four, transport, case)
+def test_two_ranks_too(two, transport, case):
+    assert_case(two, transport, case)
 
 
 def assert_case(ranks, transport, case):
@@ -141,13 +122,6 @@ def test_shards_of_any_length_are_gathered(ranks):
     assert_same_as_one_device(ranks, (1, 70, 2, 1, 16), [13, 1, 29], options)
 
 
-@pytest.mark.parametrize("head_dim", [1, 3, 6])
-def test_blocks_of_any_width_are_selected(ranks, head_dim):
-    """Those of whole eight bytes travel as such."""
-    options = {"block_size": 8, "topk": 3, "transport": "selective"}
-    assert_same_as_one_device(ranks, (2, 72, 4, 2, head_dim), [24, 16], options)
-
-
 def held_by_the_graph(rank, transport):
     """Whether keys are held for a backward whose saved tensors are not, as with checkpointed activations."""
     q, k, v, _ = (x[:, 24 * rank : 24 * rank + 24].clone() for x in inputs((1, 72, 6, 3, 8)))
@@ -164,26 +138,6 @@ def test_keys_are_not_held_until_the_backward(ranks, transport):
     assert ranks.run(held_by_the_graph, transport) == [False] * 3
 
 
-def test_blocks_without_neighbours_are_no_wider():
-    """A gradient may be one number, expanded."""
-    one = torch.ones((), dtype=torch.bfloat16).expand(2, 8, 1, 16)
-    assert _wide(one) is one
-
-
-NODES = {
-    **{name: CASES[name][1:] for name in ("even", "uneven", "kept blocks")},
-    "packed": ([30, 11, 20], {"block_size": 8, "topk": 2, "cu_seqlens": torch.tensor([0, 13, 13, 40, 77, 96]).int()}),
-}
-
-
-@pytest.mark.parametrize(
-    ("transport", "case"), [("gather", name) for name in NODES] + [("selective", "even"), ("selective", "uneven")]
-)
-def test_heads_inside_two_nodes(four, transport, case):
-    lengths, options = NODES[case]
-    assert_same_as_one_device(four, (1, 96, 12, 6, 16), lengths, {**options, "transport": transport, "nodes": 2})
-
-
 @given(data=st.data())
 @settings(max_examples=12)
 def test_any_shape(ranks, data):
@@ -196,15 +150,6 @@ def test_any_shape(ranks, data):
     options = {"block_size": block_size, "topk": data.draw(st.integers(1, 5))}
     options["transport"] = transport
     assert_same_as_one_device(ranks, shape, lengths, options)
-
-
-def without_gradients(rank, shape, lengths, options):
-    """Out and lse under no_grad, which takes another way to put heads together."""
-    start = sum(lengths[:rank])
-    q, k, v, _ = (x[:, start : start + lengths[rank]] for x in inputs(shape))
-    with torch.no_grad():
-        out, lse = context_parallel_attention(q, k, v, **options, return_lse=True)
-    return out.numpy(), lse.numpy()
 
 
 def shared_routing(rank, shape, lengths, selection):
@@ -245,6 +190,14 @@ def by_first_head(q, means):
     return scores[:, None].expand(-1, q.shape[1], -1)
 
 
+def without_gradients(rank, shape, lengths, options):
+    start = sum(lengths[:rank])
+    q, k, v, _ = (x[:, start : start + lengths[rank]] for x in inputs(shape))
+    with torch.no_grad():
+        out, lse = context_parallel_attention(q, k, v, **options, return_lse=True)
+    return out.numpy(), lse.numpy()
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_without_gradients_and_with_settings(ranks, transport):
     shape, lengths = (1, 72, 6, 6, 16), [24, 24, 24]
@@ -255,25 +208,28 @@ def test_without_gradients_and_with_settings(ranks, transport):
         assert_close(torch.cat([torch.from_numpy(part[i]) for part in results], dim=1), expected[i], 2e-5)
 
 
-def order_of_events(rank, transport):
-    """What happens when: travels by the order of their start, and attention by the order of its groups of heads."""
-    events, travels, marks = [], [], {"start": "go", "finish": "come", "start_back": "back", "finish_back": "came back"}
-    originals = {name: getattr(Travel, name) for name in marks}
+def order_of_events(rank):
+    """What happens when, by groups of heads: on their way, there, attended to; differentiated, gradients on their way.
+
+    "dq" is when q's gradient is whole, "dk" when the other ranks' gradients of keys are waited for.
+    """
+    events, counts = [], Counter()
+    methods = {"_start": "go", "arrive": "come", "start_back": "back", "gradients": "dk"}
+    originals = {name: getattr(Gathering, name) for name in methods}
 
     def noting(name):
-        def method(travel, *arguments):
-            if travel not in travels:
-                travels.append(travel)
-            if name != "finish" or "back" not in events[-1]:  # finish_back calls finish
-                events.append(f"{marks[name]} {travels.index(travel)}")
-            return originals[name](travel, *arguments)
+        def method(gathering, *arguments):
+            events.append(f"{methods[name]} {counts[name]}")
+            counts[name] += 1
+            return originals[name](gathering, *arguments)
 
         return method
 
-    replay, numbers = parallel_attention._Call.replay, iter(range(100))
+    replay = parallel_attention._Call.replay
 
     def attending(*arguments):
-        number = next(numbers)
+        number = counts["attend"]
+        counts["attend"] += 1
         events.append(f"attend {number}")
         out, *rest = replay(*arguments)
         out.register_hook(lambda gradient: events.append(f"differentiate {number}"))
@@ -282,22 +238,19 @@ def order_of_events(rank, transport):
     q, k, v, d_out = inputs((1, 48, 8, 4, 16))
     mine = slice(16 * rank, 16 * rank + 16)
     leaves = [x[:, mine].clone().requires_grad_() for x in (q, k, v)]
+    leaves[0].register_hook(lambda gradient: events.append("dq"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in marks:
-            patch.setattr(Travel, name, noting(name))
+        for name in methods:
+            patch.setattr(Gathering, name, noting(name))
         patch.setattr(parallel_attention._Call, "replay", attending)
-        context_parallel_attention(*leaves, block_size=8, topk=2, transport=transport).backward(d_out[:, mine])
+        context_parallel_attention(*leaves, block_size=8, topk=2).backward(d_out[:, mine])
     return events
 
 
-@pytest.mark.parametrize("transport", ["gather", "selective"])
-def test_rows_travel_while_other_heads_are_computed(ranks, transport):
-    for events in ranks.run(order_of_events, transport):
-        at = {event: place for place, event in enumerate(events)}
-        for group in range(3):
-            assert at[f"go {group + 1}"] < at[f"attend {group}"] < at[f"come {group + 1}"]
-            assert at[f"back {group + 1}"] < at[f"differentiate {group}"] < at[f"came back {group + 1}"]
-        assert at["go 0"] < at["come 0"] < at["attend 0"]
+def test_rows_travel_while_other_heads_are_computed(ranks):
+    forward = ["go 0", "go 1", "come 0", "attend 0", "come 1", "attend 1"]
+    backward = ["differentiate 1", "back 0", "differentiate 0", "back 1", "dq", "dk 0"]
+    assert ranks.run(order_of_events) == [forward + backward] * 3
 
 
 def gradients_of_some(rank, which, lengths, shape, transport):

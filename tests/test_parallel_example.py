@@ -23,7 +23,7 @@ def launched(*arguments):
     ("arguments", "expected"),
     [
         (["--tokens", "1000"], ["rank 0: tokens 0 to 383 of 1000", "rank 1: tokens 384 to 999 of 1000"]),
-        (["--tokens", "100", "--transport", "selective"], ["rank 0: no tokens", "rank 1: tokens 0 to 99 of 100"]),
+        (["--tokens", "100", "--transport", "heads"], ["rank 0: no tokens", "rank 1: tokens 0 to 99 of 100"]),
     ],
 )
 def test_two_processes_share_a_sequence(arguments, expected):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_close
-from ranks import Ranks
+from ranks import group_of
 from tiny_models import positions_of, random_tokens, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,19 +19,10 @@ CONFIG = MoBAConfig(8, 2, full_layers=1)
 DOCUMENTS = [7, 30, 1, 26]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture
+def ranks():
     """Two of them."""
-    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.stop()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.stop()
+    return group_of(2)
 
 
 def batch_of(kind):
@@ -105,22 +96,20 @@ SETTINGS = {
 
 @pytest.mark.parametrize(
     ("settings", "kind"),
-    [(name, kind) for name in SETTINGS for kind in ("plain", "packed")] + [("plain", "uneven"), ("selective", "plain")],
+    [(name, kind) for name in SETTINGS for kind in ("plain", "packed")] + [("plain", "uneven")],
 )
 def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
-    options = SETTINGS.get(settings, {"transport": settings})
+    options = SETTINGS[settings]
     outcomes = ranks.run(step, kind, options)
     assert len(outcomes) == 2
     assert_as_one_process(outcomes, model_of({**options, "sharded": False}), batch_of(kind))
 
 
-def step_of_two_groups(rank, transport, prepare=None):
+def step_of_two_groups(rank):
     """As `step`, of four ranks: two share each row of a batch, and all four the parameters."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     model = model_of({})
-    if prepare is not None:
-        prepare(model)
-    parallelize(model, mesh["cp"], transport=transport)
+    parallelize(model, mesh["cp"])
     shard_parameters(model, mesh)
     row = {name: x[rank // 2 : rank // 2 + 1] for name, x in batch_of("plain").items()}
     loss = model(**shard_batch(row, mesh["cp"]), use_cache=False).loss
@@ -128,9 +117,8 @@ def step_of_two_groups(rank, transport, prepare=None):
     return loss.item(), {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("transport", ["gather", "selective"])
-def test_context_parallelism_and_fsdp2_share_one_mesh(four, transport):
-    outcomes = four.run(step_of_two_groups, transport)
+def test_context_parallelism_and_fsdp2_share_one_mesh():
+    outcomes = group_of(4).run(step_of_two_groups)
     assert len(outcomes) == 4
     assert_as_one_process(outcomes, model_of({}), batch_of("plain"))
 

@@ -10,25 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_parallel import by_first_head, inputs
-from test_parallel import four as four
 from test_parallel import ranks as ranks
-from test_parallel import two as two
 from torch.distributed.device_mesh import init_device_mesh
 
 from moba.parallel import context_parallel_attention
-
-
-def disagree_in_nodes(rank):
-    q = torch.zeros(1, 16, 4, 8)
-    k = torch.zeros(1, 16, 3 if rank == 1 else 4, 8)
-    mesh = init_device_mesh("cpu", (2, 2))
-    context_parallel_attention(q, k, k, group=mesh, block_size=8, topk=2)
-
-
-def test_all_nodes_learn_of_what_is_not_valid(four):
-    outcomes = four.outcomes(disagree_in_nodes)
-    assert [is_right for is_right, _ in outcomes] == [False] * 4
-    assert all(said.startswith("ValueError") for _, said in outcomes)
 
 
 def disagree(rank, what):
@@ -76,14 +61,17 @@ def is_given(rank, what):
         options["backend"] = "triton" if rank else "pytorch"
     elif what == "too large":
         options["block_size"] = 1 << 70 if rank else 8
-    elif what == "selective":
-        options |= {"transport": "selective", "cu_seqlens": torch.tensor([0, 48]).int()}
+    elif what == "rows":
+        options["cu_seqlens"] = torch.tensor([0, 48]).int()
+        q = torch.zeros(2, 16, 2, 8)
+    elif what == "mesh":
+        options["group"] = init_device_mesh("cpu", (1, 3))
     elif what == "some heads":
         options |= {"transport": "heads", "router": by_first_head}
         q = torch.zeros(1, 16, 3, 8)
     elif what != "values":
         options["cu_seqlens"] = torch.tensor({"beyond the end": [0, 49], "not ascending": [0, 20, 10, 48]}[what]).int()
-    k = torch.zeros(1, 16, 3 if what in ("heads", "some heads") else 1, 8)
+    k = torch.zeros(2 if what == "rows" else 1, 16, 3 if what in ("heads", "some heads") else 1, 8)
     context_parallel_attention(q, k, k[..., :4] if what == "values" else k, **options)
 
 
@@ -97,7 +85,8 @@ def is_given(rank, what):
         ("scale", "scale must be a finite number or None, got '0.5'"),
         ("backend", "backend='triton' cannot run here: needs a CUDA device"),
         ("too large", "Overflow"),
-        ("selective", 'cu_seqlens needs batch size 1 and transport="gather" or "heads"'),
+        ("rows", "cu_seqlens needs batch size 1, got 2"),
+        ("mesh", "group must be a mesh of one dimension, such as mesh['cp'], got one of 2 dimensions"),
         ("some heads", "a router that is a function needs all heads"),
         ("beyond the end", "cu_seqlens must ascend from 0 to at most 48, got [0, 49]"),
         ("not ascending", "cu_seqlens must ascend from 0, got [0, 20, 10, 48]"),
@@ -124,17 +113,6 @@ def test_shards_of_an_earlier_call_are_taken(ranks):
     for is_right, message in ranks.outcomes(with_shards_of_before, 8):
         assert not is_right
         assert message.startswith("ValueError: shards gives this rank 16 tokens, got 8")
-
-
-def shards_of_part_blocks(rank):
-    q = torch.zeros(1, 12, 2, 8)
-    context_parallel_attention(q, q, q, block_size=8, topk=2, transport="selective")
-
-
-def test_selecting_needs_whole_blocks(ranks):
-    for is_right, message in ranks.outcomes(shards_of_part_blocks):
-        assert not is_right
-        assert "begins at position 12" in message
 
 
 def test_needs_a_process_group():

@@ -30,14 +30,14 @@ def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
     assert whole["header"]["ranks"] == "2"
     assert (record["heads"], record["kv_heads"]) == (2, 2)
     ways = record["ways"]
-    for way in ("one", "share", "gather", "selective", "heads"):
+    for way in ("one", "share", "gather", "heads"):
         assert ways[way]["train_ms"] > 0
         # Where the run stands.
         assert len(re.findall(rf"^\d\d:\d\d:\d\d   {way}( \.\.\.|: forward [\d.]+ ms)$", result.stderr, re.M)) == 2
-    assert ways["gather"]["needed"] == ways["selective"]["needed"] > 0
-    assert ways["selective"]["needed"] <= ways["selective"]["sent"] < 1.2 * ways["selective"]["needed"]
+    keys = 2 * 256 * 2 * 16 * 4  # k and v of the first rank, fp32; means, and what the ranks compare, are less
+    assert keys <= ways["gather"]["sent"] < 1.1 * keys
     assert json.loads((tmp_path / "result.json").read_text()) == whole
-    assert "selective" in (tmp_path / "result.md").read_text()
+    assert "gather" in (tmp_path / "result.md").read_text()
 
     # A run that ended in a case goes on behind it.
     whole["records"][1] = {"case": record["case"], "failed": "the run ended in this case"}

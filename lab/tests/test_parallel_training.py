@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_parallel_models import assert_as_one_process, batch_of, model_of, refused, step, step_of_two_groups
-from test_parallel_models import four as four
+from test_parallel_models import assert_as_one_process, batch_of, model_of, refused, step
 from test_parallel_models import ranks as ranks
 
 from moba_lab.models.key_convolution import add_key_convolution
@@ -24,13 +23,6 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, kind, settings):
     outcomes = ranks.run(step, kind, settings, as_trained)
     assert len(outcomes) == 2
     assert_as_one_process(outcomes, as_trained(model_of({})), batch_of(kind))
-
-
-@pytest.mark.parametrize("transport", ["gather", "selective"])
-def test_context_parallelism_and_fsdp2_share_one_mesh(four, transport):
-    outcomes = four.run(step_of_two_groups, transport, as_trained)
-    assert len(outcomes) == 4
-    assert_as_one_process(outcomes, model_of({}), batch_of("plain"))
 
 
 def test_key_convolutions_are_refused(ranks):

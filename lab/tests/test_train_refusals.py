@@ -87,7 +87,6 @@ def test_a_folder_is_no_recipe(moba, tmp_path):
         ("model.rope_scaling=longrope", "model.rope_scaling must be one of 'linear', 'yarn', got 'longrope'"),
         ("data.span=63", "data.span must be an integer >= 64, got 63"),
         ("data.span=true", "data.span must be an integer"),
-        ("data.whole_rows=true\\ndata.span=99\\ntraining.transport=selective", "set data.whole_rows and no data.span"),
         ("training.tail=8", "training.tail is the end of rows that one document fills: set data.whole_rows"),
         ("data.whole_rows=true\\ntraining.tail=64", "a tail below data.context = 64, got 64"),
         ("data.whole_rows=true\\ntraining.tail=8\\ntraining.compile=true", "cannot be combined with compile"),

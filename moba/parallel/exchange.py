@@ -1,13 +1,13 @@
-"""Rows that travel between ranks while something else is computed, forward and, as gradients, back.
+"""Rows that travel between ranks, forward and, as gradients, back.
 
-NCCL moves them on a stream of its own: the GPU computes on what came before until `Travel.wait` orders its stream
-behind the transfer, and the host never waits.
+NCCL moves them on a stream of its own: the GPU computes on what came before until a wait orders its stream behind the
+transfer, and the host never waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moba.numerics import accumulation_dtype
+from moba.parallel.shards import Shards
 
 
 class Transfer:
-    """Exchanges with every rank of a group, under way until `finish` returns what came.
+    """Exchanges with every rank of a group, under way until `arrivals` returns what came.
 
     Args:
         sends: of each tensor that travels, for each rank the rows [*, ...] that go there.
@@ -31,138 +32,195 @@ class Transfer:
     def __init__(
         self, sends: Sequence[Sequence[Tensor]], counts: Sequence[int], group: ProcessGroup, copies_own: bool = True
     ) -> None:
-        me = group.rank()
-        self._received: list[Tensor] = []
-        # Held until the transfer is over: the allocator must not give their memory away before.
-        self._sends: list[Tensor] = []
-        operations = []
-        for rows in sends:
-            come = [count if copies_own or peer != me else 0 for peer, count in enumerate(counts)]
-            received = rows[me].new_empty(sum(come), *rows[me].shape[1:])
-            parts = received.split(come)
-            if copies_own:
-                parts[me].copy_(rows[me])
-            self._received.append(received)
-            for peer in range(group.size()):
-                place = dist.get_global_rank(group, peer)
-                if peer != me and rows[peer].numel():
-                    is_copied = copies_own and rows[peer] is rows[me]
-                    self._sends.append(parts[me] if is_copied else rows[peer].contiguous())
-                    operations.append(dist.P2POp(dist.isend, self._sends[-1], place, group))
-                if peer != me and parts[peer].numel():
-                    operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+        # Of each tensor: the works, what comes, and what is sent, held until the transfer is over: the allocator must
+        # not give its memory away before.
+        self._under_way = [_exchange(rows, counts, group, copies_own) for rows in sends]
 
-    def finish(self) -> list[Tensor]:
-        """What came of each tensor, [sum of counts, ...], in the ranks' order."""
-        for work in self._works:
-            work.wait()
-        self._works, self._sends = [], []
-        return self._received
+    def arrivals(self) -> Iterator[Tensor]:
+        """What came of each tensor, [sum of counts, ...], in the ranks' order, once it is there."""
+        while self._under_way:
+            works, received, _ = self._under_way.pop(0)
+            for work in works:
+                work.wait()
+            yield received
 
 
-def send_and_receive(sends: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Exchange rows of one tensor with every rank of a group, without gradients: [sum of counts, ...]."""
-    (received,) = Transfer([sends], counts, group).finish()
-    return received
+def _exchange(
+    rows: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup, copies_own: bool
+) -> tuple[list[Any], Tensor, list[Tensor]]:
+    """Begin to send one tensor's rows: the works, what will have come, and what is sent."""
+    me = group.rank()
+    come = [count if copies_own or peer != me else 0 for peer, count in enumerate(counts)]
+    received = rows[me].new_empty(sum(come), *rows[me].shape[1:])
+    parts = received.split(come)
+    if copies_own:
+        parts[me].copy_(rows[me])
+    sent: list[Tensor] = []
+    operations = []
+    for peer in range(group.size()):
+        place = dist.get_global_rank(group, peer)
+        if peer != me and rows[peer].numel():
+            sent.append(parts[me] if copies_own and rows[peer] is rows[me] else rows[peer].contiguous())
+            operations.append(dist.P2POp(dist.isend, sent[-1], place, group))
+        if peer != me and parts[peer].numel():
+            operations.append(dist.P2POp(dist.irecv, parts[peer], place, group))
+    return dist.batch_isend_irecv(operations) if operations else [], received, sent
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How a tensor is cut into the rows for each rank, and its gradient put together.
+class Gathering:
+    """Keys and values of all ranks up to this one, for one group of key/value heads after the other.
 
-    Attributes:
-        cut: the tensor -> for each rank rows [*, ...]; all ranks' may be views of it.
-        merge: for each rank the gradient of the rows that went there -> the tensor's.
-    """
-
-    cut: Callable[[Tensor], Sequence[Tensor]]
-    merge: Callable[[list[Tensor]], Tensor]
-
-
-class Travel:
-    """Rows of this rank's tensors on their way to others, and theirs to here, from now on.
+    The first group's set out now, every other one's when the one before is asked for: they travel while that one is
+    computed. Backward, gradients travel back while the group before is differentiated.
 
     Args:
-        tensors: cut alike; differentiable.
-        cut: what goes where.
-        counts: for each rank how many rows come from there.
-        group: the process group, all of whose ranks do the same.
+        k, v: [B, T, G, D]; differentiable.
+        sizes: key/value heads in each group.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], cut: Cut, counts: Sequence[int], group: ProcessGroup) -> None:
-        self._cut, self._counts, self._group = cut, list(counts), group
-        self._lengths: list[int] = []
-        self._own: list[Tensor] = []
-        self._transfer: Transfer | None = None
-        self._ticket: Tensor | None = _Send.apply(self, *tensors)
+    def __init__(self, k: Tensor, v: Tensor, shards: Shards, sizes: Sequence[int]) -> None:
+        self._shards, self._sizes = shards, list(sizes)
+        heads = [x.detach().split(self._sizes, dim=2) for x in (k, v)]
+        self._waiting = list(zip(*heads, strict=True))
+        self._under_way: list[Transfer] = []
+        self._back: list[tuple[Transfer, list[Tensor]]] = []
+        self._tickets: list[Tensor] = list(_Depart.apply(self, k, v))
+        self._start()
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """What came of each tensor, [sum of counts, ...], in the ranks' order; to be called once."""
-        ticket, self._ticket = self._ticket, None
-        arrived: tuple[Tensor, ...] = _Receive.apply(ticket, self)
-        return arrived
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, heads, D] of the next group, S the tokens of all ranks up to this one."""
+        if self._waiting:
+            self._start()
+        # The graph holds this object: it must not hold the graph.
+        k, v = _Arrive.apply(self._tickets.pop(0), self)
+        return k, v
 
-    def start(self, tensors: Sequence[Tensor]) -> None:
-        """Send the tensors' rows."""
-        sends = [self._cut.cut(x) for x in tensors]
-        self._lengths = [rows.shape[0] for rows in sends[0]]
-        self._transfer = Transfer(sends, self._counts, self._group)
+    def _start(self) -> None:
+        me = self._shards.rank
+        rows = [x.transpose(0, 1) for x in self._waiting.pop(0)]
+        sends = [[x if rank >= me else x[:0] for rank in range(len(self._shards.lengths))] for x in rows]
+        self._under_way.append(Transfer(sends, self._counts, self._shards.group))
+
+    @property
+    def _counts(self) -> list[int]:
+        """Rows that come from each rank."""
+        return [length if rank <= self._shards.rank else 0 for rank, length in enumerate(self._shards.lengths)]
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """What came of the group that set out first."""
+        return tuple(x.transpose(0, 1) for x in self._under_way.pop(0).arrivals())
 
     def start_back(self, gradients: Sequence[Tensor]) -> None:
-        """Send the gradients of what came back to where it came from."""
-        sends = [x.split(self._counts) for x in gradients]
-        self._own = [rows[self._group.rank()] for rows in sends]
-        self._transfer = Transfer(sends, self._lengths, self._group, copies_own=False)
+        """Send the gradients [B, S, heads, D] of what came to where it came from: the last group's first."""
+        me = self._shards.rank
+        sends = [x.transpose(0, 1).contiguous().split(self._counts) for x in gradients]
+        counts = [self._shards.lengths[me] if rank > me else 0 for rank in range(len(self._shards.lengths))]
+        transfer = Transfer(sends, counts, self._shards.group, copies_own=False)
+        self._back.append((transfer, [rows[me] for rows in sends]))
 
-    def finish(self) -> list[Tensor]:
-        """What came."""
-        assert self._transfer is not None
-        transfer, self._transfer = self._transfer, None
-        return transfer.finish()
+    def gradients(self) -> list[Tensor]:
+        """The gradients of k and v, from those of all ranks that they went to."""
+        num_later = len(self._shards.lengths) - 1 - self._shards.rank
+        of_rows = [own.new_empty(*own.shape[:2], sum(self._sizes), own.shape[3]) for own in self._back[0][1]]
+        ends = list(accumulate(self._sizes))
+        for (transfer, own), size, end in zip(self._back, self._sizes[::-1], ends[::-1], strict=True):
+            for whole, mine, came in zip(of_rows, own, transfer.arrivals(), strict=True):
+                parts = came.unflatten(0, (num_later, mine.shape[0])).unbind()
+                add_up([mine, *parts], whole[:, :, end - size : end])
+        self._back = []
+        return [x.transpose(0, 1) for x in of_rows]
 
-    def finish_back(self) -> list[Tensor]:
-        """The gradients of the tensors, from those of all ranks that their rows went to."""
-        me, own, self._own = self._group.rank(), self._own, []
-        lengths = [0 if rank == me else length for rank, length in enumerate(self._lengths)]
-        parts = [list(x.split(lengths)) for x in self.finish()]
-        return [self._cut.merge([*rows[:me], mine, *rows[me + 1 :]]) for rows, mine in zip(parts, own, strict=True)]
 
-
-def add_up(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors, rounded once: in fp32 (fp64 for fp64), in their order, so that it repeats bit for bit."""
-    if len(parts) <= 2:
+def add_up(parts: Sequence[Tensor], out: Tensor) -> None:
+    """Write the sum of tensors, rounded once: in fp32 (fp64 for fp64), in their order, so that its bits repeat."""
+    if len(parts) == 1:
+        out.copy_(parts[0])
+    elif len(parts) == 2:
         # Any dtype's addition of two rounds once.
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    total = parts[0].to(accumulation_dtype(parts[0].dtype), copy=True)
-    for part in parts[1:]:
-        total += part
-    return total.to(parts[0].dtype)
+        torch.add(*parts, out=out)
+    else:
+        total = parts[0].to(accumulation_dtype(out.dtype), copy=True)
+        for part in parts[1:]:
+            total += part
+        out.copy_(total)
 
 
-class _Send(torch.autograd.Function):
-    """Tensors -> a ticket for what will come. Backward waits for the gradients that `_Receive` sent."""
-
-    @staticmethod
-    def forward(ctx: Any, travel: Travel, *tensors: Tensor) -> Tensor:
-        ctx.travel = travel
-        travel.start(tensors)
-        return tensors[0].new_empty(0)
+class _Depart(torch.autograd.Function):
+    """Keys and values -> a ticket for each group of heads. Backward waits for the gradients that `_Arrive` sent."""
 
     @staticmethod
-    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.travel.finish_back()
+    def forward(ctx: Any, gathering: Gathering, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        ctx.gathering = gathering
+        return tuple(k.new_empty(0) for _ in gathering._sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *tickets: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gathering.gradients()
 
 
-class _Receive(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
     """A ticket -> what came. Backward sends the gradients on their way and does not wait."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, travel: Travel) -> tuple[Tensor, ...]:
-        ctx.travel = travel
-        return tuple(travel.finish())
+    def forward(ctx: Any, ticket: Tensor, gathering: Gathering) -> tuple[Tensor, ...]:
+        ctx.gathering = gathering
+        return gathering.arrive()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.travel.start_back([x.contiguous() for x in gradients])
+        ctx.gathering.start_back(gradients)
         return gradients[0].new_empty(0), None
+
+
+def to_heads(tensors: Sequence[Tensor], shards: Shards) -> tuple[Tensor, ...]:
+    """Tensors [B, T, heads, D] of this rank's tokens -> [B, S, heads / ranks, D] of all tokens; differentiable."""
+    came: tuple[Tensor, ...] = _ToHeads.apply(shards, *tensors)
+    return came
+
+
+def to_tokens(x: Tensor, shards: Shards) -> Tensor:
+    """[B, S, heads / ranks, ...] of all tokens -> [B, T, heads, ...] of this rank's tokens; differentiable."""
+    came: Tensor = _ToTokens.apply(shards, x)
+    return came
+
+
+class _ToHeads(torch.autograd.Function):
+    """`to_heads`, whose gradients go the way of `to_tokens`."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shards = shards
+        return _exchange_heads(tensors, shards)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_exchange_tokens(gradients, ctx.shards)
+
+
+class _ToTokens(torch.autograd.Function):
+    """`to_tokens`, whose gradient goes the way of `to_heads`."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: Shards, x: Tensor) -> Tensor:
+        ctx.shards = shards
+        return _exchange_tokens([x], shards)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, _exchange_heads([gradient], ctx.shards)[0]
+
+
+def _exchange_heads(tensors: Sequence[Tensor], shards: Shards) -> tuple[Tensor, ...]:
+    sends = [x.transpose(0, 1).chunk(len(shards.lengths), dim=2) for x in tensors]
+    return tuple(x.transpose(0, 1) for x in Transfer(sends, shards.lengths, shards.group).arrivals())
+
+
+def _exchange_tokens(tensors: Sequence[Tensor], shards: Shards) -> tuple[Tensor, ...]:
+    me, num_ranks = shards.rank, len(shards.lengths)
+    sends = [x.transpose(0, 1).split(shards.lengths) for x in tensors]
+    transfer = Transfer(sends, [shards.lengths[me]] * num_ranks, shards.group, copies_own=False)
+    results = []
+    for rows, came in zip(sends, transfer.arrivals(), strict=True):
+        others = came.unflatten(0, (num_ranks - 1, shards.lengths[me])).unbind()
+        results.append(torch.cat([*others[:me], rows[me], *others[me:]], dim=2).transpose(0, 1))
+    return tuple(results)

@@ -26,7 +26,7 @@ from moba.hf.hooks import attentions
 from moba.hf.layout import PaddedRows, decode_layout, layout_mask
 from moba.hf.switch import refuse_other_models
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
-from moba.parallel.shards import Shards, agree, ranks_of
+from moba.parallel.shards import Shards, agree, process_group
 
 NAME = "moba_parallel"
 IGNORED = -100
@@ -38,7 +38,7 @@ class _Across:
     """The ranks that a model's sequences lie across, held by its attention modules."""
 
     def __init__(self, group: ProcessGroup | DeviceMesh | None, transport: str) -> None:
-        self.group, self.ranks, self.transport = group, ranks_of(group), transport
+        self.group, self.transport = process_group(group), transport
         self.shards: Shards | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Across:
@@ -56,10 +56,8 @@ def parallelize(
 
     Args:
         model: with a MoBA config of its own (`set_moba_config`), on every rank; changed in place.
-        group: the ranks that share a sequence: a process group, a mesh of one dimension, or of two (nodes and the ranks
-            of each), or None for all.
-        transport: as in `context_parallel_attention`. "selective" serves no packed documents, and layers on full
-            attention then gather.
+        group: the ranks that share a sequence: a process group, a mesh of one dimension, or None for all.
+        transport: as in `context_parallel_attention`.
 
     Raises:
         ValueError: if the model has no such config, or routes or convolves by what its layers alone know.
@@ -127,18 +125,16 @@ def parallel_attention_forward(
 
     if layer in (0, None):
         # What one rank was given and cannot honour must end all of them, here and not in the middle of a step.
-        shards = agree(q, across.ranks, check)
-        agree(q, across.ranks, lambda: _check_positions(position_ids, shards, cu_seq_lens_q))
+        shards = agree(q, across.group, check)
+        agree(q, across.group, lambda: _check_positions(position_ids, shards, cu_seq_lens_q))
         across.shards = None
     else:
         check()
     options = config.selection
-    transport = across.transport
     if is_full_layer(module, config):
         options = {"block_size": WHOLE, "topk": 1}
-        transport = "gather" if transport == "selective" else transport
     out, across.shards = context_parallel_attention(
-        q, k, v, group=across.group, transport=transport, cu_seqlens=cu_seq_lens_q, scale=scaling,
+        q, k, v, group=across.group, transport=across.transport, cu_seqlens=cu_seq_lens_q, scale=scaling,
         backend=config.backend, shards=across.shards, return_shards=True, **options,
     )  # fmt: skip
     return out, None
@@ -192,8 +188,8 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | DeviceMesh | Non
     Raises:
         ValueError: for what cannot be cut.
     """
-    ranks = ranks_of(group)
-    return cut_batch(batch, ranks.rank, ranks.size)
+    ranks = process_group(group)
+    return cut_batch(batch, ranks.rank(), ranks.size())
 
 
 def cut_batch(batch: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Any]:

@@ -48,15 +48,15 @@ class SharedRouting:
 
     def finish(self) -> Routing:
         """The routing, its blocks those of the whole sequence."""
-        means = self._means.finish()[0].transpose(0, 1)
+        means = next(self._means.arrivals()).transpose(0, 1)
         stop, num_lent = self._shards.stop, self._to_partner
         own = moba_route(self._q[:, num_lent:], means, num_keys=stop, **self._selection).indices
-        rows = self._rows.finish()[0].transpose(0, 1)
+        rows = next(self._rows.arrivals()).transpose(0, 1)
         answers = own[:, :0]
         if self._from_partner:
             last = sum(self._shards.lengths[: self._partner]) + self._from_partner
             answers = moba_route(rows, means, num_keys=last, **self._selection).indices
-        (returned,) = self._between_partners(answers.transpose(0, 1), num_lent).finish()
+        returned = next(self._between_partners(answers.transpose(0, 1), num_lent).arrivals())
         if num_lent:
             own = torch.cat([returned.transpose(0, 1), own], dim=1)
         return Routing(own, self._selection["block_size"])

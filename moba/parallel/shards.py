@@ -19,30 +19,6 @@ MAX_NUMBERS = 32
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks that share a sequence.
-
-    Attributes:
-        inside: all of them; or, where there is a `between`, those of this rank's node.
-        between: the ranks of all nodes that stand where this one does in its own.
-    """
-
-    inside: ProcessGroup
-    between: ProcessGroup | None = None
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        return self.inside.size() * (1 if self.between is None else self.between.size())
-
-    @property
-    def rank(self) -> int:
-        """This process's place among them, node by node."""
-        nodes = 0 if self.between is None else self.between.rank()
-        return nodes * self.inside.size() + self.inside.rank()
-
-
-@dataclass(frozen=True)
 class Shards:
     """Contiguous shards of a sequence, in the order of the ranks.
 
@@ -50,18 +26,16 @@ class Shards:
         lengths: tokens on each rank of the group; any of them may be 0.
         rank: this process's rank in the group.
         group: the process group.
-        between: the nodes' shards, where the group is that of one node.
     """
 
     lengths: tuple[int, ...]
     rank: int
     group: ProcessGroup
-    between: Shards | None = None
 
     @property
     def start(self) -> int:
         """Position of this rank's first token."""
-        return sum(self.lengths[: self.rank]) + (0 if self.between is None else self.between.start)
+        return sum(self.lengths[: self.rank])
 
     @property
     def stop(self) -> int:
@@ -71,44 +45,32 @@ class Shards:
     @property
     def num_tokens(self) -> int:
         """Length of the whole sequence."""
-        return sum(self.lengths) if self.between is None else self.between.num_tokens
+        return sum(self.lengths)
 
-    def inside_a_block(self, block_size: int) -> int | None:
-        """The first rank whose tokens begin inside a block, None if there is none."""
+    def starts_inside_a_block(self, block_size: int) -> bool:
+        """Whether some rank's tokens begin inside a block."""
         starts = (sum(self.lengths[:rank]) for rank in range(len(self.lengths)))
-        inside = (rank for rank, start in enumerate(starts) if start % block_size and self.lengths[rank])
-        return next(inside, None)
-
-    def require_whole_blocks(self, block_size: int) -> None:
-        """Raise a ValueError, on all ranks alike, unless every shard begins where a block does."""
-        rank = self.inside_a_block(block_size)
-        if rank is not None:
-            raise ValueError(
-                f'transport="selective" needs shards that begin where a block of {block_size} does; rank {rank} '
-                f"begins at position {sum(self.lengths[:rank])} (lengths {list(self.lengths)}). Give every rank but "
-                'the last a multiple of block_size tokens, or take transport="gather"'
-            )
+        return any(start % block_size and length for start, length in zip(starts, self.lengths, strict=True))
 
 
-def ranks_of(group: ProcessGroup | DeviceMesh | None) -> Ranks:
-    """The ranks that are meant.
+def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
+    """The process group that is meant: that of a mesh of one dimension, or of all ranks for None.
 
     Raises:
-        ValueError: if there are none, or a mesh has more than two dimensions.
+        ValueError: if there is none, or a mesh has more than one dimension.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("context parallelism needs torch.distributed: call init_process_group first")
     if isinstance(group, DeviceMesh):
-        if group.ndim > 2:
+        if group.ndim > 1:
             raise ValueError(
-                "group must be a mesh of one dimension, such as mesh['cp'], or of two, nodes and the ranks of each, "
-                f"got {group.ndim} dimensions"
+                f"group must be a mesh of one dimension, such as mesh['cp'], got one of {group.ndim} dimensions"
             )
-        return Ranks(group.get_group()) if group.ndim == 1 else Ranks(group.get_group(1), group.get_group(0))
-    inside = dist.group.WORLD if group is None else group
-    if not isinstance(inside, ProcessGroup):
+        group = group.get_group()
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, ProcessGroup):
         raise ValueError("this process is not in the group: only its ranks may call this")
-    return Ranks(inside)
+    return group
 
 
 def float_bits(value: float) -> int:
@@ -123,12 +85,12 @@ def fingerprint(x: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 29)).sum()
 
 
-def agree(q: Tensor, ranks: Ranks, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
+def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
     """Tell all ranks what this one has, and check that it fits what they have.
 
     Args:
         q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
-        ranks: that share the sequence.
+        group: the ranks that share the sequence.
         settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
             learns of what it raises, so that none waits for a rank that gave up.
 
@@ -138,35 +100,12 @@ def agree(q: Tensor, ranks: Ranks, settings: Callable[[], Mapping[str, int | Ten
     Raises:
         ValueError: on all ranks, naming what differs and where.
     """
-    if ranks.between is None:
-        return _agree(q, ranks.inside, settings, lambda: q.shape[1])
-    node: Shards | None = None
-    problem: Exception | None = None
-    try:
-        node = _agree(q, ranks.inside, settings, lambda: q.shape[1])
-    except Exception as error:
-        problem = error
-
-    def settings_of_node() -> Mapping[str, int | Tensor]:
-        if problem is not None:
-            raise problem
-        return settings()
-
-    nodes = _agree(q, ranks.between, settings_of_node, lambda: 0 if node is None else node.num_tokens)
-    assert node is not None
-    return Shards(node.lengths, node.rank, node.group, nodes)
-
-
-def _agree(
-    q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]], num_tokens: Callable[[], int]
-) -> Shards:
-    """`agree` among the ranks of one group, each of which has so many tokens."""
     problem: Exception | None = None
     same: Mapping[str, int | Tensor] = {}
     row = torch.zeros(MAX_NUMBERS, dtype=torch.int64, device=_control_device(q, group))
     try:
         same = settings()
-        row = _as_row([1, num_tokens(), *same.values()], row.device)
+        row = _as_row([1, q.shape[1], *same.values()], row.device)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     rows = [torch.empty_like(row) for _ in range(group.size())]

@@ -25,8 +25,6 @@ MOST_LAYERS = 24
 MOST_BYTES = {"cpu": 4 << 30, "cuda": 48 << 30}
 # Share of the free memory that a case may take.
 MEMORY_SHARE = 0.8
-# Blocks that queries look for in clustered cases.
-POPULAR_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -152,16 +150,14 @@ class DecodeCase(Shape):
 
 @dataclass(frozen=True)
 class ParallelCase(Shape):
-    """One sequence over many ranks. `clustered`: queries resemble keys of a few blocks, which routings then choose."""
+    """One sequence over many ranks."""
 
-    clustered: bool = False
     backward: bool = True
 
     @property
     def name(self) -> str:
         """Short, for tables."""
-        kind = ", clustered" if self.clustered else ""
-        return f"{length_name(self.tokens)}, {self.heads_name} heads, {self.block_size}/{self.topk}{kind}"
+        return f"{length_name(self.tokens)}, {self.heads_name} heads, {self.block_size}/{self.topk}"
 
     def for_ranks(self, num_ranks: int) -> ParallelCase:
         """The same with as many tokens as make equal shards of whole blocks."""
@@ -186,21 +182,10 @@ class ParallelCase(Shape):
         """q, k, v and the gradient of out of the whole sequence, or of a shard that begins at token `first`."""
         generator = torch.Generator(device).manual_seed(first)
         widths = [self.heads, self.kv_heads, self.kv_heads, *([self.heads] if self.backward else [])]
-        q, k, v, *d_out = (
+        return [
             torch.randn(1, num_tokens, n, self.head_dim, generator=generator, device=device, dtype=self.dtype)
             for n in widths
-        )
-        if self.clustered:
-            # A direction for each of the popular blocks; all queries of a block look for one of them.
-            size, shared = self.block_size, torch.Generator(device).manual_seed(POPULAR_BLOCKS)
-            towards = torch.randn(POPULAR_BLOCKS, self.kv_heads, self.head_dim, generator=shared, device=device)
-            block = torch.arange(first, first + num_tokens, device=device) // size
-            every = max(1, self.tokens // size // POPULAR_BLOCKS)
-            is_popular = (block % every == 0) & (block // every < POPULAR_BLOCKS)
-            k += (towards[(block // every).clamp(max=POPULAR_BLOCKS - 1)] * is_popular[:, None, None]).to(self.dtype)
-            looked = towards[block * 7 % POPULAR_BLOCKS].repeat_interleave(self.heads // self.kv_heads, dim=1)
-            q += (4 * looked).to(self.dtype)
-        return [q, k, v, *d_out]
+        ]
 
 
 def length_name(tokens: int) -> str:
@@ -262,17 +247,14 @@ def decode_suite(device: torch.device) -> list[DecodeCase]:
     ]
 
 
-def parallel_suite(device: torch.device, num_ranks: int) -> list[ParallelCase]:
-    """A fixed total, a fixed length a rank, few key/value heads, and clustered routings; the longest last."""
+def parallel_suite(device: torch.device) -> list[ParallelCase]:
+    """Small blocks; smaller ones, whose routing takes longest; large ones and few key/value heads; the longest last."""
     if device.type != "cuda":
-        case = ParallelCase(4096, 4, 4, 32, 64, 4, torch.float32)
-        return [case, replace(case, clustered=True)]
+        return [ParallelCase(4096, 4, 4, 32, 64, 4, torch.float32)]
     bf16 = torch.bfloat16
     return [
         ParallelCase(512 * K, 16, 16, 128, 512, 8, bf16),
-        ParallelCase(512 * K, 16, 16, 128, 512, 8, bf16, clustered=True),
-        ParallelCase(128 * K * num_ranks, 16, 16, 128, 512, 3, bf16),
-        ParallelCase(128 * K * num_ranks, 32, 8, 128, 4096, 12, bf16),
         ParallelCase(1024 * K, 16, 16, 128, 128, 8, bf16),
+        ParallelCase(256 * K, 32, 8, 128, 4096, 12, bf16),
         ParallelCase(2048 * K, 32, 8, 128, 4096, 12, bf16, backward=False),
     ]

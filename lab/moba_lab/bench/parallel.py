@@ -27,7 +27,7 @@ from moba.attention import moba_attention
 from moba.parallel import TRANSPORTS, Shards, context_parallel_attention
 from moba.parallel.process import end_process
 from moba.parallel.routing import SharedRouting
-from moba.parallel.shards import ranks_of
+from moba.parallel.shards import process_group
 from moba.routing import Routing
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import ParallelCase, parallel_suite
@@ -51,7 +51,6 @@ def parallel(
     block_size: suite.BlockSizeOption = 512,
     topk: suite.TopkOption = 8,
     dtype: suite.DtypeOption = "bf16",
-    clustered: Annotated[bool, typer.Option(help="Routings that touch few blocks, for the one case.")] = False,
     repeats: suite.RepeatsOption = 3,
     out: Annotated[
         Path | None,
@@ -72,9 +71,9 @@ def parallel(
     # What is not valid is said by the command line, once, so long as no rank waits for another.
     device, num_ranks = _own_device(), int(os.environ["WORLD_SIZE"])
     if tokens is None:
-        cases = [case.for_ranks(num_ranks) for case in parallel_suite(device, num_ranks)]
+        cases = [case.for_ranks(num_ranks) for case in parallel_suite(device)]
     else:
-        cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, clustered)]
+        cases = [ParallelCase(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype)]
     for case in cases:
         case.check(num_ranks, backend, device)
     header = {**machine.describe(device), "ranks": str(num_ranks)}
@@ -238,7 +237,7 @@ def _routing_times(
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     length = case.tokens // num_ranks
     q, k, *_ = replace(case, backward=False).make_inputs(device, length, first=rank * length)
-    shards = Shards((length,) * num_ranks, rank, ranks_of(None).inside)
+    shards = Shards((length,) * num_ranks, rank, process_group(None))
     selection = {**options, "keep_first": 0, "keep_recent": 0, "router": "mean"}
     times = {}
     for name, lends in (("own", False), ("lending", True)):
@@ -265,9 +264,8 @@ def _on_all(
     attend = partial(context_parallel_attention, **options, transport=transport)
     try:
         with torch.no_grad(), _sent_bytes() as sent:
-            _, routing, shards = attend(*tensors[:3], return_routing=True, return_shards=True)
-        mine: dict[str, Any] = {"sent": sum(sent), "needed": _needed_bytes(case, routing, rank, num_ranks)}
-        del routing
+            _, shards = attend(*tensors[:3], return_shards=True)
+        mine: dict[str, Any] = {"sent": sum(sent)}
         mine |= _measure(case, tensors, device, repeats, partial(attend, shards=shards))
     except torch.OutOfMemoryError:
         mine = {"failed": "out of memory"}
@@ -275,7 +273,7 @@ def _on_all(
     free(device)
     if failed := [part["failed"] for part in every if "failed" in part]:
         return {"failed": failed[0]}
-    result: dict[str, Any] = {name: sum(part[name] for part in every) for name in ("sent", "needed")}
+    result: dict[str, Any] = {"sent": sum(part["sent"] for part in every)}
     for name in ("forward_ms", "train_ms", "forward_peak_bytes", "forward_bytes", "train_peak_bytes"):
         values = [part[name] for part in every if part.get(name) is not None]
         if values:
@@ -299,7 +297,8 @@ def _measure(
     repeats = repeats if case.backward else 1  # the longest cases
     # One warm-up in `measure`, so that every rank runs the same number of times, and one before it, in which kernels
     # are compiled and the allocator finds its blocks.
-    forward()
+    if case.backward:
+        forward()
     first = measure(forward, device, warmups=1, repeats=repeats)
     result: dict[str, Any] = {"forward_ms": first.ms, "forward_peak_bytes": first.peak_bytes}
     if first.peak_bytes is not None:
@@ -326,22 +325,10 @@ def _sent_bytes() -> Iterator[list[int]]:
         yield sizes
 
 
-def _needed_bytes(case: ParallelCase, routing: Routing, rank: int, num_ranks: int) -> int:
-    """Keys and values of the distinct blocks of other ranks that this rank's queries chose, for each kv head."""
-    num_before = rank * (case.tokens // num_ranks // case.block_size)
-    if not num_before:
-        return 0
-    chosen = torch.zeros(case.kv_heads, num_before + 1, dtype=torch.bool, device=routing.indices.device)
-    for heads, row in zip(routing.indices[0].chunk(case.kv_heads, dim=1), chosen, strict=True):
-        row[heads.flatten().clamp(-1, num_before).long()] = True  # -1 lands in the last place, as a later block does
-    count = int(chosen[:, :num_before].sum())
-    return count * 2 * case.block_size * case.head_dim * case.dtype.itemsize
-
-
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells: a line for each way of each case."""
     titles = ["case", "way", "fwd ms", "× one", "fwd+bwd ms", "× one", "a share's time of this", "memory MiB",
-              "of one's", "GB sent, fwd", "of the chosen blocks"]  # fmt: skip
+              "of one's", "GB sent, fwd"]  # fmt: skip
     cells = []
     for record in records:
         if "failed" in record:
@@ -357,7 +344,7 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
                 if found:
                     cells.append([record["case"], name, f"failed: {found['failed']}", *[""] * (len(titles) - 3)])
                 continue
-            is_parallel, sent, needed = way in TRANSPORTS, found.get("sent"), found.get("needed")
+            is_parallel, sent = way in TRANSPORTS, found.get("sent")
             cells.append([
                 record["case"], name, f"{found['forward_ms']:.4g}",
                 _ratio(one.get("forward_ms"), found["forward_ms"]) if is_parallel else "",
@@ -366,7 +353,7 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
                 _ratio(share.get(longest), found.get(longest)) if is_parallel else "",
                 f"{found['forward_bytes'] / 2**20:.0f}" if found.get("forward_bytes") else "",
                 _ratio(found.get("forward_bytes"), one.get("forward_bytes")) if is_parallel else "",
-                "" if sent is None else f"{sent / 1e9:.3g}", "" if not needed else f"{sent / needed:.3g}",
+                "" if sent is None else f"{sent / 1e9:.3g}",
             ])  # fmt: skip
         for name, times in record["routing_ms"].items():
             by_rank = ", ".join(f"{ms:.3g}" for ms in times)

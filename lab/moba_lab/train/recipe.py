@@ -54,11 +54,6 @@ class Recipe:
                 "training.tail is the end of rows that one document fills: set data.whole_rows, and a tail below "
                 f"data.context = {self.data.context}, got {tail}"
             )
-        if self.training.transport == "selective" and not (self.data.whole_rows and self.data.span is None):
-            raise ValueError(
-                'training.transport="selective" serves no packed documents and no skipped positions: set '
-                "data.whole_rows and no data.span"
-            )
 
     @property
     def schedule(self) -> Schedule:

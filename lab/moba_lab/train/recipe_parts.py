@@ -161,7 +161,7 @@ class TrainingPart:
             longer rows in the same time. None: all tokens.
         compile: torch.compile the layers: a training that takes minutes gains a third of them.
         context_parallel: processes that share each row, each with a part of its tokens (see docs/parallel.md).
-        transport: how their keys meet: "gather", "heads", or with data.whole_rows "selective"; see `moba.parallel`.
+        transport: how their keys meet: "gather" or "heads"; see `moba.parallel`.
         loss: see `moba_lab.train.loss`.
         log_every, evaluate_every, save_every: steps; 0 never evaluates. save_every is a multiple of log_every, so that
             a resumed run logs what an uninterrupted one does. The last step is always saved.
