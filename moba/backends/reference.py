@@ -41,7 +41,8 @@ def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) 
     if selection.score is None:
         score = torch.zeros(q.shape[0], q.shape[1], means.shape[0], device=q.device)
     else:
-        score = selection.scores(q, means, selection.first_of_equals(means)).nan_to_num(nan=-torch.inf)  # [T, H, N]
+        score = selection.scores(q, means, selection.first_of_equals(means))  # [T, H, N]
+        score = score.nan_to_num(nan=torch.finfo(score.dtype).min)  # as -inf becomes, so that the two tie
     kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
     # Most significant last: of a query's candidates, kept ones first, then by score, then by lower index.
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
