@@ -35,7 +35,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     # Rows without a key are computed as if there were one, as the gradient of log 0 is not a number.
     is_empty = ~has_key.any(dim=0)
     lse = torch.logsumexp(lses.masked_fill(is_empty, 0.0), dim=0)
-    weights = torch.where(has_key, torch.exp(lses - lse), 0.0)
+    weights = torch.exp(lses - lse)
     lse = lse.masked_fill(is_empty, -torch.inf)
     out = torch.zeros(outs.shape[1:], dtype=wide, device=outs.device)
     for part, weight, is_used in zip(outs, weights, has_key, strict=True):

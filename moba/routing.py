@@ -288,8 +288,7 @@ def kept_indices(positions: Tensor, selection: Selection) -> Tensor:
     slot = torch.arange(selection.topk, dtype=torch.int32, device=positions.device)
     recent = own - (selection.topk - 1 - slot)
     chosen = torch.where(slot < selection.keep_first, slot, recent)
-    chosen = torch.where(own < selection.topk, torch.where(slot <= own, slot, -1), chosen)
-    return torch.where(own < 0, -1, chosen).to(torch.int32)
+    return torch.where(own < selection.topk, torch.where(slot <= own, slot, -1), chosen).to(torch.int32)
 
 
 def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait: bool = True) -> Tensor:
