@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import make_qkv
 
-from moba import MoBAConfig, Routing, append_block_means, moba_attention, moba_attention_varlen, moba_route
+from moba import MoBAConfig, Routing, append_block_means, backends, moba_attention, moba_attention_varlen, moba_route
 
 Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
 VALID = {"block_size": 4, "topk": 2}
@@ -176,6 +177,25 @@ def test_the_interpreter_works_as_a_user_types_it(version, said):
 def test_a_named_backend_runs_or_raises():
     with pytest.raises(ValueError, match=r"backend='triton'.*(interpreter|not available)"):
         moba_attention(Q, K, V, **VALID, backend="triton")
+
+
+def test_an_older_triton_is_refused_by_name(monkeypatch, caplog):
+    """PyTorch 2.6 and 2.7 come with one that the kernels cannot be imported with."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    monkeypatch.delattr(triton, "knobs")
+    for name in [name for name in sys.modules if name.startswith("moba.backends.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(backends, "triton", raising=False)
+    monkeypatch.setattr(backends, "AUTO", {"cpu": ("triton", "pytorch")})  # as on a GPU
+    monkeypatch.setattr(backends, "_announced", set())
+    said = "backend='triton' is not available here: needs Triton 3.4 or newer, as PyTorch 2.8 brings it, this is 3.3.1"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        moba_attention(Q, K, V, **VALID, backend="triton")
+    with caplog.at_level(logging.INFO, logger="moba"):
+        taken = [moba_attention(Q, K, V, **VALID) for _ in range(2)]
+    assert torch.equal(taken[1], moba_attention(Q, K, V, **VALID, backend="pytorch"))
+    assert [record.getMessage() for record in caplog.records] == [f"backend=\"auto\" takes 'pytorch' on cpu: {said}"]
 
 
 @pytest.mark.parametrize(

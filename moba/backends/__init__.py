@@ -105,5 +105,6 @@ def resolve(name: str, q: Tensor, k: Tensor, **asked: bool) -> ModuleType:
     chosen = next((c for c in candidates if unavailable(c, q, k, **asked) is None), candidates[-1])
     if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
         _announced.add((q.device.type, chosen))
-        logger.info('backend="auto" takes %r on %s', chosen, q.device)
+        reason = "" if chosen == candidates[0] else f": {unavailable(candidates[0], q, k)}"
+        logger.info('backend="auto" takes %r on %s%s', chosen, q.device, reason)
     return load(chosen)

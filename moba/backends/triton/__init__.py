@@ -8,14 +8,21 @@ for the contract.
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
-from moba.backends.triton.attention import attend as attend
-from moba.backends.triton.decoding import append_means as append_means
-from moba.backends.triton.decoding import attend_step as attend_step
-from moba.backends.triton.decoding import decode as decode
-from moba.backends.triton.launch import IS_INTERPRETED
-from moba.backends.triton.routing import route as route
+MIN_TRITON = (3, 4)  # PyTorch 2.8 brings it
+if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+    # Before the kernels, which import what older versions lack.
+    needed = ".".join(map(str, MIN_TRITON))
+    raise ImportError(f"needs Triton {needed} or newer, as PyTorch 2.8 brings it, this is {triton.__version__}")
+
+from moba.backends.triton.attention import attend as attend  # noqa: E402
+from moba.backends.triton.decoding import append_means as append_means  # noqa: E402
+from moba.backends.triton.decoding import attend_step as attend_step  # noqa: E402
+from moba.backends.triton.decoding import decode as decode  # noqa: E402
+from moba.backends.triton.launch import IS_INTERPRETED  # noqa: E402
+from moba.backends.triton.routing import route as route  # noqa: E402
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
