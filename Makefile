@@ -7,8 +7,8 @@ COMPAT := .venv-compat
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # Without an NVIDIA driver the CPU build of this very version is enough; a newer one would pull gigabytes of CUDA.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
-# Compiling ahead of time is tested without the interpreter. tests/test_decode.py --backend triton is four minutes more.
-INTERPRETED := $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
+# Compiling ahead of time is tested without the interpreter.
+INTERPRETED := tests/test_decode.py $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.24.0
 
 .PHONY: demo test test-compat test-ecosystem test-gpu check bench aot clean

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from moba import moba_attention
+from moba.backends import load
 
 
 def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, value_dim=None, *, dtype=torch.float32, device="cpu",
@@ -19,6 +23,14 @@ def make_qkv(batch, queries, keys, heads, kv_heads, head_dim, value_dim=None, *,
     if exact_for is not None:
         k *= exact_for // (exact_for & -exact_for)  # the odd part: what a power of two would not divide exactly
     return q, k, v
+
+
+def gradients(q, k, v, d_out, d_lse=None, **options):
+    """dQ, dK, dV of `moba_attention` through out, and through the log-sum-exp where its gradient is given."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = moba_attention(q, k, v, **options, return_lse=True)
+    roots, grads = ([out], [d_out]) if d_lse is None else ([out, lse], [d_out, d_lse])
+    return torch.autograd.grad(roots, (q, k, v), grads)
 
 
 def relative_error(actual, expected):
@@ -38,6 +50,21 @@ def assert_close(actual, expected, tolerance):
     if error.numel() and error.max() > 0:
         worst = tuple(i.item() for i in torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(f"worst at {worst}: got {actual[worst]}, expected {expected[worst]}")
+
+
+def assert_is_rounded(actual, exact):
+    """Within half a unit in the last place of actual's dtype, and the error of an fp32 sum of values of order one."""
+    error = (actual.double().cpu() - exact.cpu()).abs()
+    bound = torch.finfo(actual.dtype).eps / 2 * 1.001 * exact.cpu().abs() + 1e-6
+    assert (error <= bound).all(), f"largest error {error.max()}"
+
+
+def needs_dtype(backend, dtype):
+    """Skip where a backend refuses a dtype by design; it must say so."""
+    q = torch.zeros(1, 1, 1, 16, dtype=dtype)
+    if backend == "triton" and dtype == torch.float64:
+        assert "float64" in load(backend).unsupported(q, q)
+        pytest.skip("the triton backend refuses fp64 by design")
 
 
 # Bound on the elementwise error of one forward, per dtype: a few units in the last place of values of order one.

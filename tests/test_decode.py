@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, make_qkv
+from helpers import LSE_TOLERANCE, TOLERANCE, assert_close, assert_is_rounded, make_qkv, needs_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attend_batch
 
 from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
-from moba.backends import load
 
 BOTH = {"return_lse": True, "return_routing": True}
 BLOCK, TOPK = 8, 3
@@ -38,7 +37,7 @@ def same_bits(a, b):
 CASES = {
     "one query": (1, 1, 37, 2, 2, 16, 8, 3),
     "batch of two": (2, 1, 40, 2, 1, 16, 16, 2),
-    "nine heads of three": (1, 1, 50, 9, 3, 32, 16, 2),
+    "groups of three": (2, 1, 50, 6, 2, 32, 16, 2),
     "several queries": (2, 5, 45, 4, 2, 16, 8, 3),
     "sixteen queries": (1, 16, 45, 2, 1, 16, 8, 3),
     "head dim 80": (1, 2, 48, 2, 1, 80, 16, 2),
@@ -54,13 +53,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES)
+OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES]
+    + [(case, dtype) for case in ("groups of three", "several queries", "head dim 80") for dtype in OTHER_DTYPES],
+    ids=str,
+)
 def test_matches_the_definition(backend, device, case, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        q = torch.zeros(1, 1, 1, 16, dtype=dtype)
-        assert "float64" in load(backend).unsupported(q, q)
-        pytest.skip("the triton backend refuses fp64 by design")
+    needs_dtype(backend, dtype)
     *shape, block_size, topk = CASES[case]
     q, k, v = make_qkv(*shape, dtype=dtype, device=device, exact_for=block_size)
     options = {"block_size": block_size, "topk": topk}
@@ -77,32 +80,51 @@ def test_matches_the_definition(backend, device, case, dtype):
 
 def test_token_by_token_is_prefill(backend, device):
     """Every block boundary is crossed; keys and means that are not there yet are NaN."""
-    q, k, v = make_qkv(2, 45, 45, 4, 2, 16, device=device, exact_for=BLOCK)
-    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend, **BOTH}
-    whole = moba_attention(q, k, v, **options)
+    q, k, v = make_qkv(1, 26, 26, 2, 1, 16, device=device, exact_for=BLOCK)
+    options = {"block_size": BLOCK, "topk": 2, **BOTH}
+    whole = moba_attention(q, k, v, **options, backend="reference")
     cached_k, cached_v, means = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan), empty_means(k)
-    for end in range(1, 46):
+    for end in range(1, 27):
         cached_k[:, end - 1], cached_v[:, end - 1] = k[:, end - 1], v[:, end - 1]
-        key_end = int32([end, end], device)
+        key_end = int32([end], device)
         append_block_means(means, cached_k, num_new=1, block_size=BLOCK, key_end=key_end, backend=backend)
         for bounds, keys, values in (({}, k[:, :end], v[:, :end]), ({"key_end": key_end}, cached_k, cached_v)):
-            step = moba_attention(q[:, end - 1 : end], keys, values, block_means=means, **options, **bounds)
-            assert_close(step[0], whole[0][:, end - 1 : end], 2e-6)
-            assert_close(step[1], whole[1][:, end - 1 : end], 2e-6)
+            if end not in (1, 8, 9, 24, 26):
+                continue
+            step = moba_attention(
+                q[:, end - 1 : end], keys, values, block_means=means, backend=backend, **options, **bounds
+            )
+            assert_close(step[0], whole[0][:, end - 1 : end], 2e-5)
+            assert_close(step[1], whole[1][:, end - 1 : end], 2e-5)
             assert torch.equal(step[2].indices, whole[2].indices[:, end - 1 : end])
     assert torch.equal(means, means_of(k, backend))
+
+
+def test_only_means_of_newly_finished_blocks_are_written(backend, device):
+    k = torch.randn(1, 64, 1, 16, device=device)
+    for end, num_new, written in (
+        (64, 1, [7]),
+        (63, 7, []),
+        (63, 8, [6]),
+        (40, 16, [3, 4]),
+        (0, 5, []),
+        (64, 9, [6, 7]),
+    ):
+        means = empty_means(k)
+        bounds = {} if end == 64 else {"key_end": int32([end], device)}
+        append_block_means(means, k, num_new=num_new, block_size=BLOCK, backend=backend, **bounds)
+        assert (~means[0, :, 0, 0].isnan()).nonzero()[:, 0].tolist() == written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("block_size", "head_dim"), [(8, 16), (7, 5), (1, 3), (12, 1)])
 def test_means_are_the_same_bits_however_keys_arrive(backend, device, dtype, block_size, head_dim):
-    k = torch.randn(2, 50, 3, head_dim, device=device).to(dtype)
+    k = torch.randn(2, 50, 2, head_dim, device=device).to(dtype)
     expected = means_of(k, backend, block_size)
-    wide = k.double().cpu()[:, : 50 // block_size * block_size].unflatten(1, (-1, block_size)).mean(2)
-    assert_close(expected, wide, TOLERANCE[dtype])
+    assert_is_rounded(expected, k.double()[:, : 50 // block_size * block_size].unflatten(1, (-1, block_size)).mean(2))
     heads_first = k.transpose(1, 2).contiguous().transpose(1, 2)
     assert same_bits(means_of(heads_first, backend, block_size), expected)
-    for steps in ([50], [1] * 50, [20, 1, 29], [3, 4, 8, 16, 19]):
+    for steps in ([50], [20, 1, 1, 28], [3, 4, 8, 16, 19]):
         means, end = empty_means(k, block_size), 0
         for num_new in steps:
             end += num_new
@@ -112,7 +134,7 @@ def test_means_are_the_same_bits_however_keys_arrive(backend, device, dtype, blo
 
 def test_means_are_those_that_routing_scores(backend, device):
     """Given means and computed ones choose the same blocks on real numbers, too: scores closer than rounding apart."""
-    q, k, v = make_qkv(2, 4, 64, 4, 2, 16, device=device)
+    q, k, v = make_qkv(1, 4, 44, 2, 1, 16, device=device)
     options = {"block_size": 4, "topk": 4, "backend": backend, "return_routing": True}
     expected = moba_attention(q, k, v, **options)
     actual = moba_attention(q, k, v, **options, block_means=means_of(k, backend, 4))
@@ -157,9 +179,9 @@ def test_ragged_batches(backend, device, lengths, starts, steps, block_size, top
     assert_close(lse, expected[1], 2e-5)
 
 
-@pytest.mark.parametrize("padding", [1, 8, 11])
+@pytest.mark.parametrize("padding", [1, 11])
 def test_padded_query_rows(backend, device, padding):
-    q, k, v = make_qkv(2, 12, 30, 4, 2, 16, device=device)
+    q, k, v = make_qkv(2, 12, 30, 2, 1, 16, device=device)
     bounds = {"key_start": int32([3, 30 - 12 + padding], device)}
     out, lse, routing = moba_attention(
         q, k, v, block_size=BLOCK, topk=TOPK, block_means=means_of(k, backend, **bounds), backend=backend, **bounds,
@@ -185,19 +207,19 @@ def worst_scores(q, means):
 @pytest.mark.parametrize("router", ["mean", "recent", "sink", moba_scores, worst_scores])
 @pytest.mark.parametrize("paged", [False, True], ids=["unpaged", "paged"])
 def test_routers(backend, device, router, paged):
-    q, k, v = make_qkv(2, 3, 60, 4, 2, 16, device=device, exact_for=6)
+    q, k, v = make_qkv(2, 3, 48, 4, 2, 16, device=device, exact_for=6)
     options = {"block_size": 6, "topk": 4, "router": router, "backend": backend, **BOTH}
-    key_end = int32([60, 41], device)
-    expected = moba_attention(q, k, v, key_end=key_end, **options)
+    key_end = int32([48, 41], device)
+    expected = moba_attention(q, k, v, key_end=key_end, **{**options, "backend": "reference"})
     if paged:
-        pages = Pages(k, v, [60, 41], page_size=12, block_size=6)
+        pages = Pages(k, v, [48, 41], page_size=12, block_size=6)
         actual = moba_attention_paged(q, **pages.filled(backend), **options)
     else:
         means = means_of(k, backend, 6, key_end=key_end)
         actual = moba_attention(q, k, v, key_end=key_end, block_means=means, **options)
     assert torch.equal(actual[2].indices, expected[2].indices)
-    assert_close(actual[0], expected[0], 2e-6)
-    assert_close(actual[1], expected[1], 2e-6)
+    assert_close(actual[0], expected[0], 2e-5)
+    assert_close(actual[1], expected[1], 2e-5)
 
 
 class Pages:
@@ -246,28 +268,30 @@ class Pages:
         return means
 
 
-@pytest.mark.parametrize("queries", [1, 4, 20])
-@pytest.mark.parametrize(("page_size", "block_size"), [(8, 8), (16, 4), (4, 8), (2, 8), (6, 6), (3, 6), (32, 8)])
+@pytest.mark.parametrize(
+    ("page_size", "block_size", "queries"),
+    [(8, 8, 1), (16, 4, 4), (4, 8, 1), (2, 8, 16), (6, 6, 20), (3, 6, 1), (32, 8, 1), (6, 6 << 40, 1)],
+)
 def test_pages(backend, device, page_size, block_size, queries):
-    q, k, v = make_qkv(3, queries, 45, 4, 2, 16, device=device, exact_for=block_size)
+    q, k, v = make_qkv(3, queries, 45, 2, 1, 16, device=device, exact_for=block_size)
     lengths = [45, 32, 7]
     pages = Pages(k, v, lengths, page_size, block_size)
-    options = {"block_size": block_size, "topk": 3, "backend": backend, **BOTH}
-    out, lse, routing = moba_attention_paged(q, **pages.filled(backend), **options)
+    options = {"block_size": block_size, "topk": 3, **BOTH}
+    out, lse, routing = moba_attention_paged(q, **pages.filled(backend), **options, backend=backend)
     assert same_bits(pages.means, pages.expected_means(backend))
-    expected = moba_attention(q, k, v, key_end=pages.key_end, **options)
+    expected = moba_attention(q, k, v, key_end=pages.key_end, **options, backend="reference")
     assert torch.equal(routing.indices, expected[2].indices)
-    assert_close(out, expected[0], 2e-6)
-    assert_close(lse, expected[1], 2e-6)
+    assert_close(out, expected[0], 2e-5)
+    assert_close(lse, expected[1], 2e-5)
 
 
 @pytest.mark.parametrize(("page_size", "block_size"), [(8, 4), (2, 4)])
 def test_pages_token_by_token(backend, device, page_size, block_size):
     """Rows of different lengths grow together; one of them is empty at first."""
-    _, k, v = make_qkv(3, 1, 40, 2, 1, 16, device=device)
-    pages = Pages(k, v, [40, 29, 21], page_size, block_size)
-    for left in range(21, -1, -1):
-        pages.append(1 if left < 21 else 10**6, backend, [length - left for length in pages.lengths])
+    _, k, v = make_qkv(3, 1, 20, 2, 1, 16, device=device)
+    pages = Pages(k, v, [20, 15, 11], page_size, block_size)
+    for left in range(11, -1, -1):
+        pages.append(1 if left < 11 else 10**6, backend, [length - left for length in pages.lengths])
     assert same_bits(pages.means, pages.expected_means(backend))
 
 
@@ -298,26 +322,24 @@ def test_the_given_means_decide(backend, device):
     assert not torch.equal(routing.indices, computed.indices)
 
 
-@pytest.mark.parametrize("view", ["heads first", "sliced", "interleaved", "expanded batch"])
-def test_strides(backend, device, view):
+def test_strides(backend, device):
     q, k, v = make_qkv(2, 2, 40, 4, 2, 16, device=device)
     k, v = (x[:1].repeat(2, 1, 1, 1) for x in (k, v))
     means = means_of(k, backend)
     options = {"block_size": BLOCK, "topk": TOPK, "backend": backend}
     expected = moba_attention(q, k, v, block_means=means, **options)
-    if view == "heads first":
-        k, v, means = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v, means))
-    elif view == "sliced":
-        k, v, means = (torch.cat([x, x[..., :5]], dim=3)[..., :16] for x in (k, v, means))
-    elif view == "interleaved":
-        k, v = torch.stack([k, v], dim=3).unbind(3)
-    else:
-        k, v, means = (x[:1].expand(2, -1, -1, -1) for x in (k, v, means))
-    assert_close(moba_attention(q, k, v, block_means=means, **options), expected, 2e-6)
+    for views in (
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v, means)],
+        [torch.cat([x, x[..., :5]], dim=3)[..., :16] for x in (k, v, means)],
+        [*torch.stack([k, v], dim=3).unbind(3), means],
+        [x[:1].expand(2, -1, -1, -1) for x in (k, v, means)],
+    ):
+        actual = moba_attention(q, *views[:2], block_means=views[2], **options)
+        assert_close(actual, expected, 2e-6)
 
 
 def test_more_queries_and_gradients_take_the_prefills_way(backend, device):
-    q, k, v = make_qkv(1, 17, 45, 2, 1, 16, device=device)
+    q, k, v = make_qkv(1, 17, 30, 2, 1, 16, device=device)
     options = {"block_size": BLOCK, "topk": TOPK, "backend": backend}
     means = means_of(k, backend)
     assert torch.equal(moba_attention(q, k, v, block_means=means, **options), moba_attention(q, k, v, **options))
@@ -328,21 +350,18 @@ def test_more_queries_and_gradients_take_the_prefills_way(backend, device):
 
 
 def test_bitwise_repeatable(backend, device):
-    q, k, v = make_qkv(2, 3, 150, 4, 2, 16, dtype=torch.bfloat16, device=device)
-    options = {"block_size": 16, "topk": 3, "backend": backend, "return_lse": True}
-    means = means_of(k, backend, 16)
-    first = moba_attention(q, k, v, block_means=means, **options)
-    for _ in range(3):
-        again = moba_attention(q, k, v, block_means=means, **options)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    q, k, v = make_qkv(1, 3, 60, 2, 1, 16, dtype=torch.bfloat16, device=device)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend, "return_lse": True}
+    means = means_of(k, backend)
+    first, again = (moba_attention(q, k, v, block_means=means, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("keep_first", [0, 1])
-def test_a_prefill_by_given_means_is_a_prefill(backend, device, keep_first):
-    q, k, v = make_qkv(2, 33, 50, 4, 2, 16, device=device)
-    options = {"block_size": 7, "topk": 4, "keep_first": keep_first, "backend": backend}
+def test_a_prefill_by_given_means_is_a_prefill(backend, device):
+    q, k, v = make_qkv(1, 33, 40, 2, 1, 16, device=device)
+    options = {"block_size": 7, "topk": 4, "keep_first": 1, "backend": backend}
     expected = moba_attention(q, k, v, **options, **BOTH)
     means = means_of(k, backend, 7)
     actual = moba_attention(q, k, v, block_means=means, **options, **BOTH)
     assert torch.equal(actual[0], expected[0])
-    assert torch.equal(moba_route(q, means, num_keys=50, **options).indices, expected[2].indices)
+    assert torch.equal(moba_route(q, means, num_keys=40, **options).indices, expected[2].indices)

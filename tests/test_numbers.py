@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
-from helpers import assert_close, make_qkv
+from helpers import assert_close, gradients, make_qkv
 from oracle import attend_batch
-from test_semantics import gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba import moba_attention
+from moba import moba_attention, moba_route
 from moba.backends import reference
 from moba.numerics import full_fp32_matmul
 from moba.routing import mean_keys
@@ -194,6 +194,29 @@ def test_full_precision_holds_until_the_last_user_is_out():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_scores_are_products_in_full_precision():
+    """Whatever is allowed outside; a CPU without bf16 units would compute the same numbers either way."""
+
+    class Precisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs or {})
+
+    q, k, v = make_qkv(1, 40, 40, 2, 1, 16)
+    options, means, seen = {"block_size": 8, "topk": 3, "backend": "pytorch"}, mean_keys(k, 8), []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Precisions():
+            moba_route(q, means, num_keys=40, **options)
+            moba_attention(q[:, -1:], k, v, block_means=means, **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(seen) >= 2
+    assert set(seen) == {"highest"}
 
 
 def test_precision_set_by_backend():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import assert_close, make_qkv
-from test_semantics import CASES, gradients
+from helpers import assert_close, assert_is_rounded, gradients, make_qkv
+from test_semantics import CASES
 
-from moba import moba_attention
+from moba import moba_attention, routing
 from moba.backends.pytorch import attention as pytorch_attention
 from moba.backends.pytorch import dense
 
@@ -20,7 +20,7 @@ def tiny_passes(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_passes")
-@pytest.mark.parametrize("case", ["many blocks", "block of seven", "chunk of a prefill", "nine heads of three"])
+@pytest.mark.parametrize("case", ["many blocks", "block of seven", "chunk of a prefill", "six heads of two"])
 def test_many_passes_and_steps_change_nothing(case):
     *shape, block_size, topk = CASES[case]
     shape = [shape[0], shape[1] + 150, shape[2] + 150, *shape[3:]]
@@ -34,6 +34,23 @@ def test_many_passes_and_steps_change_nothing(case):
     expected = gradients(q, k, v, d_out, **options, backend="reference")
     for actual, wanted in zip(gradients(q, k, v, d_out, **options, backend="pytorch"), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
+
+
+def test_by_block_view_is_in_order():
+    past = torch.tensor([[[0, 2]], [[1, 0]], [[-1, 1]], [[0, 1]], [[7, 3]]])
+    entries, counts = routing.by_block(past.int(), torch.tensor([0, 2, 2, 2, 3]), 3)
+    assert entries.tolist() == [3, 6, 2, 5, 7]
+    assert counts.tolist() == [2, 3, 0]
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 1001])
+def test_mean_keys_in_chunks_of_blocks(monkeypatch, block_size):
+    k = torch.randn(2, 2050, 2, 3, dtype=torch.bfloat16) + 3
+    expected = k[:, : 2050 // block_size * block_size].double().unflatten(1, (-1, block_size)).mean(2)
+    whole = routing.mean_keys(k, block_size)
+    assert_is_rounded(whole, expected)
+    monkeypatch.setattr(routing, "_KEYS_PER_CHUNK", 64)
+    assert torch.equal(routing.mean_keys(k, block_size), whole)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -79,8 +96,8 @@ def test_error_budget(dtype):
     """Errors against fp64 are at most twice those of the reference, plain torch in the same dtype."""
     q, k, v = make_qkv(1, 512, 512, 4, 2, 64, dtype=dtype)
     d_out = torch.randn_like(q)
-    routing = moba_attention(q, k, v, block_size=32, topk=4, backend="reference", return_routing=True)[1]
-    options = {"block_size": 32, "topk": 4, "routing": routing}
+    chosen = moba_attention(q, k, v, block_size=32, topk=4, backend="reference", return_routing=True)[1]
+    options = {"block_size": 32, "topk": 4, "routing": chosen}
 
     def results(backend, q, k, v, d_out):
         return moba_attention(q, k, v, **options, backend=backend), *gradients(
@@ -88,7 +105,7 @@ def test_error_budget(dtype):
         )
 
     exact = results("reference", *(x.double() for x in (q, k, v, d_out)))
-    plain = plain_attention(q, k, v, d_out, routing)
+    plain = plain_attention(q, k, v, d_out, chosen)
     for name, ours, theirs, true in zip(("out", "d_q", "d_k", "d_v"), results("pytorch", q, k, v, d_out), plain, exact,
                                         strict=True):  # fmt: skip
         error, budget = ((x.double() - true).norm() / true.norm() for x in (ours, theirs))
