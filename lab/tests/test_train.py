@@ -368,7 +368,7 @@ def test_a_recipes_data_is_made_by_the_command_that_its_error_names(moba, tmp_pa
     code, out, err = moba("train", "recipes/toy.toml")
     assert (code, out) == (2, "")
     command = re.fullmatch("moba: error: data.folder: there is no folder data/toy yet: `moba (.+)` makes it\n", err)[1]
-    assert f"`moba {command}`" in (root / "README.md").read_text()
+    assert f"moba {command}\n" in (root / "docs" / "command-line.md").read_text()
     assert moba(*command.split())[0] == 0
     assert moba("train", "recipes/toy.toml", "--dry-run")[0] == 0
     assert "there is no folder elsewhere: make it with" in moba("train", "recipes/toy.toml", "--data", "elsewhere")[2]
