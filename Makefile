@@ -11,7 +11,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 INTERPRETED := tests/test_decode.py $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.24.0
 
-.PHONY: demo test test-compat test-ecosystem test-gpu check bench aot clean
+.PHONY: demo test test-compat test-ecosystem test-gpu check docs bench aot clean
 
 $(VENV)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	@echo "installing torch, transformers and the rest into $(VENV): once, some minutes in which little is said"
@@ -61,6 +61,11 @@ test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 8 tests/test_card.py tests/test_semantics*.py tests/test_decode*.py \
 		$(filter-out %_aot.py %_gpu.py %_far.py,$(wildcard tests/test_triton_*.py)) $(CARD)
 	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py tests/test_hf_graph.py lab/tests/test_triton_gpu_sizes.py $(CARD)
+
+# The API reference, from docstrings alone: open build/api/index.html.
+API := moba moba.routers moba.hf moba.hf.cache moba.hf.schedule moba.hf.record moba.parallel moba.parallel.models
+docs: $(VENV)/.installed
+	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/api $(API)
 
 bench: $(VENV)/.installed
 	$(BIN)/moba bench attention
