@@ -1,4 +1,4 @@
-"""Context parallelism: MoBA over a sequence that lies across the ranks of a torch.distributed process group."""
+"""Context parallelism: MoBA over a sequence that is split between the ranks of a torch.distributed process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MoBA over a sequence whose tokens lie across ranks: the same routing and, up to rounding, the same result as on one.
+"""MoBA over a sequence that is split between ranks: the routing of one device and, up to rounding, its results.
 
 Two ways for keys and queries to meet:
 
@@ -65,8 +65,8 @@ def context_parallel_attention(
     """Mixture of Block Attention over a sequence that is split between ranks. Every rank calls it.
 
     Args:
-        q: [B, T, H, D], this rank's tokens: contiguous shards of the sequence, in the ranks' order. Their lengths may
-            differ, and be 0.
+        q: [B, T, H, D], this rank's tokens. Shards are contiguous and in the ranks' order; their lengths may differ, or
+            be 0.
         k, v: [B, T, G, D].
         group: the ranks that share the sequence: a process group, a mesh of one dimension, or None for all.
         block_size, topk, scale, keep_first, keep_recent, router, backend: as in `moba_attention`; the same everywhere.
@@ -80,8 +80,8 @@ def context_parallel_attention(
             blocks are those of the whole sequence, and the `Shards`.
 
     Returns:
-        out [B, T, H, D]; or a tuple of out, lse, routing and shards, of what was asked for. Differentiable as
-        `moba_attention`; gradients of keys that travelled come back to their rank.
+        out [B, T, H, D]; or a tuple of out, lse, routing and shards, of what was asked for. Differentiable like
+        `moba_attention`; gradients of keys return to the rank that holds them.
 
     Raises:
         ValueError: on every rank, naming what the ranks disagree on, or what is not valid.
@@ -161,7 +161,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) ->
 
 @dataclass(frozen=True)
 class _Call:
-    """What the transports are told beside tensors."""
+    """What the transports get besides tensors."""
 
     shards: Shards
     cu_seqlens: Tensor | None
@@ -195,7 +195,7 @@ class _Call:
         return out[None], lse[None], routing.indices[None]
 
     def replay(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over a routing [B, T, H, K] of these keys that was made here, and so need not be put in order."""
+        """Attention over a routing [B, T, H, K] of these keys, which is in a backend's form already."""
         sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
         size, scale = sequences.fitting_block_size(self.block_size), check_scale(self.scale, q.shape[3])
         with torch.autocast(q.device.type, enabled=False):

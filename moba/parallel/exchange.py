@@ -23,10 +23,11 @@ class Transfer:
     """Exchanges with every rank of a group, under way until `arrivals` returns what came.
 
     Args:
-        sends: of each tensor that travels, for each rank the rows [*, ...] that go there.
-        counts: for each rank how many rows come from there.
-        copies_own: whether this rank's own rows are copied to stand among those that come; where others get the same
-            object, that copy is sent.
+        sends: for each tensor, the rows [*, ...] that go to each rank.
+        counts: number of rows that come from each rank.
+        group: the process group.
+        copies_own: whether this rank's own rows are copied into the result. If other ranks get the same object, that
+            copy is sent.
     """
 
     def __init__(

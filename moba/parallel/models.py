@@ -1,7 +1,7 @@
-"""transformers' models over sequences whose tokens lie across ranks.
+"""transformers' models over sequences that are split between ranks.
 
-parallelize(model, mesh["cp"])
-loss = model(**shard_batch(batch, mesh["cp"])).loss     # then backward; FSDP2 or DDP over all ranks average gradients
+    parallelize(model, mesh["cp"])
+    loss = model(**shard_batch(batch, mesh["cp"])).loss  # then backward; FSDP2 or DDP over all ranks average gradients
 
 Letters: B batch, S tokens of the sequence, T tokens of this rank, H query heads, D head dim.
 """
@@ -35,7 +35,7 @@ WHOLE = 1 << 30
 
 
 class _Across:
-    """The ranks that a model's sequences lie across, held by its attention modules."""
+    """The ranks that share a model's sequences; its attention modules hold this object."""
 
     def __init__(self, group: ProcessGroup | DeviceMesh | None, transport: str) -> None:
         self.group, self.transport = process_group(group), transport
@@ -49,10 +49,10 @@ class _Across:
 def parallelize(
     model: PreTrainedModel, group: ProcessGroup | DeviceMesh | None = None, *, transport: str = "gather"
 ) -> None:
-    """Let a model's attention, MoBA's and that of full layers, run over sequences whose tokens lie across ranks.
+    """Run a model's attention, of MoBA layers and of full ones, over sequences that are split between ranks.
 
     Every rank then calls the model on its part of each sequence, as `shard_batch` cuts it. Apply FSDP2, DDP or adapters
-    as without: they average gradients over all ranks, those of this group included.
+    as usual; they average gradients over all ranks, including those of this group.
 
     Args:
         model: with a MoBA config of its own (`set_moba_config`), on every rank; changed in place.
@@ -60,7 +60,7 @@ def parallelize(
         transport: as in `context_parallel_attention`.
 
     Raises:
-        ValueError: if the model has no such config, or routes or convolves by what its layers alone know.
+        ValueError: if the model has no such config, or has a router or convolutions that need more than a shard.
     """
     require_one_of("transport", transport, TRANSPORTS)
     config = get_moba_config(model)
@@ -103,7 +103,7 @@ def parallel_attention_forward(
         attention_mask: what `layout_mask` made of the padding mask: there must be no padding.
         cu_seq_lens_q, cu_seq_lens_k: int32, bounds of packed documents in the whole sequence.
         dropout, scaling, is_causal, position_ids, kwargs: as models pass them.
-        shift_labels: the loss's, which transformers passes to the layers, too.
+        shift_labels: used by the loss; transformers passes it to the layers, too.
 
     Returns:
         [B, T, H, D] and None for the attention weights.
@@ -171,19 +171,19 @@ def _check_positions(position_ids: Tensor | None, shards: Shards, cu_seqlens: Te
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | DeviceMesh | None = None) -> dict[str, Any]:
-    """This rank's part of a batch that all ranks of the group hold whole.
+    """Cut this rank's part out of a batch that every rank of the group holds.
 
     Args:
-        batch: input_ids [B, S]; if there, labels and position_ids of that shape, shift_labels (labels that are shifted
+        batch: input_ids [B, S]; optionally labels and position_ids of that shape, shift_labels (labels that are shifted
             already), and cu_seq_lens_q and cu_seq_lens_k, the bounds of documents packed into one row. Anything else,
             such as a mask, is refused unless it is None.
         group: the ranks that share each row.
 
     Returns:
-        input_ids, position_ids in the whole sequence, labels and shift_labels of this rank's T tokens, cut from the
-        whole sequence so that a shard's last token predicts the next one's first; the documents' bounds whole; and
-        num_items_in_batch, by which a model divides its loss such that the mean over the group's ranks is the loss of
-        the whole batch.
+        input_ids, position_ids (counted in the whole sequence), labels and shift_labels of this rank's T tokens; labels
+        are shifted before the cut, so a shard's last token predicts the next shard's first. The documents' bounds,
+        whole. num_items_in_batch: the model divides its loss by it, so that the mean over the group's ranks is the loss
+        of the whole batch.
 
     Raises:
         ValueError: for what cannot be cut.
@@ -193,7 +193,7 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | DeviceMesh | Non
 
 
 def cut_batch(batch: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Any]:
-    """`shard_batch` for a rank of so many."""
+    """`shard_batch` for one rank of `num_ranks`."""
     cut = ("input_ids", "labels", "shift_labels", "position_ids")
     whole = ("cu_seq_lens_q", "cu_seq_lens_k")
     if unknown := sorted(name for name, x in batch.items() if name not in cut + whole and x is not None):

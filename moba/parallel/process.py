@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def end_process(code: int = 0) -> NoReturn:
-    """End this process with an exit code, after the others of its group got here too.
+    """End this process with an exit code, after all processes of its group got here.
 
     gloo's threads outlive `destroy_process_group`, and one that lets go of a tensor while the interpreter shuts down
     aborts the process (pytorch issue 190489). So the interpreter does not shut down: what `atexit` would call is not

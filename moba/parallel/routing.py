@@ -1,7 +1,7 @@
-"""Routing over shards: block means travel, 1/block_size of the keys, and every query then knows its blocks.
+"""Routing over shards: only block means travel, 1/block_size of the keys; then every query knows its blocks.
 
-A query's scoring costs as much as there are blocks before it, so the last rank would score the longest. Ranks pair up,
-the first with the last: the later one lends the earlier one its first queries, as many as make their work equal.
+Scoring a query costs more the more blocks lie before it, so the last rank would take longest. Ranks pair up, the first
+with the last: the later one lends the earlier one its first queries, as many as make their work equal.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from moba.parallel.exchange import Transfer
 from moba.parallel.shards import Shards
 from moba.routing import Routing
 
-# Blocks of a sequence from which lending pays. A query of 128 dims and its choice are 0.3 KB; 2 ps a score, as an H100
-# takes, are as long as their way over a fast link (300 GB/s) at 500 blocks, over a slow one (50 GB/s) at 3000.
+# Lending pays from this many blocks on. A query of 128 dims and its choice are 0.3 KB; sending them takes as long as
+# scoring (2 ps a score on an H100) 500 blocks over a fast link (300 GB/s), 3000 blocks over a slow one (50 GB/s).
 LENDING_BLOCKS = 2048
 
 
 class SharedRouting:
-    """The routing of this rank's queries: what it needs is on its way from now on, `finish` computes it.
+    """The routing of this rank's queries. Transfers start now; `finish` computes the routing.
 
     Args:
         q: [B, T, H, D]. k: [B, T, G, D].
         shards: of whole blocks.
         selection: block_size, topk and the other arguments of `moba_route`.
-        lends: whether ranks lend each other queries; None: where it pays.
+        lends: whether ranks lend each other queries; None: if it pays.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SharedRouting:
         return Routing(own, self._selection["block_size"])
 
     def _between_partners(self, rows: Tensor, count: int) -> Transfer:
-        """Send these rows to this rank's partner, which sends `count`."""
+        """Send these rows to this rank's partner, and receive `count` rows from it."""
         num_ranks, partner = len(self._shards.lengths), self._partner
         has_partner = partner != self._shards.rank
         sends = [rows if has_partner and rank == partner else rows[:0] for rank in range(num_ranks)]
@@ -71,10 +71,10 @@ class SharedRouting:
 
 
 def lent_rows(lengths: tuple[int, ...]) -> list[int]:
-    """For each rank, how many of its first queries another rank shall route.
+    """For each rank, the number of its first queries that another rank routes.
 
-    Scoring the queries at positions a … b - 1 costs b² - a² (times a constant), so a rank whose tokens are s … e - 1,
-    beside a partner of cost c, keeps those from x on with e² - x² = x² - s² + c.
+    Scoring the queries a … b - 1 costs b² - a², up to a constant. A rank with the tokens s … e - 1, whose partner has
+    cost c, lends the queries s … x - 1. Both then cost the same: e² - x² = x² - s² + c.
     """
     starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
     lent = [0] * len(lengths)
@@ -88,7 +88,7 @@ def lent_rows(lengths: tuple[int, ...]) -> list[int]:
 
 
 def _send_means(k: Tensor, shards: Shards, selection: dict[str, Any], to_all: bool) -> Transfer:
-    """Means of the finished blocks of all ranks up to this one, or of all: [blocks, B, G, D] will come."""
+    """Send this rank's block means; receive those of all ranks up to this one, or of all: [blocks, B, G, D]."""
     block_size = selection["block_size"]
     means = k.new_empty(k.shape[0], k.shape[1] // block_size, *k.shape[2:])
     append_block_means(means, k.detach(), num_new=k.shape[1], block_size=block_size, backend=selection["backend"])

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moba.validate import DTYPES
 
-# Numbers that ranks compare.
+# Room for the numbers that ranks compare.
 MAX_NUMBERS = 32
 
 
@@ -39,7 +39,7 @@ class Shards:
 
     @property
     def stop(self) -> int:
-        """Position behind this rank's last token."""
+        """Position after this rank's last token."""
         return self.start + self.lengths[self.rank]
 
     @property
@@ -74,13 +74,13 @@ def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
 
 
 def float_bits(value: float) -> int:
-    """A number that differs where floats do."""
+    """The bits of a float as an int, so that ranks can compare it exactly."""
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
     return bits
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """An int64 scalar on the tensor's device that differs, but for rare accidents, where whole numbers [n] differ."""
+    """An int64 hash of whole numbers [n], on their device; different numbers rarely have the same hash."""
     mixed = (x.long() + 1) * (torch.arange(x.numel(), device=x.device) * 2654435761 + 97)
     return (mixed ^ (mixed >> 29)).sum()
 
@@ -95,7 +95,7 @@ def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, in
             learns of what it raises, so that none waits for a rank that gave up.
 
     Returns:
-        The shards. Reads the other ranks' lengths, so the device is waited for.
+        The shards. Reading the other ranks' lengths waits for the device.
 
     Raises:
         ValueError: on all ranks, naming what differs and where.
@@ -126,7 +126,7 @@ def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, in
 
 
 def _as_row(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
-    """MAX_NUMBERS numbers, of which some are on the device already, where the host need not wait for them."""
+    """A row of MAX_NUMBERS numbers. Those on the device are copied there, so that the host does not wait for them."""
     row = torch.zeros(MAX_NUMBERS, dtype=torch.int64)
     row[: len(numbers)] = torch.tensor([0 if isinstance(number, Tensor) else number for number in numbers])
     row = row.to(device)
@@ -137,7 +137,7 @@ def _as_row(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
 
 
 def _control_device(q: object, group: ProcessGroup) -> torch.device:
-    """Where the ranks of a group exchange numbers, also with one that was given nothing sensible."""
+    """The device on which ranks exchange numbers, even if this rank's q is not a tensor."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return q.device if isinstance(q, Tensor) else torch.device("cpu")
