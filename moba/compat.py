@@ -11,12 +11,13 @@ from moba.config import require_int
 def moba_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
 ) -> Tensor:
-    """`moba_attention_varlen` under its earlier name, with the backend that "auto" takes.
+    """Call `moba_attention_varlen` with the arguments of the MoBA release and backend="auto".
 
     Args:
-        q: [total, H, D]. k, v: [total, G, D].
+        q: [total, H, D].
+        k, v: [total, G, D].
         cu_seqlens: int32 [num_sequences + 1], ascending from 0 to total.
-        max_seqlen: at least the length of the longest sequence. Checking it reads cu_seqlens, so a GPU is waited for.
+        max_seqlen: at least the length of the longest sequence. Checking it reads cu_seqlens, which waits for a GPU.
         moba_chunk_size: block size.
         moba_topk: blocks a query attends to, its own included; 1 means the own block only.
 
@@ -32,7 +33,7 @@ def moba_attn_varlen(
 def moba_attn_varlen_naive(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
 ) -> Tensor:
-    """`moba_attn_varlen` by the mask-based reference: the same arguments, the same meaning, also at moba_topk = 1."""
+    """`moba_attn_varlen` on the mask-based reference: same arguments, same meaning, also at moba_topk = 1."""
     return _varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk, "reference")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 Router = str | Callable[[Tensor, Tensor], Tensor]
 
 ROUTERS = ("mean", "recent", "sink", "shared")
-# What only a model can do, as it needs queries and keys that the attention functions never see.
+# Routers that only a model can serve: they need queries and keys that the attention functions never see.
 MODEL_ROUTERS = ("unrotated",)
 DECODE_MODES = ("full", "moba")
 BACKENDS = ("auto", "reference", "pytorch", "triton")
@@ -87,13 +87,13 @@ class MoBAConfig:
     Args:
         block_size: tokens in a block, >= 1.
         topk: blocks a query attends to, its own block included, >= 1.
-        keep_first: the first this many blocks of the sequence are always selected (attention sink).
-        keep_recent: this many past blocks nearest to the own block are always selected.
+        keep_first: number of first blocks of the sequence that are always selected (attention sink).
+        keep_recent: number of past blocks nearest to the own block that are always selected.
             Kept blocks take places of topk: keep_first + keep_recent <= topk - 1.
         full_layers: layers that use full attention: an int n means the last n, a tuple lists layer indices.
         decode: attention of one-token steps after a prompt: "full" (the paper's choice) or "moba".
         router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice
-            for the query heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk),
+            for the query heads of a kv head), "top_p=0.9" (the fewest blocks that hold 0.9 of the mass, at most topk),
             "unrotated" (scores from before the rotary embedding; transformers models only, see
             `moba.hf.provide_route_by`), or a function (query rows [rows, H, D], block means [N, G, D]) -> scores
             [rows, H, N], larger is better (see `moba.routers`).
@@ -143,7 +143,7 @@ class MoBAConfig:
             raise ValueError(f"full_layers must fit the model's {num_layers} layers, got {layers!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict; `from_dict` restores an equal config.
+        """Return a JSON-serialisable dict, from which `from_dict` restores an equal config.
 
         Raises:
             ValueError: if the router is a function, which no file can hold.

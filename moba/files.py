@@ -1,4 +1,4 @@
-"""Files that are written whole, so that a killed process or a full disk leaves the old one, and JSON read from them."""
+"""Write files whole, so that a killed process or a full disk leaves the old file; read and check JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file beside `path` and move it there in one step, once all of it is on the disk.
 
-    After an error in the body `path` is what it was. What is no regular file, such as /dev/null, is written in place.
+    After an error in the body, `path` is unchanged. A target that is not a regular file, such as /dev/null, is written
+    in place.
 
     Yields:
         a binary file, open for writing and reading.
@@ -53,7 +54,7 @@ def write_json(path: str | os.PathLike[str], values: dict[str, Any], indent: int
 
 
 def check_text(where: str, text: str) -> None:
-    """Check that a string is text: JSON and file names can hold halves of surrogate pairs, which nothing encodes.
+    """Check that a string is text: JSON and file names can hold halves of surrogate pairs, which have no encoding.
 
     Raises:
         ValueError: naming `where`.

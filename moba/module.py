@@ -23,12 +23,12 @@ class MoBAttention(nn.Module):
         hidden_size: width of the input and of the output.
         num_heads: query heads H.
         num_kv_heads: key/value heads G, which divide H; num_heads by default.
-        head_dim: D, even where there is a rotary embedding; hidden_size / num_heads by default.
-        config: block_size, topk and the rest. `full_layers` must be 0, as this is one layer of the model; see `full`.
-        rope_base: base of the rotary embedding (the two halves of a head are rotated against each other, as in Llama);
-            None for none.
-        bias: whether the projections have one.
-        full: full attention instead of MoBA. An attribute that may be changed at any time, also during training.
+        head_dim: D; must be even with a rotary embedding. hidden_size / num_heads by default.
+        config: block_size, topk and the rest. `full_layers` must be 0, because this is one layer; see `full`.
+        rope_base: base of the rotary embedding (the two halves of a head are rotated against each other, as in Llama).
+            None: no rotary embedding.
+        bias: whether the projections have a bias.
+        full: use full attention instead of MoBA. You may change this attribute at any time, also during training.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
@@ -95,13 +95,13 @@ class MoBAttention(nn.Module):
         key_start: Tensor | None = None,
         return_past: bool = False,
     ) -> Tensor | tuple[Tensor, KeysAndValues]:
-        """Attend from the tokens x to themselves and to the past.
+        """Attend causally from the tokens x to the past and to themselves.
 
         Args:
             x: [B, T, hidden_size].
             past: keys (rotated) and values of the tokens before x, [B, S - T, G, D] each, as returned before.
                 One token with a past is a decode step and follows `config.decode`.
-            key_start: int32 [B], where each row's real tokens begin among the S (left padding).
+            key_start: int32 [B], each row's first real token among the S (left padding).
             return_past: also return the keys and values of all S tokens.
 
         Returns:
@@ -172,7 +172,7 @@ class MoBAttention(nn.Module):
         return rotate(q), rotate(k)
 
     def extra_repr(self) -> str:
-        """What printing the module shows beside its projections."""
+        """Settings that are shown when the module is printed."""
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"block_size={self.config.block_size}, topk={self.config.topk}, full={self.full}"

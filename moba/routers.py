@@ -5,8 +5,7 @@ Pass one as `router=...`, or its name where it has one. In `moba.MoBAConfig`, na
     "mean"          mean_key_scores: the paper's
     "shared"        shared_scores: the query heads of a kv head choose together
     "top_p=0.9"     TopP(0.9): as few blocks as hold 0.9 of the mass, at most topk
-    "unrotated"     transformers models only: mean keys and queries from before the rotary embedding, which the model
-    provides (`moba.hf`)
+    "unrotated"     transformers models only: "mean", from before the rotary embedding
 
 A rule is given rows and means of one sequence, in chunks, and more blocks than a row may attend to; a row's scores must
 depend on that row and those means only. "recent" and "sink" score nothing: kept blocks fill every place.
@@ -31,10 +30,13 @@ def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:
     """Score(t, j) = ⟨q_t, mean(K_j)⟩ for every query head against the means of its kv head.
 
     Args:
-        q: [rows, H, D]. means: [N, G, D].
+        q: [rows, H, D].
+        means: [N, G, D].
 
     Returns:
-        [rows, H, N]. Numerics: fp32 products and sums (fp64 for fp64 inputs), never TF32.
+        [rows, H, N].
+
+    Numerics: fp32 products and sums (fp64 for fp64 inputs), never TF32.
     Source: MoBA, eq. 6.
     """
     rows, num_heads, head_dim = q.shape
@@ -58,18 +60,18 @@ def shared_scores(q: Tensor, means: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TopP:
-    """A budget for each query: the fewest blocks, at most topk, that hold the part p of the mass.
+    """A budget for each query: the fewest blocks, at most topk, that hold the share p of the mass.
 
     The mass of past block j is softmax_j(score · D^−0.5) over all past blocks of the query. Blocks are taken in the
-    order in which they would be selected, kept ones first, until what was taken holds p or no place is left; kept
-    blocks and the own block are always taken, so a query reads at least these.
+    order of selection, kept blocks first, until they hold p or no place is left. Kept blocks and the own block are
+    always taken.
 
     Args:
         p: between 0 and 1, both excluded.
         score: the rule that scores the blocks.
 
     Raises:
-        ValueError: for another p.
+        ValueError: if p is not between 0 and 1.
     """
 
     p: float

@@ -45,8 +45,7 @@ class Sequences:
         cu_q, cu_k: int32 [num_sequences + 1] or None; both given for packed sequences, where R = 1.
         page_table: int32 [R, pages] or None; if given, keys and values are pages [P, page_size, G, D], and position p
             of row r lies in page page_table[r, p // page_size] at p % page_size. Then key_end holds the lengths,
-            key_start is None and num_keys = pages · page_size. Entries behind a row's last page mean nothing and are
-            never used.
+            key_start is None and num_keys = pages · page_size. Entries after a row's last page are ignored.
     """
 
     num_rows: int
@@ -83,10 +82,10 @@ class Sequences:
         return -(-self.num_keys // block_size)
 
     def fitting_block_size(self, block_size: int) -> int:
-        """This block size, or where the first block holds every key, one that means the same and fits in memory."""
+        """Return block_size; shrink a block that is much larger than all keys to one that just covers them."""
         if block_size <= LARGE_BLOCK or block_size <= self.num_keys:
             return block_size
-        # Twice as large each time, so that a growing cache seldom meets another; a multiple of the page size.
+        # A power of two times the page size, so that a growing cache seldom changes it.
         fitting = 1 if self.page_table is None else self.page_size
         while fitting <= max(self.num_keys, LARGE_BLOCK):
             fitting *= 2
@@ -123,22 +122,22 @@ class Sequences:
         return (end - start - self.num_queries + rows).to(torch.int32).expand(self.num_rows, -1)
 
     def without_pages(self) -> Sequences:
-        """The same sequences once their pages lie one after another, as `gather_pages` lays them."""
+        """The same sequences after `gather_pages` copied their pages together."""
         return replace(self, page_table=None)
 
     def pages_in_use(self) -> Tensor:
-        """The page table with a valid page in the entries behind each row's last: int64 [R, pages]."""
+        """The page table, with page 0 in the entries after each row's last page: int64 [R, pages]."""
         assert self.page_table is not None
         assert self.key_end is not None
         first_key = torch.arange(self.page_table.shape[1], device=self.page_table.device) * self.page_size
         return self.page_table.long().masked_fill(first_key >= self.key_end[:, None], 0)
 
     def gather_pages(self, pages: Tensor) -> Tensor:
-        """Every row's keys out of pages [P, page_size, G, D]: a copy [R, S, G, D]. Behind a row's end lies anything."""
+        """Copy every row's keys out of pages [P, page_size, G, D]: [R, S, G, D], undefined after a row's end."""
         return pages[self.pages_in_use()].flatten(1, 2)
 
     def mean_places(self, block_size: int) -> tuple[Tensor, Tensor]:
-        """Page of each block's mean, that of its first key, and place in it: int64 [R, S // block_size] each."""
+        """Page of each block's mean, that of its first key, and the place there: int64 [R, S // block_size] each."""
         pages = self.pages_in_use()
         first_key = torch.arange(self.num_keys // block_size, device=pages.device) * block_size
         page = pages[:, first_key // self.page_size]

@@ -1,7 +1,8 @@
-"""Parts of a problem, shared among threads that each run torch's operators alone.
+"""Run parts of a problem on several threads, each with torch's operators on one core.
 
-torch cuts every operator into a piece for each core and waits for the slowest. While another process takes a core away,
-each of many short operators waits for it. A thread with parts of its own holds up nobody: others take what is left.
+torch cuts every operator into one piece for each core and waits for the slowest piece. If another process uses a core,
+every short operator waits for that core. Threads that take whole parts do not wait for each other: a slow thread takes
+fewer parts.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ X = TypeVar("X")
 
 
 def for_each(work: Callable[[X], None], items: Sequence[X], device: torch.device) -> None:
-    """Call `work` on every item: on a CPU by as many threads as torch uses here, which take the items in order.
+    """Call `work` on every item, on a CPU with as many threads as torch uses.
 
-    The calling thread does it alone, with its operators on all cores, where items are few, on another device, where
-    autograd records, and where a dispatch mode follows the operators. (A profiler of one thread sees only that one.)
+    Threads take the items in order. The calling thread does all the work, with operators on all cores, if there are few
+    items, on another device, while autograd records, and while a dispatch mode is active. A profiler that follows one
+    thread sees that thread only.
 
     Args:
-        work: called without gradients by the threads. The n-th item is begun before the n + 1st, so it may wait for
-            what the work on earlier items does.
+        work: called without gradients. Item n starts before item n + 1, so work on an item may wait for earlier items.
         items: parts of about the same size.
+        device: where `work` computes.
 
     Raises:
-        What `work` raises, once the calls under way have ended; no other is begun then.
+        The error that `work` raised, after the running calls have ended. No further call starts.
     """
     num_threads = min(torch.get_num_threads(), len(items))
     is_shared = device.type == "cpu" and torch.backends.openmp.is_available()
-    # Half the threads would rest in the last round of few items. Many threads gain little within an operator.
+    # With few items, half the threads would be idle in the last round. Within an operator, many threads gain little.
     is_shared = is_shared and num_threads > 1 and len(items) >= min(2 * num_threads, 8)
     if not is_shared or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or not _start(num_threads):
         for item in items:
@@ -78,7 +80,7 @@ def for_each(work: Callable[[X], None], items: Sequence[X], device: torch.device
 
 
 class _Pool:
-    """The threads of this process. They serve all callers by turns, so their working memory does not add up."""
+    """The threads of this process, shared by all callers in turn, so that their working memory does not add up."""
 
     def __init__(self) -> None:
         self.steps: SimpleQueue[Callable[[], bool]] = SimpleQueue()
@@ -95,7 +97,7 @@ def _pool() -> _Pool:
 
 
 def _start(num_threads: int) -> bool:
-    """Have at least so many threads; False if the system, or the ending interpreter, gives no more."""
+    """Start threads up to `num_threads`; False if the system, or an interpreter shutting down, allows no more."""
     pool = _pool()
     with pool.lock:
         try:
@@ -108,7 +110,7 @@ def _start(num_threads: int) -> bool:
 
 
 def _serve(steps: SimpleQueue[Callable[[], bool]]) -> None:
-    """Do steps of the calls that wait, one of each call at a time."""
+    """Run steps of the waiting calls, and take turns between calls."""
     _use_one_core()
     while True:
         step = steps.get()
@@ -120,9 +122,9 @@ def _serve(steps: SimpleQueue[Callable[[], bool]]) -> None:
 
 
 def _use_one_core() -> None:
-    """Have torch's operators in this new thread use this thread only."""
+    """Make torch's operators in this new thread run on this thread only."""
     num_threads = torch.get_num_threads()
-    # Sets it for this thread and for threads that are yet to come. For those a short-lived one takes it back.
+    # This sets it for this thread and for later threads. A short-lived thread resets it for the later ones.
     torch.set_num_threads(1)
     try:
         other = threading.Thread(target=torch.set_num_threads, args=(num_threads,), daemon=True)

@@ -1,11 +1,11 @@
 """transformers: MoBA as an attention implementation, and the config that a model carries.
 
-register_moba(MoBAConfig(block_size=512, topk=3))
-model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
+    register_moba(MoBAConfig(block_size=512, topk=3))
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
 
-With `decode="moba"`, give generation a cache that keeps the block means (`moba.hf.cache`); any other works, slower:
+With `decode="moba"`, pass a cache that keeps the block means (`moba.hf.cache`); other caches work, but slower:
 
-model.generate(**inputs, past_key_values=MoBACache(model.config))
+    model.generate(**inputs, past_key_values=MoBACache(model.config))
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
         config: None takes the model's own config away again.
 
     Raises:
-        ValueError: if the config cannot be saved (its router is a function), names a layer the model does not have,
-            or routes by what nothing provides (see `provide_route_by`).
+        ValueError: if the config cannot be saved (its router is a function), names a layer that the model does not
+            have, or needs queries and keys that nothing provides (see `provide_route_by`).
     """
     model_config = _text_config(model)
     if config is None:
@@ -86,5 +86,5 @@ def get_moba_config(model: PreTrainedModel) -> MoBAConfig | None:
 
 
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config that the language model's layers hold: a part of it in models of several modalities."""
+    """The config of the language model: a part of the model's config if it has several modalities."""
     return model.config.get_text_config(decoder=True)

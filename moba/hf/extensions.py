@@ -1,8 +1,8 @@
 """What other code adds to a model's attention modules: queries and keys to route by, and parts that a config asks for.
 
-A layer whose blocks are to be chosen by other queries and keys than it attends with says which:
+To choose a layer's blocks by other queries and keys than it attends with:
 
-provide_route_by(attention, "unrotated", function)
+    provide_route_by(attention, "unrotated", function)
 
 `MoBAConfig(router="unrotated")` then routes that layer as "mean" does, by what function(attention, q, k) returns.
 """
@@ -30,7 +30,7 @@ def provide_route_by(attention: nn.Module, router: str, provider: RouteBy) -> No
         attention: the module that transformers' attention interface is given.
         router: a router that only a model can serve: "unrotated".
         provider: called with the module and the q [B, T, H, D] and k [B, S, G, D] of each call that is MoBA. Returns
-            the queries and keys to route by, of the same shapes but for the head dim. Keep what it needs on the
+            the queries and keys to route by, of the same shapes except the head dim. Keep what it needs on the
             module: copies of a model share the function.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Recording which blocks the layers of a transformers model choose while it runs."""
+"""Record which blocks the layers of a transformers model choose while it runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moba.routing import Routing
 
 
 class RoutingRecord(dict[int, list[Routing]]):
-    """What `record_routings` saw: layer index -> the routing of each forward pass, in order."""
+    """Layer index -> the routing of each recorded forward pass, in order."""
 
     def joined(self) -> dict[int, Routing]:
-        """Layer index -> one routing [B, T, H, K] of all forward passes, as if the prompt had been read at once."""
+        """Join the passes: layer index -> one routing [B, T, H, K], as if the prompt had been read at once."""
         return {
             layer: Routing(torch.cat([r.indices for r in parts], dim=1), parts[0].block_size)
             for layer, parts in sorted(self.items())
@@ -26,7 +26,7 @@ class RoutingRecord(dict[int, list[Routing]]):
 
 @contextmanager
 def record_routings(model: PreTrainedModel) -> Iterator[RoutingRecord]:
-    """Record the routing of every MoBA layer of `model` in each forward pass inside the block.
+    """Record the routing of every MoBA layer of `model` in each forward pass inside this context.
 
         with record_routings(model) as record:
             model(input_ids)
@@ -46,7 +46,7 @@ def record_routings(model: PreTrainedModel) -> Iterator[RoutingRecord]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             record.setdefault(layer, []).append(Routing(routing.indices.cpu(), routing.block_size))
 
-    # transformers looks the function up by its name in each layer and each pass, so exchanging it reaches them all.
+    # transformers looks the function up by its name in each layer and each pass, so replacing it reaches all layers.
     attention = AttentionInterface()[name]
     AttentionInterface.register(name, partial(attention, observe=observe))
     try:
@@ -56,7 +56,7 @@ def record_routings(model: PreTrainedModel) -> Iterator[RoutingRecord]:
 
 
 def require_moba(model: PreTrainedModel) -> str:
-    """The name of a model's attention.
+    """Return the name of a model's attention if it is MoBA's.
 
     Raises:
         ValueError: if it is not "moba" or "moba_naive".

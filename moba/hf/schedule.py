@@ -1,8 +1,8 @@
 """Which attention each layer uses at each step of training.
 
-A schedule is a short list of stages, each a MoBAConfig or full attention, that begin at a share of the training. It
-depends on the progress alone, so a resumed run goes on with the right stage, and a model compiled with torch.compile is
-compiled once for each different stage however often the training returns to it.
+A schedule is a short list of stages. Each stage is a MoBAConfig or full attention, and begins at a share of the
+training. It depends on the progress alone. So a resumed run continues with the right stage, and torch.compile compiles
+each different stage once, however often the training returns to it.
 
     schedule = hybrid(MoBAConfig(512, 3))                   # MoBA for 90 % of the training, then full attention
     Trainer(..., callbacks=[MoBASchedule(schedule)])        # transformers
@@ -55,20 +55,22 @@ class Schedule:
         config = [config for start, config in self.stages if start <= progress][-1]
         if config is not None:
             return config
-        # The blocks of another stage, so that a saved model tells them; full layers do not look at them.
+        # The blocks of another stage, so that a saved model records them; full layers ignore them.
         blocks = next((config for _, config in self.stages if config is not None), MoBAConfig(1, 1))
         return replace(blocks, full_layers=num_layers)
 
 
 def throughout(config: MoBAConfig | None) -> Schedule:
-    """One attention from the first step to the last: MoBA from scratch, `config.full_layers` for layers that stay full
-    (the paper's layer-wise hybrid for fine-tuning), or None, full attention.
+    """Use one attention from the first step to the last.
+
+    Args:
+        config: MoBA; its `full_layers` stay full (the paper's layer-wise hybrid for fine-tuning). None: full attention.
     """
     return Schedule(((0.0, config),))
 
 
 def activation(config: MoBAConfig, *, at: float) -> Schedule:
-    """Full attention up to the share `at` of the training, then MoBA.
+    """Use full attention up to the share `at` of the training, then MoBA.
 
     Raises:
         ValueError: if `at` is not in (0, 1).
@@ -77,7 +79,7 @@ def activation(config: MoBAConfig, *, at: float) -> Schedule:
 
 
 def hybrid(config: MoBAConfig, *, full_from: float = 0.9) -> Schedule:
-    """MoBA up to the share `full_from` of the training, then full attention: the paper's recipe (section 3.2).
+    """Use MoBA up to the share `full_from` of the training, then full attention: the paper's recipe (section 3.2).
 
     Raises:
         ValueError: if `full_from` is not in (0, 1).
@@ -88,15 +90,15 @@ def hybrid(config: MoBAConfig, *, full_from: float = 0.9) -> Schedule:
 def anneal_topk(
     config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6, length: int | None = None
 ) -> Schedule:
-    """MoBA whose topk falls from `start` to the config's, by equal factors.
+    """Lower topk from `start` to the config's, by equal factors.
 
     Args:
         config: of the last stage.
         start: topk of the first stage, >= the config's.
         until: share of the training at which the last stage begins.
-        num_stages: 2 … 8. Stages that round to the same topk are one.
-        length: tokens of the longest sequence. Stages whose topk · block_size covers it are full attention, which
-            they equal and which takes less time; None: all are MoBA.
+        num_stages: 2 … 8. Stages that round to the same topk are merged.
+        length: tokens of the longest sequence. Stages whose topk · block_size covers it become full attention, which
+            computes the same in less time. None: all stages are MoBA.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
@@ -107,7 +109,7 @@ def anneal_topk(
 def anneal_block_size(
     config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6, length: int | None = None
 ) -> Schedule:
-    """MoBA whose block size falls from `start` to the config's, by equal factors; the arguments of `anneal_topk`."""
+    """Lower the block size from `start` to the config's, by equal factors; arguments as in `anneal_topk`."""
     return _anneal("block_size", config, start, until, num_stages, length)
 
 
@@ -115,10 +117,10 @@ def apply_schedule(model: PreTrainedModel, schedule: Schedule, progress: float) 
     """Give `model` the attention of `schedule` at `progress`; call it before each step of a training loop.
 
     Args:
-        model: with the attention "moba" or "moba_naive", or across ranks (`moba.parallel.models`); it carries the
-            config of the stage, and is saved with it.
+        model: its attention is "moba", "moba_naive", or that of `moba.parallel.models`. It carries the config of the
+            stage and is saved with it.
         schedule: the stages.
-        progress: share of the training that is done, 0 … 1: of steps or of tokens.
+        progress: share of the training that is done, 0 … 1, in steps or in tokens.
 
     Returns:
         whether the attention changed.
@@ -140,7 +142,7 @@ def apply_schedule(model: PreTrainedModel, schedule: Schedule, progress: float) 
 
 
 class MoBASchedule(TrainerCallback):
-    """Applies a schedule in transformers' Trainer, by the share of the optimizer's steps that are done."""
+    """A callback for transformers' Trainer that applies a schedule, by the share of optimizer steps done."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -148,7 +150,7 @@ class MoBASchedule(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first micro-batch of a step."""
+        """Apply the schedule before the first micro-batch of a step."""
         apply_schedule(kwargs["model"], self.schedule, state.global_step / state.max_steps)
 
 
