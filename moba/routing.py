@@ -24,7 +24,7 @@ from moba.validate import describe, is_readable
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Elements, few enough for a chunk of scores, or of keys as they are summed, to stay in a core's cache.
+# Elements in a chunk: few enough that scores, or keys while they are summed, stay in a core's cache.
 _SCORES_PER_CHUNK = 1 << 20
 _KEYS_PER_CHUNK = 1 << 20
 
@@ -33,8 +33,8 @@ _KEYS_PER_CHUNK = 1 << 20
 class Selection:
     """The rule that selects blocks: everything about routing that is not a tensor.
 
-    `topk` blocks a query, of which the own block is one, `keep_first` are the sequence's first and `keep_recent` the
-    nearest past ones; `score` ranks the other candidates, or is None where kept blocks fill every place.
+    A query gets `topk` blocks: its own block, the sequence's first `keep_first` blocks, the nearest `keep_recent` past
+    blocks, and the candidates that `score` ranks highest. `score` is None if kept blocks fill every place.
     """
 
     block_size: int
@@ -45,7 +45,7 @@ class Selection:
 
     @classmethod
     def of(cls, block_size: int, topk: int, keep_first: int, keep_recent: int, router: Router) -> Selection:
-        """The rule for a named router or a user's function; "recent" and "sink" are kept blocks only."""
+        """The rule for a named router or a user's function; "recent" and "sink" select kept blocks only."""
         if router == "recent":
             keep_recent = topk - 1 - keep_first
         elif router == "sink":
@@ -57,11 +57,11 @@ class Selection:
 
     @property
     def top_p(self) -> float | None:
-        """The part of the mass that is enough, where the rule has a budget."""
+        """The share of the mass that is enough, if the rule has a budget; else None."""
         return self.score.p if isinstance(self.score, TopP) else None
 
     def first_of_equals(self, means: Tensor) -> Tensor | None:
-        """For `scores`: the function of this name, or None where blocks of equal means may rank differently."""
+        """`first_of_equals` of means, for `scores`; None if the rule may score blocks of equal means differently."""
         return first_of_equals(means) if ranks_by_means(self.score) else None
 
     def scores(self, q: Tensor, means: Tensor, first: Tensor | None = None) -> Tensor:
@@ -109,8 +109,10 @@ class Routing:
         return (self.indices >= 0).sum(dim=-1)
 
     def block_mask(self, num_blocks: int | None = None) -> Tensor:
-        """Which of blocks 0 … num_blocks - 1, by default all, each query attends to: bool [B, T, H, N] or
-        [total, H, N].
+        """Whether each query attends to each of the blocks 0 … num_blocks - 1, by default all.
+
+        Returns:
+            bool [B, T, H, N] or [total, H, N].
         """
         count = int(self.indices.max().item()) + 1 if num_blocks is None and self.indices.numel() else num_blocks or 0
         mask = torch.zeros(*self.indices.shape[:-1], count + 1, dtype=torch.bool, device=self.indices.device)
@@ -175,14 +177,13 @@ def mean_keys(k: Tensor, block_size: int) -> Tensor:
         [..., S // block_size, G, D] in k's dtype.
 
     Numerics: accumulated in fp32 (fp64 for fp64 keys) and rounded once to k's dtype. Summed by halves, with additions
-        of whole tensors only, so a block's mean is the same bits among whichever blocks and in whichever memory layout
-        it is computed.
+        of whole tensors only, so a block's mean has the same bits whatever the other blocks and the memory layout are.
     Source: MoBA, eq. 6.
     """
     num_finished = k.shape[-3] // block_size
     blocks = k[..., : num_finished * block_size, :, :].unflatten(-3, (num_finished, block_size))
     means = k.new_empty(*blocks.shape[:-3], *blocks.shape[-2:])
-    # A tensor: on a GPU, dividing by a number multiplies by its rounded reciprocal.
+    # A tensor, because on a GPU division by a Python number multiplies by its rounded reciprocal.
     size = torch.full((), block_size, dtype=accumulation_dtype(k.dtype), device=k.device)
     at_once = max(1, _KEYS_PER_CHUNK // max(1, means[..., :1, :, :].numel() * block_size))
     for start in range(0, num_finished, at_once):
@@ -206,11 +207,11 @@ def _sum_by_halves(x: Tensor) -> Tensor:
 def first_of_equals(means: Tensor, pick: Callable[[Tensor], Tensor] = lambda means: means) -> Tensor | None:
     """For each block the first one with the same mean, bit for bit: int64 [..., N, G]; None if no two are the same.
 
-    A CPU's matrix product may round equal columns to different numbers, by their place. On a GPU it does not, and
-    None is returned at once.
+    A CPU's matrix product may round equal columns differently, depending on their place. A GPU's does not, so None is
+    returned at once.
 
     Args:
-        means: [..., N, G, D], or what `pick` takes these out of once the last dimension is cut.
+        means: [..., N, G, D], or a tensor from which `pick` takes these after its last dimension is cut.
     """
     if means.device.type != "cpu":
         return None
@@ -230,14 +231,15 @@ def first_of_equals(means: Tensor, pick: Callable[[Tensor], Tensor] = lambda mea
 
 
 def equal_scores(scores: Tensor, first: Tensor) -> Tensor:
-    """Scores [..., rows, H, N] where blocks of equal means have that of their `first` [..., N, G]."""
+    """Give blocks of equal means the score of their `first` [..., N, G]: scores [..., rows, H, N]."""
     of_heads = first.mT.repeat_interleave(scores.shape[-2] // first.shape[-1], dim=-2).unsqueeze(-3)
     return scores.gather(-1, of_heads.expand(scores.shape))
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """Keep a function that loops over data out of torch.compile's graphs: `torch.compiler.disable`, but that imports
-    the whole compiler, here only if something is being compiled.
+    """Keep a function that loops over data out of torch.compile's graphs.
+
+    `torch.compiler.disable` alone would import the whole compiler; here that happens only while something is compiled.
     """
 
     @functools.wraps(function)
@@ -256,7 +258,7 @@ def top_blocks(scores: Tensor, count: int, *, may_wait: bool = True) -> Tensor:
 
     Args:
         scores: [..., N], no NaN. count: 1 … N.
-        may_wait: False sorts every row, so that the host need not learn from a device whether any is contested.
+        may_wait: False sorts every row, so that the host does not wait to learn whether a row is contested.
 
     Returns:
         int64 [..., count] in no particular order.
@@ -331,7 +333,7 @@ def span_means(k: Tensor | None, means: Tensor | None, span: Span, block_size: i
 
 
 def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Tensor:
-    """Route one sequence in chunks of query rows, so that scores never take N × N/B memory.
+    """Route one sequence in chunks of query rows, so that scores of all rows are never in memory at once.
 
     Args:
         q: [T, H, D] the sequence's queries. means: [N, G, D] of its finished blocks.
@@ -346,7 +348,7 @@ def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Te
     indices = q.new_full((num_queries, num_heads, selection.topk), -1, dtype=torch.int32)
     own = torch.div(positions, selection.block_size, rounding_mode="floor").long()
     first = selection.first_of_equals(means)
-    # A user's function is called by the thread that it was given in.
+    # A user's function is called in the thread that passed it.
     is_shared = ranks_by_means(selection.score) and q.device.type == "cpu"
     rows = max(1, (_SCORES_PER_CHUNK >> is_shared) // max(1, num_heads * means.shape[0]))
 
