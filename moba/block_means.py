@@ -1,4 +1,4 @@
-"""Means of the finished blocks of keys that are kept: written once, routed by, and attended by.
+"""Means of the finished blocks of a cache's keys: write them once, route by them, attend with them.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, P pages.
 """
@@ -45,24 +45,24 @@ def append_block_means(
     page_table: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Write the means of the blocks that each row's last keys finished; to be called once for every new key.
+    """Write the means of the blocks that the last keys of each row finished. Call it once for every new key.
 
     mean(K_j) = 1/block_size · Σ_{i in block j} k_i
 
     Args:
-        means: written in place, [B, N, G, D] with N >= S // block_size, in k's dtype; what stands for unfinished
-            blocks is left as it is. With a page_table, of the shape that `moba_attention_paged` takes.
+        means: [B, N, G, D], N >= S // block_size, in k's dtype; written in place. Entries of unfinished blocks are not
+            touched. With a page_table: the shape of `moba_attention_paged`'s block_means.
         k: [B, S, G, D], the keys with the new ones among them; or pages [P, page_size, G, D].
-        num_new: how many of each row's last keys are new. More than there are is no error: all are then.
+        num_new: number of new keys at the end of each row. If it exceeds a row's keys, all of them are new.
         block_size: tokens in a block, counted from key_start.
         key_start, key_end: int32 [B], as in `moba_attention`.
         page_table: int32 [B, pages], as in `moba_attention_paged`; key_end is then required.
-        backend: the backend whose prefill the means shall equal, as in `moba_attention`.
+        backend: the backend that will use the means, as in `moba_attention`.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
 
-    Numerics: accumulated in fp32 (fp64 for fp64) and rounded once: the bits that the backend's prefill scores.
+    Numerics: accumulated in fp32 (fp64 for fp64) and rounded once: the bits that the backend's prefill computes.
     """
     require_tensors(k=k)
     check_tensors(4, k=k)
@@ -96,7 +96,7 @@ def moba_route(
     router: Router = "mean",
     backend: str = "auto",
 ) -> Routing:
-    """The routing alone, by block means, where the keys themselves are elsewhere.
+    """Choose blocks by their means alone, without the keys.
 
     Args:
         q: [B, T, H, D]. The queries are the last T of num_keys positions.
@@ -151,8 +151,8 @@ def moba_attention_paged(
 ) -> Any:
     """Mixture of Block Attention over a cache of pages, for inference.
 
-    With at most 16 queries a row nothing is gathered: a step reads the means and the selected keys. With more, each
-    row's keys are first copied out of their pages.
+    With at most 16 queries a row, a step reads the means and the selected keys in place. With more queries, each row's
+    keys are first copied out of their pages.
 
     Args:
         q: [B, T, H, D]. Row b's queries are the last T of its key_end[b] positions; rows with fewer keys than
@@ -160,7 +160,7 @@ def moba_attention_paged(
         k_pages, v_pages: [P, page_size, G, D] and [P, page_size, G, Dv] of q's dtype and device, any strides with a
             contiguous last dimension.
         page_table: int32 [B, pages]: position p of row b lies in page page_table[b, p // page_size] at
-            p % page_size. Entries behind a row's last page mean nothing.
+            p % page_size. Entries after a row's last page are ignored.
         key_end: int32 [B], the number of keys of each row.
         block_means: [P, page_size // block_size, G, D] where block_size divides page_size, or [P, 1, G, D] where it is
             a multiple; the means of finished blocks, as `append_block_means` writes them. Left out with block_indices.
@@ -198,7 +198,7 @@ def moba_attention_paged(
 
 
 def _paged_sequences(num_queries: int, pages: Tensor, page_table: Tensor, key_end: Tensor | None) -> Sequences:
-    """The sequences of pages that were checked; their numbers are checked here."""
+    """The sequences of checked pages; checks the page numbers."""
     num_keys = page_table.shape[1] * pages.shape[1]
     sequences = Sequences(page_table.shape[0], num_queries, num_keys, key_end=key_end, page_table=page_table)
     check_page_numbers(sequences, pages.shape[0])
@@ -206,7 +206,7 @@ def _paged_sequences(num_queries: int, pages: Tensor, page_table: Tensor, key_en
 
 
 class Phase:
-    """What a cache's user is doing, shared by its layers."""
+    """Whether a cache is used for a prefill; one object, shared by the cache's layers."""
 
     is_prefill = False
 
@@ -215,9 +215,9 @@ class CachedMeans:
     """The means of the finished blocks of one layer, kept current by the attention function.
 
     Attributes:
-        means: [B, G, N, D], room for as many blocks as there is room for keys; None before the first use.
-        phase: what the cache's user is doing.
-        is_static: whether the means stay where they are, as a static cache's keys do.
+        means: [B, G, N, D], with room for the blocks of all keys that there is room for; None before the first use.
+        phase: whether a prefill is under way.
+        is_static: whether the means keep their memory, as a static cache's keys do.
     """
 
     def __init__(self, phase: Phase, *, is_static: bool = False) -> None:
@@ -229,10 +229,10 @@ class CachedMeans:
         self._room = 0
         self._num_new = 0
         self._has_keys = False
-        self._is_complete = True  # but for the noted keys
+        self._is_complete = True  # except for the noted keys
 
     def note(self, num_new: int, room: int) -> None:
-        """Keys were appended: `num_new` of them, to a layer with room for `room`."""
+        """Note that `num_new` keys were appended to a layer with room for `room`."""
         if self._num_new:
             self._is_complete = False
         self._num_new, self._room = num_new, room
@@ -240,13 +240,14 @@ class CachedMeans:
     def update(
         self, k: Tensor, *, block_size: int, key_start: Tensor | None, key_end: Tensor | None, backend: str
     ) -> Tensor:
-        """Compute the means of the blocks that the noted keys finished; of all blocks where some keys were not seen, as
-        under another attention, or were cut into other blocks.
+        """Compute the means of the blocks that the noted keys finished.
+
+        If some keys were not seen, because another attention ran, or the blocks have another size, compute all means.
 
         Args:
             k: [B, S, G, D], all keys of the layer.
-            block_size, key_start, key_end, backend: as in `moba_attention`. That a row begins elsewhere than before is
-                noticed on a CPU only: a GPU is not waited for.
+            block_size, key_start, key_end, backend: as in `moba_attention`. A row that begins elsewhere than before is
+                noticed on a CPU only, because a GPU is not waited for.
 
         Returns:
             [B, N, G, D], as `moba_attention` takes them.
@@ -262,15 +263,15 @@ class CachedMeans:
         return means
 
     def skip(self) -> None:
-        """The layer does without means; should it need them later, `update` computes them all."""
+        """Drop the means. If the layer needs them later, `update` computes them all."""
         self.means, self._num_new, self._is_complete = None, 0, False
 
     def reset(self) -> None:
-        """The layer's keys are gone."""
+        """Start anew: the layer's keys are gone."""
         self._num_new, self._has_keys, self._is_complete = 0, False, True
 
     def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        """The layer's rows were reordered, repeated or selected by `take`."""
+        """Reorder, repeat or select rows as `take` did with the layer's keys."""
         self.means = None if self.means is None else take(self.means)
         self._key_start = None if self._key_start is None else take(self._key_start)
 
@@ -286,14 +287,14 @@ class CachedMeans:
         return torch.equal(before, now)
 
     def _with_room(self, k: Tensor, block_size: int) -> Tensor:
-        """The means [B, N, G, D] with room for every block, those of before in their places."""
+        """The means [B, N, G, D] with room for every block; earlier means keep their places."""
         shape = (k.shape[0], k.shape[2], self._room // block_size, k.shape[3])
         means = self.means
         if means is None or means.shape != shape or means.dtype != k.dtype or means.device != k.device:
             with torch.inference_mode(False):
                 self.means = torch.empty(shape, dtype=k.dtype, device=k.device)
             if self.is_static and not torch.compiler.is_compiling():
-                # As transformers marks static keys: torch.compile records no CUDA graph that writes to other inputs.
+                # As transformers marks static keys: torch.compile refuses CUDA graphs that write to unmarked inputs.
                 torch._dynamo.mark_static_address(self.means)
             if means is not None and means.shape[:2] == shape[:2]:
                 num_kept = min(means.shape[2], shape[2])

@@ -1,4 +1,4 @@
-"""In which precision things are computed."""
+"""The precision that things are computed in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Those with autocast. A list, as torch.compile cannot trace torch's own question in every version.
+# Devices with autocast. Listed here because torch.compile cannot trace torch's own query in every version.
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -22,13 +22,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _FullPrecision:
     """The process's precision of fp32 matrix products, raised while any thread is inside.
 
-    Torch keeps it in one place for all threads, so the first thread in raises it and the last one out restores it.
+    Torch keeps it once for all threads, so the first thread to enter raises it and the last to leave restores it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_inside = 0
-        self._allowed: str | None = None  # None where it was set by backend, of which torch's getter refuses to speak
+        self._allowed: str | None = None  # None if it was set for each backend: torch's getter then raises
         self._by_backend: list[tuple[Any, str]] = []
 
     def __enter__(self) -> None:
@@ -64,20 +64,23 @@ _full_precision = _FullPrecision()
 
 
 def full_fp32_matmul() -> AbstractContextManager[None]:
-    """Matrix products of fp32 tensors keep fp32 precision inside, whatever the user allowed outside (TF32, bf16).
+    """Compute fp32 matrix products in full fp32 inside this context, even if the user allowed TF32 or bf16.
 
-    Threads may be inside at once. Products of other threads are as precise meanwhile.
+    Several threads may be inside at once. Meanwhile, products of other threads are as precise.
     """
     return _full_precision
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether tensors hold neither NaN nor inf; False also where a sum of them overflows. Waits for their device."""
+    """Whether tensors hold neither NaN nor inf. Also False if a tensor's sum overflows. Waits for their device."""
     return all(bool(torch.isfinite(x.sum(dtype=accumulation_dtype(x.dtype)))) for x in tensors)
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Queries and a positive scale with the same logits: torch's kernels multiply a mask's -inf by the scale."""
+    """Return queries and a positive scale that give the same logits.
+
+    torch's kernels multiply a mask's -inf by the scale, so a scale that is 0 or negative would undo the mask.
+    """
     least = torch.finfo(torch.float32).tiny
     if scale >= least:
         return q, scale
@@ -100,7 +103,7 @@ def padded_to(width: int, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def to_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
+    """Cast to the autocast dtype under torch.autocast, as torch's own attention does."""
     device = q.device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v

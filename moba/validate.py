@@ -1,4 +1,4 @@
-"""What the public functions are given, checked: a ValueError names the argument, what it was and what is valid."""
+"""Check the arguments of the public functions; a ValueError names the argument, what it was and what is valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require_tensors(**arguments: object) -> None:
-    """Check that these are tensors at all."""
+    """Check that all of these are tensors."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {describe(x)}")
@@ -51,7 +51,7 @@ def check_head_dim(**tensors: Tensor) -> None:
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
-    """The scale of the scores: D^−0.5 where none is given."""
+    """Check the scale of the scores and return it; D^−0.5 if it is None."""
     if scale is None:
         return head_dim**-0.5
     try:
@@ -86,7 +86,7 @@ def check_attention(ndim: int, **tensors: Tensor) -> None:
 def check_route_by(
     route_by: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, **others: object
 ) -> tuple[Tensor, Tensor] | None:
-    """The queries and keys to route by in autocast's dtype, checked against q and k; `others` must then be None."""
+    """Check the queries and keys to route by against q and k, and cast them as autocast does; `others` must be None."""
     if route_by is None:
         return None
     for name, other in others.items():
@@ -100,8 +100,8 @@ def check_route_by(
     check_attention(q.ndim, **{"route_by[0]": by_q, "route_by[1]": by_k, "route_by[1] again": by_k})
     if by_q.shape[:-1] != q.shape[:-1] or by_k.shape[:-1] != k.shape[:-1] or by_q.device != q.device:
         raise ValueError(
-            f"route_by must be like q and k but for the head dim, {tuple(q.shape)} and {tuple(k.shape)} on {q.device}, "
-            f"got {tuple(by_q.shape)} and {tuple(by_k.shape)} on {by_q.device}"
+            f"route_by must have the shapes of q and k except the head dim, {tuple(q.shape)} and {tuple(k.shape)} on "
+            f"{q.device}, got {tuple(by_q.shape)} and {tuple(by_k.shape)} on {by_q.device}"
         )
     return by_q, by_k
 
@@ -151,8 +151,9 @@ def check_sinks(sinks: object, q: Tensor) -> None:
 
 
 def check_bounds(key_start: Tensor | None, key_end: Tensor | None, rows: Tensor, num_keys: int) -> None:
-    """Check key_start and key_end, int32 [B] beside rows [B, ...], and where values can be read, that
-    0 <= key_start <= key_end <= S.
+    """Check key_start and key_end, int32 [B] for rows [B, ...].
+
+    If values can be read, 0 <= key_start <= key_end <= S must hold.
     """
     bounds = {name: x for name, x in (("key_start", key_start), ("key_end", key_end)) if x is not None}
     for name, bound in bounds.items():
@@ -188,7 +189,7 @@ def check_means(name: str, means: Tensor, k: Tensor, num_blocks: int) -> None:
 
 
 def check_pages(pages: Tensor, page_table: Tensor, key_end: Tensor | None, num_rows: int | None) -> None:
-    """Check what says where rows lie in pages [P, page_size, G, D]; num_rows is q's batch size, None without q."""
+    """Check the page table and row lengths of pages [P, page_size, G, D]; num_rows is q's batch size or None."""
     if not isinstance(page_table, Tensor) or page_table.dtype != torch.int32 or page_table.ndim != 2:
         raise ValueError(f"page_table must be an int32 tensor [B, pages], got {describe(page_table)}")
     if page_table.shape[1] < 1:
@@ -213,7 +214,7 @@ def check_page_means(name: str, means: Tensor | None, pages: Tensor, block_size:
 
 
 def check_page_numbers(sequences: Sequences, num_pages: int) -> None:
-    """Check, where values can be read, that every row's keys lie in pages that there are."""
+    """Check that every row's keys lie in existing pages, if values can be read."""
     assert sequences.page_table is not None
     if not is_readable(sequences.page_table):
         return
@@ -236,7 +237,7 @@ def _check_beside(name: str, means: Tensor, keys: Tensor, of_keys: str) -> None:
 
 
 def check_cu_seqlens(name: str, cu: Tensor, device: torch.device, total: int | None) -> None:
-    """Check the bounds of sequences packed into q, k or v [total, ...]; None: of a length that is not known yet."""
+    """Check the bounds of sequences packed into q, k or v [total, ...]; total is None while it is not known."""
     if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.ndim != 1 or cu.numel() < 1:
         raise ValueError(f"{name} must be an int32 tensor [num_sequences + 1], got {describe(cu)}")
     if cu.device != device:
@@ -250,12 +251,12 @@ def check_cu_seqlens(name: str, cu: Tensor, device: torch.device, total: int | N
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether values can be checked: reading a GPU's would make it wait, reading a traced graph's would break it."""
+    """Whether values may be read here: reading would wait for a GPU, and would break a graph that is traced."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def describe(x: object) -> str:
-    """What something is, for a message."""
+    """Describe a value in an error message."""
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
@@ -265,5 +266,5 @@ def _listed(words: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
