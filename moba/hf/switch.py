@@ -1,9 +1,9 @@
-"""What is checked where a model is switched to MoBA: transformers' version, and who computes the model's attention.
+"""Checks when a model is switched to MoBA: transformers' version, and whether the model's layers can use MoBA.
 
-transformers hands a registered attention to every model, also to those whose layers never ask for it: they would go on
-as before, or take MoBA's masks for none. It has no hook to refuse a model by, so the two methods that set a model's
-attention are wrapped; for other attentions than MoBA's they do what they did. Nor does it tell layers where a prompt
-ends; assisted generation is wrapped to note it.
+transformers accepts a registered attention for every model, even if its layers never call it. Such a model would run as
+before, or without any mask. transformers has no hook to refuse a model, so the two methods that set a model's attention
+are wrapped here; for other attentions they behave as before. Layers are not told where a prompt ends either, so
+assisted generation is wrapped to note it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from moba.hf.layout import SWITCH_PART
 
 logger = logging.getLogger("moba")
 
-# Tested as thoroughly as each other. pip may install newer ones.
+# The oldest and the newest tested version. pip may install newer ones.
 OLDEST, NEWEST = (5, 17), (5, 24)
 
-# Fields of the configs of models that select keys by themselves, out of masks that MoBA does not make.
+# Config fields of models that select keys themselves, from masks that MoBA does not make.
 SELECTIONS = ("index_topk", "indexer_budget", "keep_window_size")
 
-# Where a model's config has the prompt's length while an assisted generation runs.
+# Config field that holds the prompt's length while an assisted generation runs.
 PROMPT_FIELD = "moba_num_prompt"
 
 _refusing: set[str] = set()
@@ -37,7 +37,7 @@ _has_warned = False
 
 
 def warn_if_untested() -> None:
-    """Say once if the installed transformers lies outside the versions that were tested."""
+    """Warn once if the installed transformers is outside the tested versions."""
     global _has_warned
     version = tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2]))
     if not OLDEST <= version <= NEWEST and not _has_warned:
@@ -49,14 +49,14 @@ def warn_if_untested() -> None:
 
 
 def refuse_other_models(*names: str) -> None:
-    """Let only models whose attention is transformers' AttentionInterface be switched to the attentions `names`."""
+    """Refuse the attentions `names` for models whose attention does not go through AttentionInterface."""
     if not _refusing:
         _wrap()
     _refusing.update(names)
 
 
 def require_interface(model: PreTrainedModel) -> None:
-    """Raise a ValueError that names the model if its attention is not that of transformers' AttentionInterface."""
+    """Raise a ValueError that names the model unless its attention goes through transformers' AttentionInterface."""
     model_class: Any = type(model)
     name = model_class.__name__
     if _has_own_attention(model_class):
@@ -71,9 +71,9 @@ def require_interface(model: PreTrainedModel) -> None:
 
 @cache
 def _has_own_attention(model_class: type) -> bool:
-    """Whether the source beside a class has modules of attention, and none of them asks the interface.
+    """Whether the class's source file defines attention layers, none of which calls the interface.
 
-    Without source, as of a class typed into a notebook, what the class is made from decides.
+    For a class without source, such as one typed into a notebook, its base classes decide.
     """
     for cls in model_class.__mro__:
         if cls is PreTrainedModel:
@@ -85,7 +85,7 @@ def _has_own_attention(model_class: type) -> bool:
         has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module", source, re.MULTILINE) is not None
         if has_attention and "ALL_ATTENTION_FUNCTIONS.get_interface(" not in source:
             return True
-        # Modules that are made by an implementation's name know transformers' names only.
+        # Layers that are looked up by the attention's name exist for transformers' names only.
         if re.search(r"_CLASSES\[(self\.)?config\._attn_implementation\]", source):
             return True
     return False
@@ -103,7 +103,7 @@ def _wrap() -> None:
 
     @wraps(switch)
     def set_attn_implementation(self: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        # transformers itself leaves a model that it cannot switch as it is, with a line in the log.
+        # transformers only logs a line if it cannot switch a model, and leaves the model unchanged.
         is_of_parts = isinstance(attn_implementation, dict)
         asked = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
         if any(isinstance(name, str) and name in _refusing for name in asked):
@@ -119,7 +119,7 @@ def _wrap() -> None:
 
     @wraps(assist)
     def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Its steps read several tokens at once, and the first the prompt with them; only here its end is known.
+        # Its steps read several tokens at once, the first one with the prompt. Only here the prompt's end is known.
         config = self.config.get_text_config(decoder=True)
         setattr(config, PROMPT_FIELD, input_ids.shape[1])
         try:
