@@ -51,3 +51,12 @@ def test_blocks_run(tmp_path):
     code = "\n".join(block for block in blocks if "moba_lab" in block)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_messages_in_troubleshooting_are_in_the_code():
+    sources = "".join(path.read_text() for folder in ("moba", "lab/moba_lab") for path in (ROOT / folder).rglob("*.py"))
+    code = re.sub(r"""["']\s*\n\s*f?["']""", "", sources)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for message in re.findall(r"^\| (?:[^|]*the log says )?`([^`]* [^`]*)`[^`|]*\|", page, re.MULTILINE):
+        parts = [part.strip() for part in re.split(r"…|\d+|=|'", message)]
+        assert any(len(part) > 8 and part in code for part in parts), message
