@@ -14,6 +14,7 @@ from test_parallel import ranks as ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from moba.parallel import context_parallel_attention
+from moba.parallel.shards import _control_device
 
 
 def disagree(rank, what):
@@ -113,6 +114,15 @@ def test_shards_of_an_earlier_call_are_taken(ranks):
     for is_right, message in ranks.outcomes(with_shards_of_before, 8):
         assert not is_right
         assert message.startswith("ValueError: shards gives this rank 16 tokens, got 8")
+
+
+@pytest.mark.parametrize(
+    ("config", "device"), [("cuda:nccl", "cuda:0"), ("cuda:nccl,cpu:gloo", "cuda:0"), ("cpu:gloo,cuda:gloo", "cpu")]
+)
+def test_a_rank_given_no_tensor_speaks_where_the_others_do(monkeypatch, config, device):
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda group: config)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert _control_device(None, None) == torch.device(device)
 
 
 def test_needs_a_process_group():

@@ -138,6 +138,7 @@ def _as_row(numbers: Sequence[int | Tensor], device: torch.device) -> Tensor:
 
 def _control_device(q: object, group: ProcessGroup) -> torch.device:
     """The device on which ranks exchange numbers, even if this rank's q is not a tensor."""
-    if dist.get_backend(group) == "nccl":
+    # Not `get_backend`: accelerate's FSDP makes groups of "cuda:nccl,cpu:gloo", for which it says neither.
+    if "cuda:nccl" in dist.get_backend_config(group):
         return torch.device("cuda", torch.cuda.current_device())
     return q.device if isinstance(q, Tensor) else torch.device("cpu")
