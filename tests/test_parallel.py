@@ -211,7 +211,8 @@ def test_without_gradients_and_with_settings(ranks, transport):
 def order_of_events(rank):
     """What happens when, by groups of heads: on their way, there, attended to; differentiated, gradients on their way.
 
-    "dq" is when q's gradient is whole, "dk" when the other ranks' gradients of keys are waited for.
+    "route" is when this rank computes its routing, "dq" when q's gradient is whole, "dk" when other ranks' gradients of
+    keys are waited for.
     """
     events, counts = [], Counter()
     methods = {"_start": "go", "arrive": "come", "start_back": "back", "gradients": "dk"}
@@ -225,7 +226,11 @@ def order_of_events(rank):
 
         return method
 
-    replay = parallel_attention._Call.replay
+    replay, finish = parallel_attention._Call.replay, SharedRouting.finish
+
+    def routing(shared):
+        events.append("route")
+        return finish(shared)
 
     def attending(*arguments):
         number = counts["attend"]
@@ -243,12 +248,13 @@ def order_of_events(rank):
         for name in methods:
             patch.setattr(Gathering, name, noting(name))
         patch.setattr(parallel_attention._Call, "replay", attending)
+        patch.setattr(SharedRouting, "finish", routing)
         context_parallel_attention(*leaves, block_size=8, topk=2).backward(d_out[:, mine])
     return events
 
 
 def test_rows_travel_while_other_heads_are_computed(ranks):
-    forward = ["go 0", "go 1", "come 0", "attend 0", "come 1", "attend 1"]
+    forward = ["go 0", "route", "go 1", "come 0", "attend 0", "come 1", "attend 1"]
     backward = ["differentiate 1", "back 0", "differentiate 0", "back 1", "dq", "dk 0"]
     assert ranks.run(order_of_events) == [forward + backward] * 3
 
