@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from tiny_models import tiny_config
 
@@ -49,8 +47,8 @@ def test_a_model_carries_its_config(start):
     assert plugin.read_config(start(None, model={"moba": MOBA})).topk == 4
 
 
-def test_full_attention_of_new_tokens_is_warned_of(start, caplog):
-    logging.getLogger("vllm").propagate = True
+def test_full_attention_of_new_tokens_is_warned_of(start, caplog, monkeypatch):
+    monkeypatch.setattr(plugin.logger, "handlers", [caplog.handler])
     start({**MOBA, "decode": "full"})
     assert sum('decode="full"' in record.message for record in caplog.records) == 1
     caplog.clear()
