@@ -47,8 +47,7 @@ def test_a_model_carries_its_config(start):
     assert plugin.read_config(start(None, model={"moba": MOBA})).topk == 4
 
 
-def test_full_attention_of_new_tokens_is_warned_of(start, caplog, monkeypatch):
-    monkeypatch.setattr(plugin.logger, "handlers", [caplog.handler])
+def test_full_attention_of_new_tokens_is_warned_of(start, caplog):
     start({**MOBA, "decode": "full"})
     assert sum('decode="full"' in record.message for record in caplog.records) == 1
     caplog.clear()
