@@ -25,6 +25,10 @@ EndOption = Annotated[
 ]
 
 
+def _of_questions(what: str, metavar: str = "N") -> Any:
+    return typer.Option(metavar=metavar, help=f"With --retrieval: {what}")
+
+
 def data(
     out: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where shards and manifest go.")] = None,
     named: Annotated[Path | None, typer.Option(*OUT, metavar="FOLDER", help="Another way to say FOLDER.")] = None,
@@ -52,24 +56,13 @@ def data(
         ),
     ] = None,
     lengths: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST", help="With --retrieval: tokens of a document (K means 1024); each gets an equal share."
-        ),
+        str, _of_questions("tokens of a document (K means 1024); each gets an equal share.", metavar="LIST")
     ] = "2K,4K,8K,16K,32K,32K",
-    tokens: Annotated[int, typer.Option(metavar="N", help="With --retrieval: tokens in all.")] = 6_000_000,
-    facts: Annotated[
-        int, typer.Option(metavar="N", help="With --retrieval: facts in a document, at most; mostly there are fewer.")
-    ] = 24,
-    learned_text: Annotated[
-        int, typer.Option(metavar="N", help="With --retrieval: tokens of the text that are learned, too.")
-    ] = 128,
+    tokens: Annotated[int, _of_questions("tokens in all.")] = 6_000_000,
+    facts: Annotated[int, _of_questions("facts in a document, at most; mostly there are fewer.")] = 24,
+    learned_text: Annotated[int, _of_questions("tokens of the text that are learned, too.")] = 128,
     tail: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="With --retrieval: all that is learned lies in a document's last N tokens, for training.tail.",
-        ),
+        int | None, _of_questions("all that is learned lies in a document's last N tokens, for training.tail.")
     ] = None,
 ) -> None:
     """Build tokenised shards for `moba train`: long documents, none packed with a stranger.

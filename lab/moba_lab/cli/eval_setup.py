@@ -177,9 +177,7 @@ def _setup(
     backend: options.BackendOption = options.Backend.auto,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Tokens read at once.", show_default="1024, GPU: 8192", rich_help_panel="Model"
-        ),
+        options.of_model("Tokens read at once.", metavar="N", min=1, show_default="1024, GPU: 8192"),
     ] = None,
     block_size: options.BlockSizeOption = None,
     topk: options.TopkOption = None,
@@ -190,12 +188,11 @@ def _setup(
     decode: options.DecodeOption = None,
     settings: Annotated[
         str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Several settings instead of one, by commas, such as '128x6, 512x3 first=0, 128x8 router=shared, "
+        options.of_selection(
+            "Several settings instead of one, by commas, such as '128x6, 512x3 first=0, 128x8 router=shared, "
             "full': block size x top-k, and where they differ from the options above first=, recent=, full=, router= "
             "and decode=.",
-            rich_help_panel="Which blocks a query attends to",
+            metavar="LIST",
         ),
     ] = None,
 ) -> Setup:

