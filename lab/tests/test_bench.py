@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 import time
 
 import matplotlib.pyplot as plt
@@ -66,12 +64,11 @@ def test_operations_are_counted():
     assert [length_name(n) for n in (2048, 1048576, 1000)] == ["2K", "1M", "1000"]
 
 
-def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
+def test_the_command_writes_its_files_and_one_json_line_last(moba, tmp_path):
     options = shlex.split("--tokens 512 --heads 2 --head-dim 16 --block-size 64 --topk 3 --dtype fp32 --reference")
-    command = [sys.executable, "-m", "moba_lab", "bench", "attention", *options, "--out", str(tmp_path / "result")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
+    code, out, err = moba("bench", "attention", *options, "--device", "cpu", "--out", tmp_path / "result")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert {"device", "versions", "commit", "command"} <= set(result["header"])
     record = result["records"][0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -104,13 +102,12 @@ def test_cases_that_do_not_fit_or_fail_stand_in_the_table(monkeypatch):
     assert second[1] == "failed: wrong"
 
 
-def test_the_command_writes_its_files_and_one_json_line_last(tmp_path):
+def test_the_command_writes_its_files_and_one_json_line_last(moba, tmp_path):
     options = shlex.split("--tokens 512 --batch 2 --heads 4 --kv-heads 2 --head-dim 16 --block-size 32 --topk 3")
     options += ["--dtype", "fp32", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path / "result")]
-    command = [sys.executable, "-m", "moba_lab", "bench", "decode", *options]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
+    code, out, err = moba("bench", "decode", *options)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert {"device", "versions", "commit", "command", "copy"} <= set(result["header"])
     record = result["records"][0]

@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line_of_a_rank(tmp_path):
     assert "bench/parallel.py" not in result.stderr
 
 
-def test_it_says_how_to_be_started():
-    result = subprocess.run([sys.executable, "-m", "moba_lab", "bench", "parallel"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "torchrun --nproc-per-node 2 -m moba_lab bench parallel" in result.stderr
+def test_it_says_how_to_be_started(moba):
+    code, _, err = moba("bench", "parallel")
+    assert code == 2
+    assert "torchrun --nproc-per-node 2 -m moba_lab bench parallel" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -45,11 +46,9 @@ def test_generate_reads_a_file_with_the_embedded_model(tmp_path):
     assert "Warning" not in result.stderr
 
 
-def test_inspect_draws_the_embedded_model(tmp_path):
-    result = in_subprocess(
-        "inspect", "--prompt-file", str(LICENSE), "--block-size", "32", "--topk", "3", "--out", str(tmp_path)
-    )
-    assert result.returncode == 0, result.stderr
+def test_inspect_draws_the_embedded_model(moba, tmp_path):
+    code, _, err = moba("inspect", "--prompt-file", LICENSE, "--block-size", 32, "--topk", 3, "--out", tmp_path)
+    assert code == 0, err
     saved = np.load(tmp_path / "routing.npz")
     layers, tokens, heads, topk = saved["indices"].shape
     assert (layers, heads, topk) == (30, 9, 3)
@@ -147,10 +146,11 @@ def test_commands_that_write_say_where_alike(moba, folder, tmp_path, option):
     assert option in moba("bench", "parallel", "--help")[1]
 
 
-def test_standard_input_is_a_prompt(folder):
-    result = in_subprocess("generate", "-m", folder, "-n", "3", input=words(20))
-    assert result.returncode == 0, result.stderr
-    assert "20 tokens read" in result.stderr
+def test_standard_input_is_a_prompt(moba, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(words(20).encode())))
+    code, _, err = moba("generate", "-m", folder, "-n", 3)
+    assert code == 0, err
+    assert "20 tokens read" in err
 
 
 def test_keep_first_depends_on_the_model(moba, folder, tmp_path):

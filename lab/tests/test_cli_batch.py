@@ -73,7 +73,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on_and_loses_nothing(folder, tmp_path):
+def test_a_killed_run_goes_on_and_loses_nothing(moba, folder, tmp_path):
     values = prompts(8, max_new_tokens=40)
     file, whole = write_lines(tmp_path / "in.jsonl", values), write_lines(tmp_path / "whole.jsonl", values)
     output = tmp_path / "answers.jsonl"
@@ -86,13 +86,12 @@ def test_a_killed_run_goes_on_and_loses_nothing(folder, tmp_path):
     assert finished.count(b"\n") == 3
     # What a kill in the midst of a write leaves.
     output.write_bytes(finished + b'{"line": 4, "id": "p')
-    program = [sys.executable, "-m", "moba_lab"]
-    again = subprocess.run([*program, *to_output], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "3 of 8 prompts answered" in again.stderr
-    assert again.stderr.count("tokens read") == 5
+    code, _, err = moba(*to_output)
+    assert code == 0, err
+    assert "3 of 8 prompts answered" in err
+    assert err.count("tokens read") == 5
     assert output.read_bytes().startswith(finished)
-    subprocess.run([*program, *command, whole], check=True, capture_output=True)
+    assert moba(*command, whole)[0] == 0
     assert without_times(read_lines(output)) == without_times(read_lines(tmp_path / "whole.out.jsonl"))
 
 

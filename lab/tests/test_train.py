@@ -128,25 +128,19 @@ train(read_recipe(sys.argv[1], sys.argv[2:]), callbacks=[Kill()])
 """
 
 
-def test_killed_and_resumed_is_uninterrupted(file, tmp_path):
-    command = [sys.executable, "-m", "moba_lab", "train", str(file), "-s", "attention.schedule=activation"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_killed_and_resumed_is_uninterrupted(moba, file, tmp_path):
+    command = ("train", file, "-s", "attention.schedule=activation", "--out")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
-    killing = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(file),
-        "attention.schedule=activation",
-        f"out={json.dumps(str(killed))}",
-    ]
+    assert moba(*command, whole)[0] == 0
+    changes = ("attention.schedule=activation", f"out={json.dumps(str(killed))}")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killing = [sys.executable, "-c", KILLED, str(file), *changes]
     result = subprocess.run(killing, capture_output=True, text=True, env=environment)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "model").exists(), "it was killed before the end"
-    resumed = subprocess.run([*command, "--out", str(killed)], capture_output=True, text=True, env=environment)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
+    code, _, err = moba(*command, killed)
+    assert code == 0, err
+    assert "going on from" in err
     assert len(log_of(whole, "loss")) == 24
     names = ("step", "loss", "grad_norm", "learning_rate", "attention")
     assert log_of(killed, *names) == log_of(whole, *names), "bit for bit"
