@@ -78,7 +78,7 @@ test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_triton_gpu.py tests/test_triton_far.py tests/test_hf_graph.py lab/tests/test_triton_gpu_sizes.py $(CARD)
 
 # The API reference, from docstrings alone: open build/api/index.html.
-API := moba moba.routers moba.hf moba.hf.cache moba.hf.schedule moba.hf.record moba.parallel moba.parallel.models
+API := moba moba.routers moba.hf moba.hf.cache moba.hf.graph moba.hf.schedule moba.hf.record moba.parallel moba.parallel.models
 docs: $(VENV)/.installed
 	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/api $(API)
 
