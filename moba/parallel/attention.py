@@ -1,10 +1,10 @@
 """MoBA over a sequence that is split between ranks: the routing of one device and, up to rounding, its results.
 
-Two ways for keys and queries to meet:
+Two transports bring keys and queries together:
 
-- "gather": every rank gets the keys and values of all ranks before it, in two groups of heads: while one is computed,
-  the other one's rows travel, forward and backward. Any number of heads, shards of any length.
-- "heads": every rank gets all tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), and gives their results back.
+- "gather": every rank gets the keys and values of all ranks before it, in two groups of heads. While one group is
+  computed, the rows of the other travel, forward and backward. Any number of heads, shards of any length.
+- "heads": every rank gets all tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), and returns their results.
 
 Letters: B batch, T tokens of this rank, S tokens of the sequence, H query heads, G key/value heads, D head dim,
 K = topk.
@@ -37,8 +37,8 @@ from moba.validate import DTYPES, check_attention, check_cu_seqlens, check_scale
 # Out [B, T, H, D], lse [B, T, H] and the routing's indices [B, T, H, K] of this rank's tokens.
 _Results = tuple[Tensor, Tensor, Tensor]
 TRANSPORTS = ("gather", "heads")
-# Groups of key/value heads that are gathered one after the other. More would hide more of the last gradients' way, and
-# leave less work to each launch: four were measured to be slower than two.
+# Groups of key/value heads that are gathered one after another. More groups hide more of the last transfer back, but
+# give each launch less work: four were slower than two.
 HEAD_GROUPS = 2
 
 
@@ -72,10 +72,11 @@ def context_parallel_attention(
         block_size, topk, scale, keep_first, keep_recent, router, backend: as in `moba_attention`; the same everywhere.
         cu_seqlens: int32 [documents + 1], bounds of packed documents in the whole sequence, the same on every rank;
             batch size 1.
-        transport: "gather", or "heads", which needs as many key/value heads as ranks, or a multiple, and takes no
-            router that is a function, which might look at all heads.
-        shards: of an earlier call with these lengths and settings on every rank, such as that of a model's first layer.
-            Nothing is compared then, so the host need not wait for the device; a difference would end in a timeout.
+        transport: "gather", or "heads". "heads" needs as many key/value heads as ranks, or a multiple, and accepts no
+            router that is a function, because it might look at all heads.
+        shards: the `Shards` of an earlier call with the same lengths and settings on every rank, such as a model's
+            first layer. The ranks then compare nothing, and the host does not wait for the device; a difference would
+            end in a timeout.
         return_lse, return_routing, return_shards: also return this rank's log-sum-exp [B, T, H], the `Routing`, whose
             blocks are those of the whole sequence, and the `Shards`.
 
@@ -155,7 +156,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) ->
     if cu_seqlens is not None:
         if q.shape[0] != 1:
             raise ValueError(f"cu_seqlens needs batch size 1, got {q.shape[0]}")
-        # How many tokens there are in all is known later.
+        # The total number of tokens is known later.
         check_cu_seqlens("cu_seqlens", cu_seqlens, q.device, None)
 
 
@@ -212,14 +213,14 @@ def _by_gathering(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> _Results:
         cu_q = None if cu is None else cu.clamp(shards.start, shards.stop) - shards.start
         cu_k = None if cu is None else cu.clamp(max=shards.stop)
         gathering = Gathering(k, v, shards, sizes)
-        # What came has no name here, so that it is let go of once it is attended to.
+        # Received rows have no name here, so that they are freed once they are attended to.
         parts = [call.attend(of_q, *gathering.next(), cu_q, cu_k) for of_q in q.split(query_sizes, dim=2)]
         out, lse, indices = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
         return out, lse, indices
     routing = SharedRouting(q, k, shards, call.selection)
-    gathering = Gathering(k, v, shards, sizes)  # behind what routing needs, and while it is computed
+    gathering = Gathering(k, v, shards, sizes)  # after what routing needs, and while it is computed
     indices = routing.finish().indices
-    # Autograd goes back from what was made last: behind `gathering`, q's gradient is joined before it waits for others.
+    # Autograd starts from what was made last: q is split after `gathering`, so its gradient is joined before any wait.
     queries = zip(q.split(query_sizes, dim=2), indices.split(query_sizes, dim=2), strict=True)
     replayed = [call.replay(of_q, *gathering.next(), blocks) for of_q, blocks in queries]
     out, lse = (torch.cat(tensors, dim=2) for tensors in zip(*replayed, strict=True))

@@ -1,7 +1,7 @@
-"""Rows that travel between ranks, forward and, as gradients, back.
+"""Send rows between ranks, and send their gradients back.
 
-NCCL moves them on a stream of its own: the GPU computes on what came before until a wait orders its stream behind the
-transfer, and the host never waits.
+NCCL uses a stream of its own. The GPU computes on earlier rows until a wait makes its stream wait for the transfer; the
+host never waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moba.parallel.shards import Shards
 
 
 class Transfer:
-    """Exchanges with every rank of a group, under way until `arrivals` returns what came.
+    """An exchange with every rank of a group. It starts now; `arrivals` yields the received rows.
 
     Args:
         sends: for each tensor, the rows [*, ...] that go to each rank.
@@ -33,12 +33,12 @@ class Transfer:
     def __init__(
         self, sends: Sequence[Sequence[Tensor]], counts: Sequence[int], group: ProcessGroup, copies_own: bool = True
     ) -> None:
-        # Of each tensor: the works, what comes, and what is sent, held until the transfer is over: the allocator must
-        # not give its memory away before.
+        # For each tensor: the works, the received rows, and the sent rows. The latter are kept until the transfer is
+        # over, so that the allocator does not reuse their memory.
         self._under_way = [_exchange(rows, counts, group, copies_own) for rows in sends]
 
     def arrivals(self) -> Iterator[Tensor]:
-        """What came of each tensor, [sum of counts, ...], in the ranks' order, once it is there."""
+        """Wait for each tensor's rows and yield them, [sum of counts, ...], in the ranks' order."""
         while self._under_way:
             works, received, _ = self._under_way.pop(0)
             for work in works:
@@ -49,7 +49,7 @@ class Transfer:
 def _exchange(
     rows: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup, copies_own: bool
 ) -> tuple[list[Any], Tensor, list[Tensor]]:
-    """Begin to send one tensor's rows: the works, what will have come, and what is sent."""
+    """Start to exchange one tensor's rows: the works, the room for received rows, and the sent rows."""
     me = group.rank()
     come = [count if copies_own or peer != me else 0 for peer, count in enumerate(counts)]
     received = rows[me].new_empty(sum(come), *rows[me].shape[1:])
@@ -69,13 +69,14 @@ def _exchange(
 
 
 class Gathering:
-    """Keys and values of all ranks up to this one, for one group of key/value heads after the other.
+    """Keys and values of all ranks up to this one, one group of key/value heads after another.
 
-    The first group's set out now, every other one's when the one before is asked for: they travel while that one is
-    computed. Backward, gradients travel back while the group before is differentiated.
+    The first group is sent now. Each later group is sent when the group before it is asked for, and travels while that
+    one is computed. In the backward, gradients travel back while the group before is differentiated.
 
     Args:
         k, v: [B, T, G, D]; differentiable.
+        shards: of the sequence.
         sizes: key/value heads in each group.
     """
 
@@ -89,10 +90,10 @@ class Gathering:
         self._start()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, heads, D] of the next group, S the tokens of all ranks up to this one."""
+        """Keys and values [B, S, heads, D] of the next group; S counts the tokens of all ranks up to this one."""
         if self._waiting:
             self._start()
-        # The graph holds this object: it must not hold the graph.
+        # Autograd's graph refers to this object, so this object must not refer to the graph.
         k, v = _Arrive.apply(self._tickets.pop(0), self)
         return k, v
 
@@ -108,11 +109,11 @@ class Gathering:
         return [length if rank <= self._shards.rank else 0 for rank, length in enumerate(self._shards.lengths)]
 
     def arrive(self) -> tuple[Tensor, ...]:
-        """What came of the group that set out first."""
+        """The received rows of the group that was sent first."""
         return tuple(x.transpose(0, 1) for x in self._under_way.pop(0).arrivals())
 
     def start_back(self, gradients: Sequence[Tensor]) -> None:
-        """Send the gradients [B, S, heads, D] of what came to where it came from: the last group's first."""
+        """Send gradients [B, S, heads, D] of received rows back to their ranks; the last group comes first."""
         me = self._shards.rank
         sends = [x.transpose(0, 1).contiguous().split(self._counts) for x in gradients]
         counts = [self._shards.lengths[me] if rank > me else 0 for rank in range(len(self._shards.lengths))]
@@ -120,7 +121,7 @@ class Gathering:
         self._back.append((transfer, [rows[me] for rows in sends]))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of k and v, from those of all ranks that they went to."""
+        """The gradients of k and v, summed over all ranks that received them."""
         num_later = len(self._shards.lengths) - 1 - self._shards.rank
         of_rows = [own.new_empty(*own.shape[:2], sum(self._sizes), own.shape[3]) for own in self._back[0][1]]
         ends = list(accumulate(self._sizes))
@@ -133,11 +134,11 @@ class Gathering:
 
 
 def add_up(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Write the sum of tensors, rounded once: in fp32 (fp64 for fp64), in their order, so that its bits repeat."""
+    """Write the sum of tensors to out: in fp32 (fp64 for fp64), in order, rounded once, so that its bits repeat."""
     if len(parts) == 1:
         out.copy_(parts[0])
     elif len(parts) == 2:
-        # Any dtype's addition of two rounds once.
+        # Adding two tensors rounds once, in any dtype.
         torch.add(*parts, out=out)
     else:
         total = parts[0].to(accumulation_dtype(out.dtype), copy=True)
@@ -160,7 +161,7 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """A ticket -> what came. Backward sends the gradients on their way and does not wait."""
+    """A ticket -> the received rows. Backward starts to send the gradients and does not wait."""
 
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, gathering: Gathering) -> tuple[Tensor, ...]:
@@ -186,7 +187,7 @@ def to_tokens(x: Tensor, shards: Shards) -> Tensor:
 
 
 class _ToHeads(torch.autograd.Function):
-    """`to_heads`, whose gradients go the way of `to_tokens`."""
+    """`to_heads`; its gradients are exchanged as in `to_tokens`."""
 
     @staticmethod
     def forward(ctx: Any, shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +200,7 @@ class _ToHeads(torch.autograd.Function):
 
 
 class _ToTokens(torch.autograd.Function):
-    """`to_tokens`, whose gradient goes the way of `to_heads`."""
+    """`to_tokens`; its gradient is exchanged as in `to_heads`."""
 
     @staticmethod
     def forward(ctx: Any, shards: Shards, x: Tensor) -> Tensor:

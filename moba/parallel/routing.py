@@ -47,7 +47,7 @@ class SharedRouting:
         self._rows = self._between_partners(rows[: self._to_partner], self._from_partner)
 
     def finish(self) -> Routing:
-        """The routing, its blocks those of the whole sequence."""
+        """Return the routing; its blocks are numbered in the whole sequence."""
         means = next(self._means.arrivals()).transpose(0, 1)
         stop, num_lent = self._shards.stop, self._to_partner
         own = moba_route(self._q[:, num_lent:], means, num_keys=stop, **self._selection).indices

@@ -54,7 +54,7 @@ class Shards:
 
 
 def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
-    """The process group that is meant: that of a mesh of one dimension, or of all ranks for None.
+    """The process group of a group or a mesh of one dimension; None means all ranks.
 
     Raises:
         ValueError: if there is none, or a mesh has more than one dimension.
@@ -86,13 +86,13 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def agree(q: Tensor, group: ProcessGroup, settings: Callable[[], Mapping[str, int | Tensor]]) -> Shards:
-    """Tell all ranks what this one has, and check that it fits what they have.
+    """Exchange lengths and settings with all ranks, and check that the settings agree.
 
     Args:
-        q: [B, T, ...], this rank's tokens; looked at after `settings` has checked them.
+        q: [B, T, ...], this rank's tokens; read only after `settings` has checked them.
         group: the ranks that share the sequence.
-        settings: checks what this rank was given, and returns what must be the same everywhere, as numbers. Every rank
-            learns of what it raises, so that none waits for a rank that gave up.
+        settings: checks this rank's input and returns, as numbers, what must be equal on every rank. If it raises,
+            every rank learns of it, so that none waits for a rank that failed.
 
     Returns:
         The shards. Reading the other ranks' lengths waits for the device.
