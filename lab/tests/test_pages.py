@@ -6,12 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import typer
 
-from moba_lab import bench
 from moba_lab.cli import app
 from moba_lab.train.recipe import read_recipe
 
@@ -35,8 +35,11 @@ def test_command_exists(line):
     command = typer.main.get_command(app)
     while words and hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
-        if command.name == "bench":
-            command = typer.main.get_command(bench.app)
+        if command.name == "bench" and words:
+            name = words.pop(0).replace("-", "_")
+            one = typer.Typer()
+            one.command()(getattr(import_module(f"moba_lab.bench.{name}"), name))
+            command = typer.main.get_command(one)
     command.make_parser(typer.Context(command)).parse_args(words)
 
 
