@@ -59,7 +59,7 @@ OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.float32) for case in CASES]
-    + [(case, dtype) for case in ("groups of three", "several queries", "head dim 80") for dtype in OTHER_DTYPES],
+    + [(case, dtype) for case in ("groups of three", "head dim 80") for dtype in OTHER_DTYPES],
     ids=str,
 )
 def test_matches_the_definition(backend, device, case, dtype):
@@ -270,7 +270,7 @@ class Pages:
 
 @pytest.mark.parametrize(
     ("page_size", "block_size", "queries"),
-    [(8, 8, 1), (16, 4, 4), (4, 8, 1), (2, 8, 16), (6, 6, 20), (3, 6, 1), (32, 8, 1), (6, 6 << 40, 1)],
+    [(8, 8, 1), (16, 4, 4), (4, 8, 1), (2, 8, 16), (6, 6, 20), (3, 6, 1), (32, 8, 1)],
 )
 def test_pages(backend, device, page_size, block_size, queries):
     q, k, v = make_qkv(3, queries, 45, 2, 1, 16, device=device, exact_for=block_size)

@@ -12,7 +12,16 @@ import pytest
 import torch
 from helpers import make_qkv
 
-from moba import MoBAConfig, Routing, append_block_means, backends, moba_attention, moba_attention_varlen, moba_route
+from moba import (
+    MoBAConfig,
+    Routing,
+    append_block_means,
+    backends,
+    moba_attention,
+    moba_attention_paged,
+    moba_attention_varlen,
+    moba_route,
+)
 
 Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
 VALID = {"block_size": 4, "topk": 2}
@@ -263,3 +272,12 @@ def test_a_block_larger_than_any_memory_is_full_attention(named, block_size):
     assert whole[2].block_size == block_size
     torch.testing.assert_close(step[0], expected[0][:, -1:])
     torch.testing.assert_close(step[1], expected[1][:, -1:])
+
+
+@pytest.mark.parametrize("named", ["pytorch", "reference"])
+def test_a_block_larger_than_any_memory_in_pages_that_no_power_of_two_divides(named):
+    q, k, v = (x[:1] for x in (Q[:, -1:], K, V))
+    k_pages, v_pages = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 2)).view(3, 6, 2, 8) for x in (k, v))
+    pages = {"page_table": int32(0, 1, 2)[None], "key_end": int32(16), "block_means": torch.zeros(3, 1, 2, 8)}
+    out = moba_attention_paged(q, k_pages, v_pages, **pages, block_size=6 << 40, topk=2, backend=named)
+    torch.testing.assert_close(out, moba_attention(q, k, v, block_size=16, topk=2, backend=named))
