@@ -119,9 +119,8 @@ def compiled_steps(model, tokens, cache, **options):
     return torch.cat(steps, dim=1), counts
 
 
-@pytest.mark.parametrize("full_layers", [0, 2])
-def test_compiled_steps_of_a_static_cache_are_traced_once(llama, full_layers):
-    register_moba(MoBAConfig(**SPARSE, full_layers=full_layers))
+def test_compiled_steps_of_a_static_cache_are_traced_once(llama):
+    register_moba(MoBAConfig(**SPARSE, full_layers=1))
     tokens = random_tokens(2, PROMPT)
     actual, counts = compiled_steps(llama, tokens, MoBACache(llama.config, max_cache_len=64))
     with torch.no_grad():
