@@ -248,13 +248,28 @@ def test_a_prefix_read_once_serves_a_batch(llama):
 def test_keys_that_other_attention_read_get_means(model, new_cache):
     cache = new_cache(model)
     tokens = random_tokens(2, 60)
-    read(model, tokens[:, :20], cache)
+    register_moba(MoBAConfig(**SPARSE, full_layers=3))
+    read(model, tokens[:, :9], cache)
+    register_moba(MoBAConfig(**SPARSE))
+    read(model, tokens[:, 9:20], cache)
+    check_means(cache)
     read(model, tokens[:, 20:40], cache, [10, 10], attention="sdpa")
     read(model, tokens[:, 40:], cache, [19, 1])
     check_means(cache)
     register_moba(MoBAConfig(**{**SPARSE, "block_size": 5}))
     read(model, tokens[:, :3], cache)
     check_means(cache, 5)
+
+
+def test_a_step_computes_no_mean_again(llama):
+    cache = MoBACache(llama.config)
+    tokens = random_tokens(1, PROMPT)
+    read(llama, tokens[:, :30], cache)
+    for layer in cache.layers:
+        layer.block_means.means[:, :, 0] = 7.0
+    read(llama, tokens[:, 30:], cache, [1] * 15)
+    for layer in cache.layers:
+        assert (layer.block_means.means[:, :, 0] == 7.0).all()
 
 
 def test_padding_that_changes_is_noticed(llama):

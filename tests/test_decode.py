@@ -184,13 +184,34 @@ def test_padded_query_rows(backend, device, padding):
     q, k, v = make_qkv(2, 12, 30, 2, 1, 16, device=device)
     bounds = {"key_start": int32([3, 30 - 12 + padding], device)}
     out, lse, routing = moba_attention(
-        q, k, v, block_size=BLOCK, topk=TOPK, block_means=means_of(k, backend, **bounds), backend=backend, **bounds,
+        q, k, v, block_size=2, topk=TOPK, block_means=means_of(k, backend, 2, **bounds), backend=backend, **bounds,
         **BOTH,
     )  # fmt: skip
     assert (out[1, :padding] == 0).all()
     assert (lse[1, :padding] == -torch.inf).all()
     assert (routing.indices[1, :padding] == -1).all()
     assert torch.isfinite(lse[1, padding:]).all()
+    by_function = moba_attention(
+        q, k, v, block_size=2, topk=TOPK, block_means=means_of(k, backend, 2, **bounds), backend=backend, **bounds,
+        router=moba_scores, return_routing=True,
+    )  # fmt: skip
+    assert torch.equal(by_function[1].indices, routing.indices)
+
+
+def test_autocast(backend, device):
+    """Attention runs in the autocast dtype; scores by given means stay in full precision."""
+    q, k, v = make_qkv(1, 3, 200, 2, 1, 64, device=device)
+    options = {"block_size": BLOCK, "topk": TOPK, "backend": backend}
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    pages = Pages(*narrow[1:], [200], BLOCK, BLOCK).filled(backend)
+    wide_pages = {**pages, "k_pages": pages["k_pages"].float(), "v_pages": pages["v_pages"].float()}
+    means = means_of(k, backend)
+    many = torch.randn(1, 100, 2, 64, device=device)
+    expected = moba_route(many, means, num_keys=200, **options).indices
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = moba_attention_paged(q, **wide_pages, **options)
+        assert torch.equal(moba_route(many, means, num_keys=200, **options).indices, expected)
+    assert torch.equal(out, moba_attention_paged(narrow[0], **pages, **options))
 
 
 def moba_scores(q, means):

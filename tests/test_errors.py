@@ -22,6 +22,7 @@ from moba import (
     moba_attention_varlen,
     moba_route,
 )
+from moba.sequences import Sequences
 
 Q, K, V = make_qkv(2, 12, 16, 4, 2, 8)
 VALID = {"block_size": 4, "topk": 2}
@@ -281,3 +282,5 @@ def test_a_block_larger_than_any_memory_in_pages_that_no_power_of_two_divides(na
     pages = {"page_table": int32(0, 1, 2)[None], "key_end": int32(16), "block_means": torch.zeros(3, 1, 2, 8)}
     out = moba_attention_paged(q, k_pages, v_pages, **pages, block_size=6 << 40, topk=2, backend=named)
     torch.testing.assert_close(out, moba_attention(q, k, v, block_size=16, topk=2, backend=named))
+    fitting = Sequences(1, 1, 18, key_end=pages["key_end"], page_table=pages["page_table"]).fitting_block_size(6 << 40)
+    assert fitting % 6 == 0

@@ -61,6 +61,22 @@ def test_gradients_are_finite_and_right_at_huge_logits(backend, device, change, 
         assert_close(actual / largest, wanted / largest, 2e-3 if dtype == torch.float32 else 4e-2)
 
 
+def test_real_numbers_of_any_size(backend, device):
+    """Logits to 10^10, whose rounding alone is hundreds: the softmax is of the largest, and nothing overflows."""
+    q, k, v = make_qkv(1, 60, 60, 2, 1, 16, device=device)
+    q, k = 3e4 * q, 3e4 * k
+    options = {"block_size": 8, "topk": 3, "backend": backend}
+    out, routing = moba_attention(q, k, v, **options, return_routing=True)
+    for d_lse in (None, torch.randn(q.shape[:3], device=device)):
+        for gradient in gradients(q, k, v, torch.randn_like(q), d_lse, **options):
+            assert torch.isfinite(gradient).all()
+    step = moba_attention(q[:, -3:], k, v, **options, block_means=mean_keys(k, 8))
+    assert_close(step, out[:, -3:], 2e-5)
+    expected = moba_attention(*(x.double() for x in (q, k, v)), block_size=8, topk=3, routing=routing,
+                              backend="reference")  # fmt: skip
+    assert_close(out, expected, 2e-5)
+
+
 def needs_a_tight_mask(backend):
     if backend == "triton":
         pytest.skip("NaN and inf reach earlier queries of their own tile in these kernels: docs/kernels.md")

@@ -66,6 +66,13 @@ def test_top_p_takes_what_holds_the_mass(backend, device, p, kept):
     assert_close(lse, replayed[1], 2e-5)
 
 
+@pytest.mark.parametrize("router", ["mean", "shared", "top_p=0.5"])
+def test_blocks_of_equal_means_are_known_to_be(router):
+    means = torch.randn(3, 1, 4)[[0, 1, 0, 2]]
+    assert Selection.of(8, 3, 0, 0, router).first_of_equals(means)[:, 0].tolist() == [0, 1, 0, 3]
+    assert Selection.of(8, 3, 0, 0, lambda q, means: q).first_of_equals(means) is None
+
+
 def test_equal_masses_go_to_the_lower_block():
     # Of a quarter each: half of the mass is two blocks.
     selection = Selection.of(1, 4, 0, 0, "top_p=0.5")
