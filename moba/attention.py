@@ -24,6 +24,7 @@ from moba.validate import (
     check_route_by,
     check_scale,
     check_sinks,
+    check_softcap,
     describe,
     is_readable,
     require_tensors,
@@ -38,6 +39,7 @@ def moba_attention(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
@@ -66,6 +68,8 @@ def moba_attention(
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
         topk: blocks a query attends to, its own included, >= 1. May be left out with block_indices.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
+        softcap: a number c > 0 that bounds the logits: c · tanh(scale · q_t Kᵀ / c) takes their place (Gemma 2). It
+            does not enter the routing.
         sinks: [H] of any floating dtype: exp(sinks[h]) is added to the denominator of head h's softmax, as a key with
             this logit and a value of zeros would. -inf for none.
         keep_first, keep_recent: the first blocks, and the past blocks nearest to the own, that are always selected;
@@ -125,8 +129,9 @@ def moba_attention(
         chosen = {"routing": routing, "block_means": block_means, "route_by": route_by}
         topk = check_block_indices(block_indices, q, k.shape[2], topk, own_block, **chosen)
     call = Call(
-        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
-    )
+        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
+        return_routing,
+    )  # fmt: skip
     return route_and_attend(
         q, k, v, sequences, call, routing=routing, block_indices=block_indices, block_means=block_means,
         route_by=route_by,
@@ -143,6 +148,7 @@ def moba_attention_varlen(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
@@ -163,9 +169,9 @@ def moba_attention_varlen(
         cu_seqlens: int32 [num_sequences + 1], ascending from 0: sequence i has query rows cu_seqlens[i] …
             cu_seqlens[i + 1] - 1. Rows past the last are padding. Checked on CPU tensors only: a GPU is not waited for.
         cu_seqlens_k: the same for keys, `cu_seqlens` by default. Each sequence's queries are the last of its keys.
-        block_size, topk, scale, sinks, keep_first, keep_recent, router, routing, block_indices, own_block, route_by,
-            backend, return_lse, return_routing: as in `moba_attention`, block_indices [total, G or H, K] and route_by
-            packed like q and k; blocks are numbered within each sequence.
+        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, routing, block_indices, own_block,
+            route_by, backend, return_lse, return_routing: as in `moba_attention`, block_indices [total, G or H, K] and
+            route_by packed like q and k; blocks are numbered within each sequence.
 
     Returns:
         out [total, H, Dv]; or a tuple of out, lse [total, H] and the `Routing` ([total, H, K]), of what was asked for.
@@ -196,8 +202,9 @@ def moba_attention_varlen(
         topk = check_block_indices(block_indices, q, k.shape[1], topk, own_block, routing=routing, route_by=route_by)
         block_indices = block_indices[None]
     call = Call(
-        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
-    )
+        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
+        return_routing,
+    )  # fmt: skip
     results = route_and_attend(
         q[None], k[None], v[None], sequences, call, routing=routing, block_indices=block_indices, route_by=by
     )
@@ -212,6 +219,7 @@ class Call(NamedTuple):
     block_size: int
     topk: int | None
     scale: float | None
+    softcap: float | None
     sinks: Tensor | None
     keep_first: int
     keep_recent: int
@@ -257,6 +265,7 @@ def route_and_attend(
     if route_by is not None and call.router in ("recent", "sink"):
         raise ValueError(f"route_by serves to score blocks, and router={call.router!r} scores none")
     scale = check_scale(call.scale, q.shape[-1])
+    softcap = check_softcap(call.softcap)
     check_sinks(call.sinks, q)
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)
@@ -271,7 +280,9 @@ def route_and_attend(
     is_step = q.shape[1] <= MAX_DECODE_QUERIES and sequences.cu_q is None and not _needs_grad(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         if block_means is not None and is_step:
-            out, lse, indices = implementation.decode(q, k, v, block_means, sequences, selection, scale=scale)
+            out, lse, indices = implementation.decode(
+                q, k, v, block_means, sequences, selection, scale=scale, softcap=softcap
+            )
         else:
             chosen = block_indices if routing is None else _checked(routing, q, block_size, topk)
             if chosen is None:
@@ -280,9 +291,11 @@ def route_and_attend(
             else:
                 own = torch.div(sequences.positions(q.device), fitting_size, rounding_mode="floor")
                 indices = given_indices(chosen, own, q.shape[2], own_block=call.own_block)
-            options: dict[str, Any] = {"block_size": fitting_size, "scale": scale, "own_block": call.own_block}
             attend = implementation.attend_step if is_step and block_indices is not None else implementation.attend
-            out, lse = attend(q, k, v, indices, sequences, **options)
+            out, lse = attend(
+                q, k, v, indices, sequences, block_size=fitting_size, scale=scale, softcap=softcap,
+                own_block=call.own_block,
+            )  # fmt: skip
         if call.sinks is not None:
             out, lse = add_sinks(out, lse, call.sinks)
 
@@ -296,8 +309,9 @@ def _dense_serves(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, selecti
     """Whether torch's dense attention is the same function, needs no T × S mask, and gives all that is asked for."""
     num_read = selection.block_size * selection.topk
     reads_all = sequences.is_plain and num_read >= sequences.num_keys and selection.top_p is None
-    asks_more = call.return_lse or call.return_routing or call.sinks is not None or _needs_grad(q, k, v)
-    return reads_all and not asks_more and q.shape[1] in (1, k.shape[1])
+    is_plain_softmax = call.softcap is None and call.sinks is None
+    asks_more = call.return_lse or call.return_routing or _needs_grad(q, k, v)
+    return reads_all and is_plain_softmax and not asks_more and q.shape[1] in (1, k.shape[1])
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -139,6 +139,7 @@ def moba_attention_paged(
     block_size: int,
     topk: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
     keep_first: int = 0,
     keep_recent: int = 0,
@@ -164,8 +165,8 @@ def moba_attention_paged(
         key_end: int32 [B], the number of keys of each row.
         block_means: [P, page_size // block_size, G, D] where block_size divides page_size, or [P, 1, G, D] where it is
             a multiple; the means of finished blocks, as `append_block_means` writes them. Left out with block_indices.
-        block_size, topk, scale, sinks, keep_first, keep_recent, router, block_indices, own_block, backend, return_lse,
-            return_routing: as in `moba_attention`.
+        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, block_indices, own_block, backend,
+            return_lse, return_routing: as in `moba_attention`.
 
     Returns:
         As `moba_attention`, without gradients.
@@ -191,8 +192,9 @@ def moba_attention_paged(
         k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
         sequences = sequences.without_pages()
     call = Call(
-        block_size, topk, scale, sinks, keep_first, keep_recent, router, own_block, backend, return_lse, return_routing
-    )
+        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
+        return_routing,
+    )  # fmt: skip
     by_means = None if sequences.page_table is None else block_means
     return route_and_attend(q, k_pages, v_pages, sequences, call, block_indices=block_indices, block_means=by_means)
 

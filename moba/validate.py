@@ -63,6 +63,15 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return value
 
 
+def check_softcap(softcap: float | None) -> float | None:
+    """The bound on the scores, None for none."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap!r}")
+    return float(softcap)
+
+
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Check that query heads share key/value heads evenly."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:

@@ -17,7 +17,8 @@ def select(q, k, position, block_size, topk, keep_first=0, keep_recent=0):
     return sorted([*kept, *best, own])
 
 
-def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=None, indices=None, sinks=None, **keep):
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=None, softcap=None, sinks=None,
+                    indices=None, **keep):  # fmt: skip
     """One sequence: q [T, H, D], k [S, G, D] and v [S, G, Dv] -> out, lse in fp64, indices [T, H, K].
 
     The indices are those given, if any. Differentiable.
@@ -42,6 +43,8 @@ def attend_sequence(q: Tensor, k: Tensor, v: Tensor, *, block_size, topk, scale=
             indices[row, head, : len(blocks)] = torch.tensor(blocks)
             chosen = [i for j in blocks for i in range(j * block_size, min((j + 1) * block_size, position + 1))]
             logits = scale * (keys[chosen].double() @ q[row, head].double())
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             if sinks is not None and chosen:
                 logits = torch.cat([logits, sinks[head].double()[None]])
             lse[row, head] = torch.logsumexp(logits, 0)

@@ -174,9 +174,10 @@ def test_blocks_that_somebody_else_selected(heads, kv_heads, block_size, topk):
 
 @pytest.mark.parametrize("dtype", SPACINGS, ids=str)
 @pytest.mark.parametrize(("block_size", "topk"), [(64, 8), (512, 3)])
-def test_sinks(block_size, topk, dtype):
+@pytest.mark.parametrize("softcap", [None, 1.5, 50.0])
+def test_sinks_and_softcaps(softcap, block_size, topk, dtype):
     """Out, lse and gradients, those of the sinks too; steps as the prefill."""
-    options = {"block_size": block_size, "topk": topk, "return_lse": True, "return_routing": True}
+    options = {"block_size": block_size, "topk": topk, "return_lse": True, "return_routing": True, "softcap": softcap}
     inputs = [normal(2, 1500, n, 64, dtype=dtype) for n in (4, 2, 2)] + [torch.tensor([-3.0, 0.5, 2.0, 8.0]).cuda()]
     d_out = normal(2, 1500, 4, 64, dtype=dtype)
 

@@ -59,12 +59,14 @@ def test_plain_formula_equals_the_flash_kernel(monkeypatch, is_causal):
     """Other devices take the formula; here both run on the CPU, forward and backward."""
     q, k, v = (torch.randn(3, 2, 24, 16, dtype=torch.float64) for _ in range(3))
     d_out = torch.randn_like(q)
-    out, lse = dense.forward(q, k, v, 0.3, is_causal)
-    grads = dense.backward(d_out, None, q, k, v, out, lse, 0.3, is_causal)
+    out, lse = dense.forward(q, k, v, dense.Logits(0.3), is_causal)
+    grads = dense.backward(d_out, None, q, k, v, out, lse, dense.Logits(0.3), is_causal)
     monkeypatch.setattr(dense, "_has_flash_kernel", lambda q: False)
-    assert_close(dense.forward(q, k, v, 0.3, is_causal)[0], out, 1e-12)
-    assert_close(dense.forward(q, k, v, 0.3, is_causal)[1], lse, 1e-12)
-    for formula, kernel in zip(dense.backward(d_out, None, q, k, v, out, lse, 0.3, is_causal), grads, strict=True):
+    assert_close(dense.forward(q, k, v, dense.Logits(0.3), is_causal)[0], out, 1e-12)
+    assert_close(dense.forward(q, k, v, dense.Logits(0.3), is_causal)[1], lse, 1e-12)
+    for formula, kernel in zip(
+        dense.backward(d_out, None, q, k, v, out, lse, dense.Logits(0.3), is_causal), grads, strict=True
+    ):
         assert_close(formula, kernel, 1e-12)
 
 
@@ -127,10 +129,11 @@ def plain_attention(q, k, v, d_out, routing):
     return out, *torch.autograd.grad(out, leaves, d_out)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (16, 24)])
-def test_the_careful_ways_take_values_of_another_head_dim(head_dim, value_dim):
+def test_the_careful_ways_take_values_of_another_head_dim_and_softcaps(head_dim, value_dim, softcap):
     q, k, v = make_qkv(1, 40, 40, 2, 1, head_dim, value_dim)
-    options = {"block_size": 8, "topk": 3, "backend": "pytorch"}
+    options = {"block_size": 8, "topk": 3, "softcap": softcap, "backend": "pytorch"}
     d_out = torch.randn(1, 40, 2, value_dim)
     expected, (expected_d_q, _, _) = moba_attention(q, k, v, **options), gradients(q, k, v, d_out, **options)
     v[:, 30:] = torch.nan

@@ -1,4 +1,4 @@
-"""DESIGN's semantics of attention sinks. Over every backend, as test_semantics.py."""
+"""DESIGN's semantics of attention sinks and softcaps. Over every backend, as test_semantics.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from moba import combine, moba_attention, moba_attention_paged, moba_attention_v
 
 # Batch, queries, keys, heads, kv heads, head dims of keys and values, block size, topk.
 CASES = {
-    "plain": (1, 37, 37, 4, 2, 16, 16, 8, 3),
-    "other values": (2, 30, 30, 2, 1, 24, 16, 7, 3),
-    "chunk of a prefill": (1, 13, 45, 4, 2, 16, 16, 8, 3),
-    "all blocks": (1, 33, 33, 4, 2, 16, 16, 8, 9),
+    "plain": (1, 30, 30, 4, 2, 16, 16, 8, 3),
+    "other values": (2, 20, 20, 2, 1, 24, 16, 7, 2),
+    "chunk of a prefill": (1, 9, 37, 2, 1, 16, 16, 8, 3),
     "one query": (2, 1, 45, 4, 2, 16, 16, 8, 3),
 }
 
@@ -27,44 +26,43 @@ def sinks_of(heads, device):
 
 
 def results_and_gradients(call, leaves, d_out, d_lse):
-    """Out, lse, then gradients of the leaves through out alone and through both."""
+    """Out, lse, then gradients of the leaves through out, and through lse if there is a d_lse."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     out, lse = call(*leaves)
-    d_lse = torch.where(lse.isfinite(), d_lse.to(lse.dtype), 0.0)
-    through_out = torch.autograd.grad(out, leaves, d_out.to(out.dtype), retain_graph=True)
-    return out, lse, *through_out, *torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse))
+    if d_lse is None:
+        return out, lse, *torch.autograd.grad(out, leaves, d_out.to(out.dtype))
+    return out, lse, *torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse.to(lse.dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("with_sinks", "softcap"), [(True, None), (False, 2.0), (True, 2.0)])
 @pytest.mark.parametrize("case", CASES)
-def test_sinks_match_the_definition(backend, device, case, dtype):
+def test_matches_the_definition(backend, device, case, with_sinks, softcap, dtype):
+    """Forward and gradients; steps of decoding as well."""
     needs_dtype(backend, dtype)
     *shape, block_size, topk = CASES[case]
     q, k, v = make_qkv(*shape, dtype=dtype, device=device, exact_for=block_size)
-    sinks = sinks_of(q.shape[2], device)
-    options = {"block_size": block_size, "topk": topk, "scale": 0.1}
+    options = {"block_size": block_size, "topk": topk, "scale": 0.1, "softcap": softcap}
     d_out = torch.randn(*q.shape[:3], v.shape[3], device=device)
-    d_lse = torch.randn(q.shape[:3], device=device)
+    d_lse = torch.randn(q.shape[:3]) if softcap is None else None
+    inputs = [q, k, v, sinks_of(q.shape[2], device)] if with_sinks else [q, k, v]
 
-    def oracle(q, k, v, sinks):
+    def oracle(q, k, v, sinks=None):
         return attend_batch(q, k, v, sinks=sinks, **options)[:2]
 
-    def moba(q, k, v, sinks):
-        return moba_attention(q, k, v, sinks=sinks, **options, backend=backend, return_lse=True)
+    def moba(q, k, v, sinks=None, **more):
+        return moba_attention(q, k, v, sinks=sinks, **options, **more, backend=backend, return_lse=True)
 
-    leaves = [x.cpu().double() for x in (q, k, v, sinks)]
-    expected = results_and_gradients(oracle, leaves, d_out.cpu(), d_lse.cpu())
-    actual = results_and_gradients(moba, (q, k, v, sinks), d_out, d_lse)
-    assert [x.dtype for x in actual[2:6]] == [dtype, dtype, dtype, torch.float32]
-    assert_close(actual[0], expected[0], TOLERANCE[dtype])
-    assert_close(actual[1], expected[1], LSE_TOLERANCE[dtype])
-    for got, want in zip(actual[2:], expected[2:], strict=True):
+    expected = results_and_gradients(oracle, [x.cpu().double() for x in inputs], d_out.cpu(), d_lse)
+    actual = results_and_gradients(moba, inputs, d_out, None if d_lse is None else d_lse.to(device))
+    step = moba(*inputs, block_means=means_of(k, backend, block_size))
+    for out, lse in (actual[:2], step):
+        assert out.dtype == dtype
+        assert_close(out, expected[0], TOLERANCE[dtype])
+        assert_close(lse, expected[1], LSE_TOLERANCE[dtype])
+    for x, got, want in zip(inputs, actual[2:], expected[2:], strict=True):
+        assert got.dtype == x.dtype
         assert_close(got, want, {torch.bfloat16: 6e-2}.get(dtype, 5e-5))
-    with torch.no_grad():
-        means = means_of(k, backend, block_size)
-        step = moba_attention(q, k, v, sinks=sinks, block_means=means, **options, backend=backend, return_lse=True)
-        assert_close(step[0], expected[0], TOLERANCE[dtype])
-        assert_close(step[1], expected[1], LSE_TOLERANCE[dtype])
 
 
 def test_no_sink_is_minus_infinity(backend, device):
@@ -104,3 +102,23 @@ def test_parts_of_which_one_was_given_the_sinks_make_the_whole(backend, device):
     outs, lses = torch.stack([own_out[:, 30:], before_out]), torch.stack([own_lse[:, 30:], logits.logsumexp(-1)])
     for actual, wanted in zip(combine(outs, lses), expected, strict=True):
         assert_close(actual, wanted[:, 30:], 2e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_auto_never_forgets_them(device, queries):
+    q, k, v = make_qkv(1, queries, 40, 4, 2, 16, device=device)
+    for asked in ({"sinks": sinks_of(4, device)}, {"softcap": 0.5}):
+        wanted = moba_attention(q, k, v, block_size=8, topk=5, backend="reference", **asked)
+        assert_close(moba_attention(q, k, v, block_size=8, topk=5, **asked), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("topk", [1, 9])
+def test_a_softcap_is_of_the_logits(backend, device, topk):
+    """Large logits, where it is what decides, and small ones, where it is nothing."""
+    q, k, v = make_qkv(1, 40, 40, 2, 1, 16, device=device)
+    options = {"block_size": 8, "topk": topk, "backend": backend}
+    assert_close(moba_attention(q, k, v, softcap=1e4, **options), moba_attention(q, k, v, **options), 2e-5)
+    capped = moba_attention(100 * q, k, v, softcap=3.0, **options)
+    wanted, _, _ = attend_batch(100 * q.cpu(), k.cpu(), v.cpu(), softcap=3.0, block_size=8, topk=topk)
+    assert_close(capped, wanted, 2e-5)
+    assert (capped - moba_attention(100 * q, k, v, **options)).abs().max() > 0.1

@@ -159,10 +159,10 @@ def test_operators_pass_opcheck():
     # Every query has all its past blocks, so that no entry of the by-block view is left undefined.
     q, k, v, indices, d_out, d_lse = problem((1, 4, 36, 2, 1, 16))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    arguments = (q, k, v, indices, None, None, None, None, 16, 0.2)
+    arguments = (q, k, v, indices, None, None, None, None, 16, 0.2, None)
     torch.library.opcheck(_attend, arguments, atol=1e-5, rtol=1e-5)
     out, lse, offsets, entries = (x.detach() for x in _attend(*arguments))
-    saved = (*(x.detach() for x in (q, k, v)), out, lse, indices, offsets, entries, None, None, None, None, 16, 0.2)
+    saved = (*(x.detach() for x in (q, k, v)), out, lse, indices, offsets, entries, *arguments[4:])
     torch.library.opcheck(_attend_backward, (d_out, d_lse, *saved))
 
 
@@ -171,7 +171,7 @@ def test_compiles_without_graph_breaks_and_checkpoints():
     indices = problem((1, 20, 20, 2, 1, 16))[3]
 
     def loss(q, k, v):
-        out, lse, _, _ = _attend(q * 1.5, k, v, indices, None, None, None, None, 16, 0.2)
+        out, lse, _, _ = _attend(q * 1.5, k, v, indices, None, None, None, None, 16, 0.2, None)
         return (out * out).sum() + lse.sum()
 
     expected = torch.autograd.grad(loss(q, k, v), [q, k, v])

@@ -171,7 +171,7 @@ def test_more_rows_than_a_grid_takes_are_refused():
     q, k = torch.zeros(rows, 1, 2, 16, device=DEVICE), torch.zeros(rows, 4, 2, 16, device=DEVICE)
     means = torch.zeros(page_means_shape(k, 4), device=DEVICE)
     with pytest.raises(ValueError, match=r"at most 65,535 rows x key/value heads in a call, got 66,000; split"):
-        _decode(q, k, k, means, None, None, None, 4, 1, 0, 0, SCALE)
+        _decode(q, k, k, means, None, None, None, 4, 1, 0, 0, SCALE, None)
 
 
 def test_operators_pass_opcheck():
@@ -181,9 +181,9 @@ def test_operators_pass_opcheck():
     for bounds in ((None, None, None), (start, end, None), (None, tensor([8]), table)):
         pages = means[:, :1] if bounds[2] is not None else means
         k_in, v_in = (x[:, :8] if bounds[2] is not None else x for x in (k, v))
-        torch.library.opcheck(_decode, (q, k_in, v_in, pages, *bounds, 8, 3, 0, 0, SCALE), atol=1e-5, rtol=1e-5)
+        torch.library.opcheck(_decode, (q, k_in, v_in, pages, *bounds, 8, 3, 0, 0, SCALE, None), atol=1e-5, rtol=1e-5)
         indices = torch.zeros(1, 2, 2, 1, dtype=torch.int32, device=DEVICE)
-        torch.library.opcheck(_attend, (q, k_in, v_in, indices, *bounds, 8, SCALE), atol=1e-5, rtol=1e-5)
+        torch.library.opcheck(_attend, (q, k_in, v_in, indices, *bounds, 8, SCALE, None), atol=1e-5, rtol=1e-5)
         torch.library.opcheck(_append_means, (pages.clone(), k_in, *bounds, 36, 8))
 
 

@@ -83,6 +83,12 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
         yield layout, call_plans(arch, torch.bfloat16, 80, 128, 3, layout), arch == 90 and layout == "packed"
     for block_size in (128, 512):
         yield f"far {block_size}", call_plans(arch, torch.bfloat16, 128, block_size, 4, "far"), arch == 90
+    for block_size in (128, 512):
+        plans = call_plans(arch, torch.bfloat16, 128, block_size, 4, softcap=50.0)
+        yield f"softcap {block_size}", plans, common and block_size == 128
+    yield "softcap float32", call_plans(arch, torch.float32, 64, 128, 4, softcap=50.0), False
+    yield "softcap wide", call_plans(arch, torch.bfloat16, 256, 128, 4, softcap=50.0), False
+    yield "decode softcap", step_plans(arch, torch.bfloat16, 128, 128, 16, softcap=50.0), common
     for layout in ("padded", "pages", "alone", "many queries"):
         yield f"decode {layout}", step_plans(arch, torch.bfloat16, 128, 128, 16, layout), False
     yield "decode streamed", step_plans(arch, torch.bfloat16, 64, 16, 1024), False
@@ -101,6 +107,7 @@ def call_plans(
     layout: str = "plain",
     *,
     value_dim: int | None = None,
+    softcap: float | None = None,
     num_tokens: int = NUM_TOKENS,
     num_sequences: int = 4,
     num_rows: int | None = None,
@@ -133,7 +140,8 @@ def call_plans(
     lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)
     for workspace_bytes in workspaces or (1 << 40, TIGHT_BYTES_PER_KEY * num_keys):
         options: dict[str, Any] = {
-            "block_size": block_size, "scale": head_dim**-0.5, "arch": arch, "workspace_bytes": workspace_bytes
+            "block_size": block_size, "scale": head_dim**-0.5, "softcap": softcap, "arch": arch,
+            "workspace_bytes": workspace_bytes,
         }  # fmt: skip
         forward = (q, k, v, indices, *view, out, lse)
         backward = (out, lse, q, k, v, out, lse, indices, *view, q, k, v)
@@ -151,6 +159,7 @@ def step_plans(
     layout: str = "plain",
     *,
     value_dim: int | None = None,
+    softcap: float | None = None,
     num_keys: int = 131072,
     num_rows: int = 2,
 ) -> list[Plan]:
@@ -174,7 +183,7 @@ def step_plans(
     results = (_empty(*q.shape[:3], v.shape[3], dtype=dtype), _empty(*q.shape[:3], dtype=torch.float32), indices)
     step = make_plan(
         plan_decode, q, k, v, means, *bounds, *results, block_size=block_size, keep_first=0, keep_recent=0,
-        scale=head_dim**-0.5, arch=arch, capacity=num_keys, page_size=page_size,
+        scale=head_dim**-0.5, softcap=softcap, arch=arch, capacity=num_keys, page_size=page_size,
     )  # fmt: skip
     append = make_plan(plan_append, means, k, *bounds, num_new=num_queries, block_size=block_size, page_size=page_size)
     return [step, append]

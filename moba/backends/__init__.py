@@ -9,11 +9,12 @@ with a contiguous last dimension) and the `Sequences` that lie in them:
         int32 [R, T, H, K]: ascending block numbers, own block included, then -1 (also where `selection.top_p` makes
         do with fewer blocks than there are places for); -1 everywhere in padded rows. By the
         given means of finished blocks (see below) if they are there; k is then not read and may be None.
-    attend(q, k, v, indices, sequences, *, block_size, scale, own_block=True) -> (out, lse)
+    attend(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
         out [R, T, H, Dv] in q's dtype, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there.
         Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored, and
         the last place is the own block's or nobody's. With own_block=False the own block is read only where `indices`
-        hold it; a query that then has no block gives what a padded row gives.
+        hold it; a query that then has no block gives what a padded row gives. With softcap c, the logits are
+        c · tanh(scale · q Kᵀ / c).
 
 Three of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
 or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and
@@ -25,10 +26,10 @@ each where its keys lie; or [P, 1, G, D] where a block spans pages, each under t
     append_means(means, k, sequences, block_size) -> None
         Write the means of the blocks that the last T (= sequences.num_queries) keys of each row finished: the bits that
         `route` would score. Nothing else is written.
-    decode(q, k, v, means, sequences, selection, *, scale) -> (out, lse, indices)
+    decode(q, k, v, means, sequences, selection, *, scale, softcap=None) -> (out, lse, indices)
         `route`, by the given means, and `attend` for at most MAX_DECODE_QUERIES queries a row; never packed sequences.
         Reads the selected keys only.
-    attend_step(q, k, v, indices, sequences, *, block_size, scale, own_block=True) -> (out, lse)
+    attend_step(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
         `attend` in the manner of `decode`. `indices` hold the own block where it is read.
 """
 

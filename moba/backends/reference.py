@@ -5,6 +5,8 @@ Letters: T query tokens, S key tokens, H query heads, G key/value heads, D head 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,6 +101,7 @@ def attend(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
@@ -120,12 +123,15 @@ def attend(
                 values.masked_fill(is_bad_value[:, None], 0.0),
                 hidden,
                 scale,
+                softcap,
             )
             # 0 · NaN is NaN, so that each row that NaN or inf belongs to is computed from the keys that it sees alone.
             sees_bad = is_bad_query | (~hidden & (is_bad_key | is_bad_value)).any(dim=-1)
             for row in sees_bad.nonzero()[:, 0].tolist():
                 seen = ~hidden[row]
-                head_out[row], head_lse[row] = _softmax_attention(queries[row], keys[seen], values[seen], None, scale)
+                head_out[row], head_lse[row] = _softmax_attention(
+                    queries[row], keys[seen], values[seen], None, scale, softcap
+                )
             out[span.row, q_rows, head], lse[span.row, q_rows, head] = head_out, head_lse
     if torch.is_grad_enabled():
         # Where there are no queries, too, the results are differentiable.
@@ -134,10 +140,14 @@ def attend(
     return out, lse
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """Out [..., Dv] and lse [...] of queries [..., D] over keys [S, D] and values [S, Dv], in one [..., S] tensor."""
     wide = accumulation_dtype(q.dtype)
     weights = (scale * q.to(wide)) @ k.to(wide).T
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
     if hidden is not None:
         weights.masked_fill_(hidden, -torch.inf)
     largest = weights.detach().amax(dim=-1, keepdim=True)
@@ -163,7 +173,15 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
 
 @outside_graphs
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    sequences: Sequences,
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route by the means, then `attend`. See `moba.backends` for the contract."""
     if sequences.page_table is not None:
@@ -171,7 +189,8 @@ def decode(
         k, v = sequences.gather_pages(k), sequences.gather_pages(v)
         sequences = sequences.without_pages()
     indices = route(q, None, sequences, selection, means)
-    return (*attend(q, k, v, indices, sequences, block_size=selection.block_size, scale=scale), indices)
+    options: dict[str, Any] = {"block_size": selection.block_size, "scale": scale, "softcap": softcap}
+    return (*attend(q, k, v, indices, sequences, **options), indices)
 
 
 def attend_step(
@@ -183,10 +202,11 @@ def attend_step(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, of pages once they lie in rows. See `moba.backends` for the contract."""
     if sequences.page_table is not None:
         k, v = sequences.gather_pages(k), sequences.gather_pages(v)
         sequences = sequences.without_pages()
-    return attend(q, k, v, indices, sequences, block_size=block_size, scale=scale, own_block=own_block)
+    return attend(q, k, v, indices, sequences, block_size=block_size, scale=scale, softcap=softcap, own_block=own_block)

@@ -43,18 +43,19 @@ def attend(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the routing's blocks. See `moba.backends` for the contract."""
     q, scale = positive_scale(q, scale)
-    return _Attend.apply(q, k, v, indices, sequences, _Options(block_size, scale, own_block))
+    return _Attend.apply(q, k, v, indices, sequences, _Options(block_size, dense.Logits(scale, softcap), own_block))
 
 
 class _Options(NamedTuple):
-    """What `attend` is told beside tensors, the scale larger than 0."""
+    """What `attend` is told beside tensors."""
 
     block_size: int
-    scale: float
+    logits: dense.Logits
     own_block: bool
 
 
@@ -221,7 +222,7 @@ def _passes(
                 heads = slice(kv_head * group, (kv_head + 1) * group)
                 where = (span.row, slice(span.q_start + start, span.q_start + stop), heads)
                 at = (span.row, keys, kv_head)
-                chosen = _narrowed(indices[where], topk)
+                chosen = indices[where][..., :topk]  # as past blocks come first, this leaves the own block its place
                 yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, options, where, at, turn)
 
 
@@ -233,11 +234,6 @@ def _ranges(span: Span, num_queries: int, block_size: int) -> Iterator[tuple[int
         stop = min(stop, span.q_len)
         yield start, stop
         start = stop
-
-
-def _narrowed(indices: Tensor, topk: int) -> Tensor:
-    """The routing with no more than `topk` places: past blocks first, the last place left to the own block."""
-    return indices if indices.shape[-1] == topk else indices[..., :topk]
 
 
 class _Step(NamedTuple):
@@ -265,7 +261,7 @@ class _Step(NamedTuple):
             blocks[at] = blocks[at] + tiles[now, 0]
 
 
-def _steps(part: _Pass) -> Iterator[_Step]:
+def _steps(part: _Pass, d_lse: Tensor | None = None) -> Iterator[_Step]:
     positions = torch.arange(part.offset, part.offset + part.q.shape[0], device=part.q.device)
     own = torch.div(positions, part.block_size, rounding_mode="floor")
     num_blocks = (part.offset + part.q.shape[0] - 1) // part.block_size
@@ -285,10 +281,9 @@ def _steps(part: _Pass) -> Iterator[_Step]:
     place = torch.minimum(place, last[:, None] - 1)
 
     tile_bytes = (size + part.block_size) * (part.q.shape[2] + part.v.shape[1]) * part.q.element_size()
-    if part.q.device.type == "cpu":
-        step = max(1, CPU_STEP_BYTES // tile_bytes)
-    else:  # `dense` holds its scores there
-        step = max(1, STEP_BYTES // (tile_bytes + 16 * size * part.block_size))
+    if dense.holds_scores(part.q, part.options.logits, d_lse):
+        tile_bytes += 16 * size * part.block_size
+    step = max(1, (CPU_STEP_BYTES if part.q.device.type == "cpu" else STEP_BYTES) // tile_bytes)
     for start in range(0, block.numel(), step):
         some = slice(start, start + step)
         entry = entries[place[some].flatten()]
@@ -325,7 +320,7 @@ class _Own(NamedTuple):
         x[self.start : self.start + self.num_problems * self.num_keys] += values.sum(dim=1, dtype=x.dtype).flatten(0, 1)
 
 
-def _own_blocks(part: _Pass) -> Iterator[_Own]:
+def _own_blocks(part: _Pass, d_lse: Tensor | None = None) -> Iterator[_Own]:
     size, start, stop = part.block_size, part.offset, part.offset + part.q.shape[0]
     diagonal = part.num_past
     if before := start % size:
@@ -333,7 +328,9 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
         yield _Own(0, start - before, 1, rows, before, False, diagonal + 1)
         yield _Own(0, start, 1, rows, rows, True, diagonal)
         start += rows
-    at_once = part.q.shape[0] if part.q.device.type == "cpu" else max(1, STEP_BYTES // (16 * part.q.shape[1] * size**2))
+    at_once = part.q.shape[0]
+    if dense.holds_scores(part.q, part.options.logits, d_lse):
+        at_once = max(1, STEP_BYTES // (16 * part.q.shape[1] * size**2))
     while (count := min(at_once, (stop - start) // size)) > 0:
         yield _Own(start - part.offset, start, count, size, size, True, diagonal)
         start += count * size
@@ -343,21 +340,21 @@ def _own_blocks(part: _Pass) -> Iterator[_Own]:
 
 def _forward_pass(part: _Pass, is_careful: bool) -> tuple[Tensor, Tensor]:
     """out [T, H/G, Dv] and lse [T, H/G] of a pass."""
-    scale, reads_own = part.options.scale, part.reads_own()
+    logits, reads_own = part.options.logits, part.reads_own()
     outs = part.new_parts(part.v.shape[1], fill=None)
     lses = part.new_parts(fill=-torch.inf, dtype=accumulation_dtype(part.q.dtype))
     q_rows = part.q.flatten(0, 1)
     k_blocks, v_blocks = part.finished_blocks(part.k), part.finished_blocks(part.v)
     for step in _steps(part):
         k, v = step.gather_blocks(k_blocks), step.gather_blocks(v_blocks)
-        out, lse = dense.forward(step.gather(q_rows), k, v, scale, is_causal=False)
+        out, lse = dense.forward(step.gather(q_rows), k, v, logits, is_causal=False)
         outs[step.parts] = out.flatten(0, 2)
         lses[step.parts] = lse.flatten()
     outs, lses = part.by_part(outs), part.by_part(lses)
     for own in _own_blocks(part):
         q = own.take(part.q)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
-        out, lse = dense.forward(q, k, v, scale, own.is_causal, is_careful)
+        out, lse = dense.forward(q, k, v, logits, own.is_causal, is_careful)
         if reads_own is not None:
             lse = lse.masked_fill(~own.take(reads_own), -torch.inf)
         own.take(outs[own.part]).copy_(out)
@@ -367,13 +364,13 @@ def _forward_pass(part: _Pass, is_careful: bool) -> tuple[Tensor, Tensor]:
 
 def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, is_careful: bool) -> Tensor:
     """d_q [T, H/G, D] of a pass; adds to d_k [S, D] and d_v [S, Dv] of its kv head, in a fixed order."""
-    scale, reads_own = part.options.scale, part.reads_own()
+    logits, reads_own = part.options.logits, part.reads_own()
     d_qs = part.new_parts(part.q.shape[2])
     q_rows, out_rows, lse_rows, d_out_rows = (x.flatten(0, 1) for x in (part.q, *results[:3]))
     d_lse_rows = None if results.d_lse is None else results.d_lse.flatten(0, 1)
     k_blocks, v_blocks, d_k_blocks, d_v_blocks = (part.finished_blocks(x) for x in (part.k, part.v, d_k, d_v))
     # First: a later pass waits only until the past blocks are done.
-    for own in _own_blocks(part):
+    for own in _own_blocks(part, results.d_lse):
         q, out, lse, d_out = (own.take(x) for x in (part.q, *results[:3]))
         d_lse = None if results.d_lse is None else own.take(results.d_lse)
         k, v = own.keys(part.k, q.shape[1]), own.keys(part.v, q.shape[1])
@@ -382,17 +379,17 @@ def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, is_
             is_left_out = ~own.take(reads_own)
             d_out, lse = d_out.masked_fill(is_left_out[..., None], 0.0), lse.masked_fill(is_left_out, torch.inf)
             d_lse = None if d_lse is None else d_lse.masked_fill(is_left_out, 0.0)
-        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, scale, own.is_causal, is_careful)
+        d_q, d_k_own, d_v_own = dense.backward(d_out, d_lse, q, k, v, out, lse, logits, own.is_causal, is_careful)
         own.take(part.by_part(d_qs)[own.part]).copy_(d_q)
         own.add_to_keys(d_k, d_k_own)
         own.add_to_keys(d_v, d_v_own)
-    for step in _steps(part):
+    for step in _steps(part, results.d_lse):
         real = step.real[:, None]
         d_out = step.gather(d_out_rows) * real[..., None]
         d_lse = None if d_lse_rows is None else step.gather(d_lse_rows) * real
         d_q, d_k_tiles, d_v_tiles = dense.backward(
             d_out, d_lse, step.gather(q_rows), step.gather_blocks(k_blocks), step.gather_blocks(v_blocks),
-            step.gather(out_rows), step.gather(lse_rows), scale, is_causal=False, is_careful=is_careful,
+            step.gather(out_rows), step.gather(lse_rows), logits, is_causal=False, is_careful=is_careful,
         )  # fmt: skip
         d_qs[step.parts] = d_q.flatten(0, 2)
         last = int(step.blocks[-1])

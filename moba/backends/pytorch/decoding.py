@@ -62,7 +62,15 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
 
 @outside_graphs
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    sequences: Sequences,
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route by the means and attend to the selected keys. See `moba.backends` for the contract."""
     if q.numel() == 0:
@@ -71,7 +79,7 @@ def decode(
         return out, lse, q.new_empty(*q.shape[:3], selection.topk, dtype=torch.int32)
     positions = sequences.positions(q.device).long()
     chosen = _route(q, means, positions, sequences, selection)
-    out, lse = attend_step(q, k, v, chosen, sequences, block_size=selection.block_size, scale=scale)
+    out, lse = attend_step(q, k, v, chosen, sequences, block_size=selection.block_size, scale=scale, softcap=softcap)
     indices = F.pad(chosen, (0, selection.topk - chosen.shape[-1]), value=-1)
     return out, lse, indices
 
@@ -211,6 +219,7 @@ def attend_step(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query head over its own blocks. See `moba.backends` for the contract."""
@@ -226,7 +235,13 @@ def attend_step(
     at_once = max(1, WORKSPACE_BYTES // row_bytes)
     parts = [
         _attend_rows(
-            q_rows[start : start + at_once], keys, values, slices.of(slice(start, start + at_once)), width, scale
+            q_rows[start : start + at_once],
+            keys,
+            values,
+            slices.of(slice(start, start + at_once)),
+            width,
+            scale,
+            softcap,
         )
         for start in range(0, q_rows.shape[0], at_once)
     ]
@@ -239,14 +254,17 @@ def attend_step(
 
 
 def _attend_rows(
-    q: Tensor, keys: _Rows, values: _Rows, slices: _Slices, width: int, scale: float
+    q: Tensor, keys: _Rows, values: _Rows, slices: _Slices, width: int, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """out [M, Dv] and lse [M] of query rows [M, D]; NaN where a row sees no key."""
     hidden = torch.arange(width, device=q.device) >= slices.stop[..., None]  # [M, C, W]
     key_rows = slices.rows(keys.steps, hidden)
     value_rows = key_rows if values.steps == keys.steps else slices.rows(values.steps, hidden)
     logits = _products(q, keys.table, key_rows)
-    logits.mul_(scale).masked_fill_(hidden.flatten(1), -torch.inf)
+    logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    logits.masked_fill_(hidden.flatten(1), -torch.inf)
     largest = logits.amax(dim=-1)
     weights = logits.sub_(largest[:, None]).exp_()
     total = weights.sum(dim=-1)

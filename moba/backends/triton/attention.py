@@ -36,12 +36,23 @@ def attend(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q Kᵀ) V over the keys that `indices` select. See `moba.backends` for the contract."""
     assert own_block, "refused by `unsupported`"
     out, lse, _, _ = _attend(
-        q, k, v, indices, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k, block_size, scale
+        q,
+        k,
+        v,
+        indices,
+        sequences.key_start,
+        sequences.key_end,
+        sequences.cu_q,
+        sequences.cu_k,
+        block_size,
+        scale,
+        softcap,
     )
     return out, lse
 
@@ -52,11 +63,14 @@ def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, view: View) -> int:
     return budget - 4 * (view.offsets.numel() + view.entries.numel())
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, view: View, block_size: int, scale: float) -> dict[str, Any]:
+def _options(
+    q: Tensor, k: Tensor, v: Tensor, view: View, block_size: int, scale: float, softcap: float | None
+) -> dict[str, Any]:
     """What the plans of forward and backward are told."""
     return {
         "block_size": block_size,
         "scale": scale,
+        "softcap": softcap,
         "workspace_bytes": workspace_bytes(q, k, v, view),
         "arch": arch_of(q.device),
     }
@@ -74,6 +88,7 @@ def _attend(
     cu_k: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, lse, and the by-block view (offsets, entries), which the backward reads again."""
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start, key_end, cu_q, cu_k)
@@ -81,7 +96,7 @@ def _attend(
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     run_planned(
         plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
-        **_options(q, k, v, view, block_size, scale),
+        **_options(q, k, v, view, block_size, scale, softcap),
     )  # fmt: skip
     return out, lse, *view
 
@@ -109,6 +124,7 @@ def _(
     cu_k: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_queries, num_heads, _ = q.shape
     num_blocks = num_global_blocks(
@@ -140,13 +156,14 @@ def _attend_backward(
     cu_k: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     run_planned(
         plan_attend_backward, d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, d_q, d_k, d_v, key_start,
-        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale),
+        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale, softcap),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -173,7 +190,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, indices, key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale = inputs
+    q, k, v, indices, key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale, ctx.softcap = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, indices, key_start, key_end, cu_q, cu_k, *output)
 
@@ -182,9 +199,9 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: Any) -> 
     q, k, v, indices, key_start, key_end, cu_q, cu_k, out, lse, offsets, entries = ctx.saved_tensors
     gradients = _attend_backward(
         torch.zeros_like(out) if d_out is None else d_out, d_lse, q, k, v, out, lse, indices, offsets, entries,
-        key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale,
+        key_start, key_end, cu_q, cu_k, ctx.block_size, ctx.scale, ctx.softcap,
     )  # fmt: skip
-    return *gradients, *(None,) * 7
+    return *gradients, *(None,) * 8
 
 
 differentiable(_attend, _backward, _setup_context)

@@ -2,7 +2,9 @@
 
 Letters and words as in device.py and forward.py. With P the softmax weights and delta = Σ_d dO · O - dLSE,
 
-    dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - delta),   dK = scale · dSᵀ Q,   dQ = scale · dS K.
+    dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - delta),   dK = scale · dSᵀ Q,   dQ = scale · dS K,
+
+where a softcap c multiplies dS by 1 - (logit / c)².
 
 No program adds to memory that another one adds to, so gradients repeat bit for bit. A program holds a tile of one
 block's keys and takes all their queries, of every head of the group; the queries of a block that very many chose are
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from moba.backends.triton.device import (
     LN_2,
-    LOG2_E,
     View,
     layout_of,
     load_query_rows,
@@ -38,6 +39,7 @@ from moba.backends.triton.dkv import (
 from moba.backends.triton.dq import _dq_own_kernel, _dq_past_kernel
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
+from moba.backends.triton.logits import logit_rule
 from moba.backends.triton.workspace import (
     Chunk,
     chunk_bounds,
@@ -97,6 +99,7 @@ def plan_backward(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     workspace_bytes: int,
     arch: int,
 ) -> None:
@@ -129,7 +132,7 @@ def plan_backward(
         num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, num_warps=4,
     )  # fmt: skip
 
-    places, scale_log2 = layout_of(sequences, block_size), scale * LOG2_E
+    places, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
     shape = {
         "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim
     }  # fmt: skip
@@ -152,7 +155,7 @@ def plan_backward(
 
     def add_own(partial: Tensor, chunk: Chunk) -> None:
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
-        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scale, scale_log2)
+        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scale, rule)
         sizes = (num_heads, places, tiles_per_row)
         plan.launch(
             _dq_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *others, *sizes, **shape, **own
@@ -166,7 +169,7 @@ def plan_backward(
     sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
     segments = Segments(extra, sums, segment_length, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
-    heads_and_scales = (num_kv_heads, scale, scale_log2, places)
+    heads_and_scales = (num_kv_heads, scale, rule, places)
     for is_flat in flats:
         for partial in (None, d_q) if can_fuse else (None,):
             arguments = (*by_key, partial, num_entries, 0, *heads_and_scales)
@@ -196,7 +199,7 @@ def plan_backward(
         bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
         queries = (rows_of(q), *past_keys, rows_of(d_out), softmax)
-        return *queries, view, bounds, partials, num_entries, scale_log2, places
+        return *queries, view, bounds, partials, num_entries, rule, places
 
     if topk > 1:
         arguments = past_arguments(d_q, Chunk(0, 1, 0, total_rows))

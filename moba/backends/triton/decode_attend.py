@@ -22,6 +22,7 @@ from moba.backends.triton.device import (
     row_bounds,
     store_rows,
 )
+from moba.backends.triton.logits import scaled
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def key_offsets(row, start, positions, is_key, x, table, PAGE_SIZE: tl.constexpr
 
 @triton.jit
 def _decode_attend_kernel(
-    q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, scale_log2,
+    q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, rule,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -98,7 +99,7 @@ def _decode_attend_kernel(
             k_tile = load_rows(k_ptr, offsets, is_key, HEAD_DIM)
             offsets = key_offsets(row, start, first_key + keys, is_key, v, table, PAGE_SIZE)
             v_tile = load_rows(v_ptr, offsets, is_key, VALUE_DIM)
-            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+            logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
             is_visible = is_key[None, :] & ((first_key + keys)[None, :] <= position[:, None])
             logits = tl.where(is_visible, logits, float("-inf"))
             maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)

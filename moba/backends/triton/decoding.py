@@ -16,8 +16,9 @@ from moba import routers, routing
 from moba.backends.triton import decode_attend, decode_select
 from moba.backends.triton.decode_means import launch_append_means
 from moba.backends.triton.decode_select import Step, Table
-from moba.backends.triton.device import LOG2_E, padded_head_dim, rows_of
+from moba.backends.triton.device import padded_head_dim, rows_of
 from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
+from moba.backends.triton.logits import logit_rule
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.tuning import arch_of
 from moba.backends.triton.workspace import tile_sizes
@@ -33,8 +34,9 @@ HELD_BY_FAMILIES, HELD_AT_ONCE = 512, 256
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, sequences: Sequences, selection: Selection, *, scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Route by the means of finished blocks and attend. See `moba.backends` for the contract.
 
     A router that is a user's function runs in plain torch, as no kernel can call it, and waits for the device.
@@ -47,27 +49,20 @@ def decode(
         if sequences.page_table is not None:
             means = means[sequences.mean_places(selection.block_size)]
         indices = routing.route(q, None, sequences.without_pages(), selection, means)
-        return (*_attend(q, k, v, indices, *bounds, selection.block_size, scale), indices)
+        return (*_attend(q, k, v, indices, *bounds, selection.block_size, scale, softcap), indices)
     return _decode(
         q, k, v, means, *bounds, selection.block_size, selection.topk, selection.keep_first, selection.keep_recent,
-        scale,
+        scale, softcap,
     )  # fmt: skip
 
 
 def attend_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    sequences: Sequences,
-    *,
-    block_size: int,
-    scale: float,
-    own_block: bool = True,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, *, block_size: int, scale: float,
+    softcap: float | None = None, own_block: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over a routing, block by block. See `moba.backends` for the contract; numerics as `decode`."""
     bounds = (sequences.key_start, sequences.key_end, sequences.page_table)
-    return _attend(q, k, v, indices, *bounds, block_size, scale)
+    return _attend(q, k, v, indices, *bounds, block_size, scale, softcap)
 
 
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
@@ -115,6 +110,7 @@ def _decode(
     keep_first: int,
     keep_recent: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, indices = _empty_results(q, v, topk)
     if q.numel():
@@ -122,7 +118,7 @@ def _decode(
         run_planned(
             plan_decode, q, _begin(k), _begin(v), _begin(means), key_start, key_end, _begin(page_table), out, lse,
             indices, device=q.device, block_size=block_size, keep_first=keep_first, keep_recent=keep_recent,
-            scale=scale, arch=arch_of(q.device), numbers=numbers, capacity=_capacity(numbers[0]),
+            scale=scale, softcap=softcap, arch=arch_of(q.device), numbers=numbers, capacity=_capacity(numbers[0]),
             page_size=_page_size(k, page_table),
         )  # fmt: skip
     return out, lse, indices
@@ -142,6 +138,7 @@ def _(
     keep_first: int,
     keep_recent: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_results(q, v, topk)
 
@@ -157,13 +154,14 @@ def _attend(
     page_table: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     out, lse, _ = _empty_results(q, v, 0)
     if q.numel():
         run_planned(
             _plan_attend, q, _begin(k), _begin(v), key_start, key_end, _begin(page_table), out, lse,
             indices.contiguous(), device=q.device, numbers=_numbers(k, page_table), block_size=block_size, scale=scale,
-            arch=arch_of(q.device), page_size=_page_size(k, page_table),
+            softcap=softcap, arch=arch_of(q.device), page_size=_page_size(k, page_table),
         )  # fmt: skip
     return out, lse
 
@@ -179,6 +177,7 @@ def _(
     page_table: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     return _empty_results(q, v, 0)[:2]
 
@@ -256,6 +255,7 @@ def plan_decode(
     keep_first: int,
     keep_recent: int,
     scale: float,
+    softcap: float | None = None,
     arch: int,
     capacity: int,
     page_size: int,
@@ -265,8 +265,9 @@ def plan_decode(
     bounds = (key_start, key_end, page_table)
     _plan_route(plan, q, means, indices, bounds, selection, arch=arch, capacity=capacity, page_size=page_size)
     _plan_attend(
-        plan, q, k, v, *bounds, out, lse, indices, block_size=block_size, scale=scale, arch=arch, page_size=page_size
-    )
+        plan, q, k, v, *bounds, out, lse, indices, block_size=block_size, scale=scale, softcap=softcap, arch=arch,
+        page_size=page_size,
+    )  # fmt: skip
 
 
 def _plan_route(
@@ -353,6 +354,7 @@ def _plan_attend(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     arch: int,
     page_size: int,
 ) -> None:
@@ -371,7 +373,7 @@ def _plan_attend(
         decode_attend._decode_attend_kernel,
         (min(tile_m, members) * topk * parts, num_rows * k.shape[2], cdiv(members, tile_m)),
         rows_of(q), rows_of(k), rows_of(v), indices, partial, partial_lse,
-        Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), scale * LOG2_E,
+        Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), logit_rule(scale, softcap),
         GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=page_size,
         PARTS=parts, PART=part, HEAD_DIM=head_dim, VALUE_DIM=value_dim, IS_ALONE=members == 1, TILE_M=tile_m,
         TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,

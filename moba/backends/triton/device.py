@@ -20,7 +20,6 @@ from torch import Tensor
 from moba.backends.triton.launch import cdiv
 from moba.sequences import Sequences
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below any logit, and finite: a row may meet masked keys before its first real one, and -inf - -inf is not a number.
 LOWEST_LOGIT = tl.constexpr(-3.0e38)

@@ -18,6 +18,7 @@ from moba.backends.triton.device import (
     store_rows,
 )
 from moba.backends.triton.launch import cdiv
+from moba.backends.triton.logits import scaled, through_cap
 from moba.backends.triton.workspace import num_elements
 
 # Memory that the sums of split blocks may take, and the fewest queries that are worth a segment of their own.
@@ -55,18 +56,18 @@ def plan_segments(q: Tensor, k: Tensor, v: Tensor, num_entries: int, block_size:
 
 
 @triton.jit
-def add_tile(q, d_out, k, v, lse2, delta, visible, d_k, d_v, scale_log2):
+def add_tile(q, d_out, k, v, lse2, delta, visible, d_k, d_v, rule):
     """Add a tile of queries [M, D] to d_k [N, D] and d_v [N, Dv]; `visible` is [N, M] or None. Returns them and dSᵀ.
 
     A query of zeros with lse2, delta and d_out of zero adds nothing, so rows that were masked when loaded need no mask.
     """
-    logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+    logits = scaled(tl.dot(k, tl.trans(q), input_precision="ieee"), rule)
     weights = tl.exp2(logits - lse2[None, :])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
     d_weights = tl.dot(v, tl.trans(d_out), input_precision="ieee")
-    d_logits = (weights * (d_weights - delta[None, :])).to(q.dtype)
+    d_logits = through_cap(weights * (d_weights - delta[None, :]), logits, rule).to(q.dtype)
     d_k = tl.dot(d_logits, q, d_k, input_precision="ieee")
     return d_k, d_v, d_logits
 
@@ -97,7 +98,7 @@ def segment_of_item(segments, extra_ptr, item, num_blocks):
 @triton.jit
 def _dkv_kernel(
     q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, num_entries, first_kv_head, num_kv_heads,
-    scale, scale_log2, layout,
+    scale, rule, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +150,7 @@ def _dkv_kernel(
             lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
             visible = (key_in_block[:, None] <= (query - first_query)[None, :]) & is_key[:, None]
-            d_k, d_v, _ = add_tile(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, scale_log2)
+            d_k, d_v, _ = add_tile(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule)
 
         if TOPK > 1:
             offsets_ptr = view.offsets + head * (layout.num_blocks + 1)
@@ -166,7 +167,7 @@ def _dkv_kernel(
                 delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[:, None]
                 d_k, d_v, d_logits = add_tile(
-                    q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, scale_log2
+                    q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule
                 )  # fmt: skip
                 if partial_ptr is not None:
                     d_q = tl.dot(tl.trans(d_logits), k_tile, input_precision="ieee")

@@ -21,23 +21,24 @@ from moba.backends.triton.device import (
     store_rows,
     tiles_in_window,
 )
+from moba.backends.triton.logits import scaled, through_cap
 
 
 @triton.jit
-def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, scale_log2):
+def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, rule):
     """Add a tile of keys [N, D] and values [N, Dv] to d_q [M, D]; `visible` is [M, N] or None."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    logits = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), rule)
     weights = tl.exp2(logits - lse2[:, None])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     d_weights = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-    d_logits = weights * (d_weights - delta[:, None])
+    d_logits = through_cap(weights * (d_weights - delta[:, None]), logits, rule)
     return tl.dot(d_logits.to(k.dtype), k, d_q, input_precision="ieee")
 
 
 @triton.jit
 def _dq_past_kernel(
-    q, k, v, k_matrix, v_matrix, d_outs, softmax, view, bounds, partials, num_entries, scale_log2, layout,
+    q, k, v, k_matrix, v_matrix, d_outs, softmax, view, bounds, partials, num_entries, rule, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
     NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
@@ -72,7 +73,7 @@ def _dq_past_kernel(
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[None, :]
-                d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scale_log2)
+                d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
             place = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows
             place += query_rows - partials.row_begin
             store_rows(partials.ptr, place * HEAD_DIM, d_q, mask, HEAD_DIM, True)
@@ -81,7 +82,7 @@ def _dq_past_kernel(
 
 @triton.jit
 def _dq_own_kernel(
-    q, k, v, k_matrix, v_matrix, d_outs, softmax, indices, partials, d_q_ptr, scale, scale_log2, num_heads, layout,
+    q, k, v, k_matrix, v_matrix, d_outs, softmax, indices, partials, d_q_ptr, scale, rule, num_heads, layout,
     tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
@@ -126,12 +127,12 @@ def _dq_own_kernel(
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
-        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, None, d_q, scale_log2)
+        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, None, d_q, rule)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         visible = own_keys_visible(key, position, BLOCK_SIZE, TILE_M)
-        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scale_log2)
+        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
     place = query_row.to(tl.int64) * num_heads + head
     store_rows(d_q_ptr, place * HEAD_DIM, d_q * scale, writes, HEAD_DIM)

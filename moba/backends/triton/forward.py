@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moba.backends.triton.device import (
     LN_2,
-    LOG2_E,
     LOWEST_LOGIT,
     View,
     block_places,
@@ -41,6 +40,7 @@ from moba.backends.triton.device import (
     tiles_in_window,
 )
 from moba.backends.triton.launch import Plan, next_power_of_2
+from moba.backends.triton.logits import logit_rule, scaled
 from moba.backends.triton.workspace import (
     chunk_bounds,
     chunks,
@@ -75,7 +75,7 @@ def store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, 
 
 @triton.jit
 def _attend_past_kernel(
-    q, k, v, k_matrix, v_matrix, view, bounds, partials, num_entries, scale_log2, layout,
+    q, k, v, k_matrix, v_matrix, view, bounds, partials, num_entries, rule, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
     NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr,
@@ -110,7 +110,7 @@ def _attend_past_kernel(
                 query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
                 if KEEPS_KEYS:
-                    logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+                    logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
                     if BLOCK_SIZE != TILE_N:
                         logits = tl.where(is_key[None, :], logits, float("-inf"))
                     maximum = tl.max(logits, 1)
@@ -126,7 +126,7 @@ def _attend_past_kernel(
                         is_key = keys < BLOCK_SIZE
                         k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
                         v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
-                        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+                        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
                         if BLOCK_SIZE % TILE_N != 0:
                             logits = tl.where(is_key[None, :], logits, float("-inf"))
                         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
@@ -138,7 +138,7 @@ def _attend_past_kernel(
 
 @triton.jit
 def _attend_own_kernel(
-    q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, scale_log2, num_heads, layout, tiles_per_row,
+    q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, rule, num_heads, layout, tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -190,13 +190,13 @@ def _attend_own_kernel(
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
         logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_M), logits, float("-inf"))
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
 
@@ -220,6 +220,7 @@ def plan_forward(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
     workspace_bytes: int,
     arch: int,
 ) -> None:
@@ -250,7 +251,7 @@ def plan_forward(
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
     row_bytes = (topk - 1) * (value_dim * q.element_size() + 4)
     total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
-    places, scale_log2 = layout_of(sequences, block_size), scale * LOG2_E
+    places, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
 
     flats = spacings(q)
     parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
@@ -262,12 +263,12 @@ def plan_forward(
         partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows)
         if topk > 1:
             bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-            arguments = (rows_of(q), *past_keys, view, bounds, partials, num_entries, scale_log2, places)
+            arguments = (rows_of(q), *past_keys, view, bounds, partials, num_entries, rule, places)
             grid = (windows(view, past), chunk.num_heads)
             plan.launch(_attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=flats[0])
             for is_flat in flats[1:]:
                 plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
-        outputs = (rows_of(indices), partials, out, lse, scale_log2, num_heads, places, tiles_per_row)
+        outputs = (rows_of(indices), partials, out, lse, rule, num_heads, places, tiles_per_row)
         plan.launch(
             _attend_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *outputs, **shape, **own
         )
