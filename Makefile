@@ -12,7 +12,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 INTERPRETED := tests/test_decode.py $(filter-out %_aot.py,$(wildcard tests/test_triton_*.py))
 TRANSFORMERS := transformers==5.24.0
 
-.PHONY: demo test test-compat test-ecosystem test-vllm test-gpu check docs bench aot clean
+.PHONY: demo test test-compat test-ecosystem test-vllm test-gpu check docs bench aot models clean
 
 $(VENV)/.installed: pyproject.toml lab/pyproject.toml Makefile
 	@echo "installing torch, transformers and the rest into $(VENV): once, some minutes in which little is said"
@@ -88,6 +88,11 @@ bench: $(VENV)/.installed
 # Every Triton kernel x dtype x head dim x configuration for sm_80 to sm_100; CI compiles a representative part.
 aot: $(VENV)/.installed
 	$(BIN)/python tools/aot.py --full
+
+# docs/models.md, with both tested versions of transformers.
+models: $(VENV)/.installed $(COMPAT)/.installed
+	$(BIN)/python tools/models_page.py
+	$(COMPAT)/bin/python tools/models_page.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) $(VLLM) build *.egg-info lab/build lab/*.egg-info

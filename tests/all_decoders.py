@@ -1,13 +1,23 @@
-"""A tiny random model of every causal decoder class in the installed transformers, from its own config, made small."""
+"""A tiny random model of every causal decoder class in the installed transformers, and what becomes of it under MoBA.
+
+docs/models.md is the table of it, which tools/models_page.py writes.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moba import MoBAConfig, register_moba
 
 LAYERS = 2
 VOCABULARY = 64
@@ -32,10 +42,13 @@ SIZES: list[tuple[str, float]] = [
     ("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
     ("qk_rope_head_dim qk_nope_head_dim rotary_dim", 4),
     (_TWO, 2),
-    ("head_dim d_head attention_head_dim dim_head v_head_dim swa_head_dim global_head_dim", 8),
+    ("head_dim d_head attention_head_dim dim_head swa_head_dim global_head_dim", 8),
+    # Other than the keys, where values have a head dim of their own.
+    ("v_head_dim swa_v_head_dim", 12),
     ("q_lora_rank kv_lora_rank", 16),
     ("max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len max_target_positions", 256),
     ("n_group topk_group n_shared_experts bos_token_id", 1),
+    ("sliding_window attention_chunk_size", 16),
     ("eos_token_id", 2),
     ("pad_token_id num_kv_shared_layers", 0),
     # Weights far larger than usual, so that what attention reads decides the logits.
@@ -66,7 +79,6 @@ OWN: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["full_attention", "conv"]},
     "LongcatFlashConfig": {"head_dim": 4},
     "Mamba2Config": {"num_heads": 8},
-    "MistralConfig": {"sliding_window": None},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "NemotronHConfig": {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1},
@@ -82,6 +94,13 @@ OWN: dict[str, dict[str, Any]] = {
     "ZayaConfig": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+
+# Classes that no config of their own alone makes run, and why.
+NOT_BUILT = {
+    "Gemma3nForConditionalGeneration": "its vision tower is in the package timm",
+    "Gemma4AssistantForCausalLM": "drafts for another model, whose keys it reads",
+    "Gemma4UnifiedAssistantForCausalLM": "drafts for another model, whose keys it reads",
+}
 
 # Where an older transformers names another config in the class.
 CONFIGS = {"CsmDepthDecoderForCausalLM": transformers.CsmDepthDecoderConfig}
@@ -131,43 +150,117 @@ def tiny_decoder(name: str, attention: str | None = None, **changes: Any) -> Any
         config.is_decoder = True
     if attention is not None:
         config._attn_implementation = attention
+    # Experts one by one: torch's grouped product has no fp64.
+    config.get_text_config()._experts_implementation = "eager"
     torch.manual_seed(1)
     return model_class(config).eval()
 
 
-def outcome(name: str, attention: str, **changes: Any) -> tuple[str, str]:
-    """What becomes of the class under MoBA, after `register_moba`: "runs", "refused" or "no attention", and why.
+def verdict(name: str) -> str:
+    """What becomes of a class under MoBA, as docs/models.md has it.
 
     Raises:
-        AssertionError: if a token sees a later one, or nothing.
+        AssertionError: if it runs and is wrong: another function than the model's own attention with every block, than
+            the reference with few, than a row alone with left padding, than the whole text in steps; or not causal.
     """
-    calls = []
-    registered = AttentionInterface()[attention]
+    if name in NOT_BUILT:
+        return f"not tried: {NOT_BUILT[name]}"
+    try:
+        return _check(name, {})
+    except ValueError as error:
+        reason = str(error)
+    if "reads a window or chunk in every layer" in reason:
+        is_by_layer = "config.layer_types" in reason
+        changes = {"layer_types": ["full_attention"] * LAYERS} if is_by_layer else {"sliding_window": None}
+        try:
+            _check(name, changes)
+        except (AttributeError, ValueError, StrictDataclassError):  # the config cannot be so
+            pass
+        else:
+            return f"works with {'full_attention in layer_types' if is_by_layer else 'sliding_window=None'}"
+    return "refused: " + re.split(";|, got tensor", reason.removeprefix(f"{name} "))[0]
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[0])
-        return registered(*args, **kwargs)
 
-    AttentionInterface.register(attention, counting)
-    tokens = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(2))
+def _check(name: str, changes: dict[str, Any]) -> str:
+    tokens = torch.randint(3, VOCABULARY, (1, 56), generator=torch.Generator().manual_seed(2))
+    register_moba(MoBAConfig(8, 2, backend="pytorch", decode="moba"))
+    model = tiny_decoder(name, "moba", **changes)
+    with _counted() as calls:
+        sparse = _logits(model, tokens)
+    naive = _logits(tiny_decoder(name, "moba_naive", **changes), tokens)
+    register_moba(MoBAConfig(8, 7, backend="pytorch"))
+    full = _logits(model, tokens)
+    own = tiny_decoder(name, "eager", **changes)
+    expected = _logits(own, tokens)
+    noise = _distance(_logits(own.double(), tokens), expected)
+    own.float()
+    register_moba(MoBAConfig(8, 2, backend="pytorch", decode="moba"))
+    allowed = 30 * noise
+    assert _distance(full, expected) < allowed, "not the model's own attention with every block"
+    assert _distance(sparse, naive) < allowed, "not what the reference gives"
+    assert _distance(sparse, expected) > 10 * allowed, "nothing is sparse"
     changed = tokens.clone()
     changed[0, -1] = 3 + (tokens[0, -1] + 17) % (VOCABULARY - 3)
+    moved = (_logits(model, changed) - sparse).abs()
+    assert moved[:, :-1].max() < allowed, "logits moved before the token that was changed"
+    assert moved[:, -1].max() > allowed, "the last token's logits did not move with it"
+    for what in (_padding_error, _steps_error):
+        try:
+            is_held = what(own, tokens) < allowed
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            continue
+        assert not is_held or what(model, tokens) < allowed, f"{what.__name__}: right with the model's own attention"
+    return "works" if len(calls) >= own.config.get_text_config().num_hidden_layers else "works in the full layers"
+
+
+def _logits(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, **{"use_cache": False, **inputs}).logits
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _padding_error(model: Any, tokens: torch.Tensor) -> float:
+    """How far a row that is padded on the left lies from the same row alone."""
+    other = torch.randint(3, VOCABULARY, (1, 65), generator=torch.Generator().manual_seed(3))
+    rows = torch.cat([torch.nn.functional.pad(tokens, (9, 0)), other])
+    mask = torch.ones_like(rows)
+    mask[0, :9] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     try:
-        model = tiny_decoder(name, attention, **changes)
+        out = _logits(model, rows, **inputs)
+    except TypeError:  # has no position_ids
+        out = _logits(model, rows, attention_mask=mask)
+    return _distance(out[:1, 9:], _logits(model, tokens))
+
+
+def _steps_error(model: Any, tokens: torch.Tensor) -> float:
+    """How far a text that is read in steps, with the model's cache, lies from the same read at once."""
+    parts, cache = [], None
+    for part in tokens.split([40] + [1] * 16, dim=1):
         with torch.no_grad():
-            moved = (model(tokens, use_cache=False).logits - model(changed, use_cache=False).logits).abs()
-    except ValueError as error:
-        return "refused", str(error)
+            out = model(part, past_key_values=cache, use_cache=True)
+        parts.append(out.logits)
+        cache = out.past_key_values
+    return _distance(torch.cat(parts, dim=1), _logits(model, tokens))
+
+
+@contextmanager
+def _counted() -> Iterator[list[Any]]:
+    """The modules that MoBA serves, one for each call."""
+    served: list[Any] = []
+    attention = AttentionInterface()["moba"]
+    AttentionInterface.register("moba", partial(attention, observe=lambda module, routing: served.append(module)))
+    try:
+        yield served
     finally:
-        AttentionInterface.register(attention, registered)
-    assert moved[:, :-1].max() < 1e-5, "logits moved before the token that was changed"
-    assert moved[:, -1].max() > 1e-4, "the last token's logits did not move with it"
-    return ("runs", "") if calls else ("no attention", "")
+        AttentionInterface.register("moba", attention)
 
 
 def _of_layers(name: str, kinds: list[Any]) -> list[Any]:
     """A list of LAYERS entries out of one for each layer, full attention first where there is a choice."""
     if name in ("layer_types", "layers_block_type"):
-        kinds = ["full_attention" if "sliding_attention" in kind or "chunked" in kind else kind for kind in kinds]
         kinds = sorted(dict.fromkeys(kinds), key=lambda kind: kind not in ("full_attention", "attention", "hybrid"))
     return (kinds * LAYERS)[:LAYERS]

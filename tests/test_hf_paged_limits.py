@@ -155,8 +155,10 @@ def test_models_that_cannot_be_served(model):
         enable_paged(model, "moba")
     with pytest.raises(ValueError, match=r"full_layers must fit the model's 3 layers, got \(3,\)"):
         enable_paged(model, MoBAConfig(8, 3, full_layers=(3,)))
-    with pytest.raises(ValueError, match=r"full_attention for MoBA in pages, got \['sliding_attention'\]"):
-        enable_paged(tiny_model("Mistral", sliding_window=16), MoBAConfig(**SPARSE))
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    hybrid = tiny_model("Qwen3", layer_types=kinds, sliding_window=16, use_sliding_window=True)
+    with pytest.raises(ValueError, match=r"for MoBA in pages, got \['full_attention', 'sliding_attention'\]"):
+        enable_paged(hybrid, MoBAConfig(**SPARSE))
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4))
     with pytest.raises(ValueError, match="BloomForCausalLM computes its attention itself"):
         enable_paged(bloom, MoBAConfig(**SPARSE))

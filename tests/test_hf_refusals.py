@@ -16,7 +16,6 @@ from transformers import (
     LlamaPreTrainedModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
     StaticCache,
 )
 from transformers.masking_utils import create_causal_mask
@@ -137,7 +136,6 @@ def test_positions_that_jump(llama):
         ("output_attentions", {"output_attentions": True}),
         ("is_causal", {"is_causal": False}),
         ("softcap", {"softcap": 30.0}),
-        ("s_aux", {"s_aux": torch.zeros(4)}),
         ("position_bias", {"position_bias": torch.zeros(1, 4, 20, 20)}),
         ("sliding_window", {"sliding_window": 16}),
         ("block_table", {"block_table": torch.zeros(1, 4)}),
@@ -147,12 +145,6 @@ def test_positions_that_jump(llama):
 def test_refuses_what_it_cannot_honour(llama, name, inputs):
     with pytest.raises(ValueError, match=name):
         logits(llama, random_tokens(1, 20), **inputs)
-
-
-def test_refuses_sliding_windows():
-    assert MistralConfig().sliding_window is not None
-    with pytest.raises(ValueError, match="sliding_window"):
-        logits(tiny_model("Mistral", sliding_window=16), random_tokens(1, 20))
 
 
 def test_refuses_dropout_in_training_only():

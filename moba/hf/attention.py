@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.extensions import require_parts, route_by
-from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, require
+from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, is_local, require
+from moba.hf.local import attend_locally
 from moba.hf.switch import PROMPT_FIELD
 from moba.numerics import to_autocast_dtype
 from moba.routing import Routing
@@ -61,6 +62,7 @@ def moba_attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """MoBA, or full attention where the config says so, for one layer of a transformers model.
@@ -77,6 +79,7 @@ def moba_attention_forward(
         backend: takes the place of the config's backend unless None.
         observe: called with the module and its routing when this call is MoBA (see `moba.hf.record`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
+        s_aux: [H], sinks.
         kwargs: anything else must be None, False or known not to change the attention.
 
     Returns:
@@ -85,12 +88,18 @@ def moba_attention_forward(
     Raises:
         ValueError: naming what MoBA cannot honour.
     """
-    refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
-    require_parts(module)
-    config = layer_config(module, default)
-    backend = backend or config.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layout = _layout(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, module)
+    if is_local(layout):
+        kwargs.pop("sliding_window", None)
+        softcap = kwargs.pop("softcap", None)
+    refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
+    require_parts(module)
+    softmax = {"scale": scaling, "sinks": s_aux}
+    if is_local(layout):
+        return attend_locally(module, query, key, value, layout, scaling, sinks=s_aux, softcap=softcap), None
+    config = layer_config(module, default)
+    backend = backend or config.backend
     cached: CachedMeans | None = getattr(key, "moba_block_means", None)
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 
@@ -101,7 +110,7 @@ def moba_attention_forward(
     if config.decode == "full":
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
-        return _attend_fully(module, query, key, value, layout, scaling, backend), None
+        return _attend_fully(module, query, key, value, layout, softmax, backend), None
     if is_decode and cached is None and not is_provided:
         _advise_cache()
     options = {
@@ -112,14 +121,14 @@ def moba_attention_forward(
         **({"route_by": route_by(module, config.router, q, k)} if is_provided else {}),
     }
     if observe is None:
-        out = _attend(q, k, v, layout, scaling, options)
+        out = _attend(q, k, v, layout, softmax, options)
     elif layout is None or isinstance(layout, PaddedRows):
-        out, routing = _attend(q, k, v, layout, scaling, {**options, "return_routing": True})
+        out, routing = _attend(q, k, v, layout, softmax, {**options, "return_routing": True})
         observe(module, routing)
     else:
         raise ValueError("the routing of packed sequences cannot be recorded; give one sequence a row")
     if num_full:
-        proposed = _attend_fully(module, query[:, :, -num_full:], key, value, layout, scaling, backend)
+        proposed = _attend_fully(module, query[:, :, -num_full:], key, value, layout, softmax, backend)
         out = torch.cat([out[:, :-num_full], proposed], dim=1)
     return out, None
 
@@ -139,12 +148,13 @@ def _attend_fully(
     key: Tensor,
     value: Tensor,
     layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
-    scaling: float | None,
+    softmax: dict[str, Any],
     backend: str,
 ) -> Tensor:
     """Full attention of query [B, H, T, D] over key and value [B, G, S, D]: [B, T, H, D]."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if layout is None:
+    scaling, is_plain = softmax["scale"], softmax["sinks"] is None
+    if layout is None and is_plain:
         if num_queries in (1, num_keys):
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
         # The bias calls kernels of its own, which autocast does not reach.
@@ -153,7 +163,7 @@ def _attend_fully(
         is_grouped = query.shape[1] != key.shape[1]
         heads_first = scaled_dot_product_attention(query, key, value, last, scale=scaling, enable_gqa=is_grouped)
         return heads_first.transpose(1, 2)
-    if num_queries == 1 and num_keys > 1 and isinstance(layout, PaddedRows):
+    if num_queries == 1 and num_keys > 1 and isinstance(layout, PaddedRows) and is_plain:
         column = torch.arange(num_keys, device=key.device)
         real = (column >= layout.key_start[:, None]) & (column < layout.query_end[:, None])
         # transformers repeats the keys of a group in memory where there is a mask: at 128K keys, 18 times as slow.
@@ -161,10 +171,10 @@ def _attend_fully(
         mask = real[:, None, None]
         step = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
         return step.transpose(1, 2)
-    # One block that holds every key is full attention, and needs no T × S mask for padding and packing.
+    # One block that holds every key is full attention, has sinks, and needs no T × S mask for padding and packing.
     whole = {"block_size": max(num_keys, 1), "topk": 1, "backend": backend}
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out: Tensor = _attend(q, k, v, layout, scaling, whole)
+    out: Tensor = _attend(q, k, v, layout, softmax, whole)
     return out
 
 
@@ -269,12 +279,16 @@ def _layout(
     """
     layout = decode_layout(attention_mask)
     if cu_q is not None or cu_k is not None:
-        if isinstance(layout, PaddedRows):
+        if isinstance(layout, PaddedRows) and not is_local(layout):
             raise ValueError("cu_seq_lens_q cannot be combined with an attention_mask that has padding")
         if q.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q needs sequences packed into one row, got a batch of {q.shape[0]}")
         if cu_q is None or cu_k is None:
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
+        if is_local(layout):
+            if q.shape[1] != k.shape[1]:
+                raise ValueError("cu_seq_lens_k must be cu_seq_lens_q: this layer's window has as many keys as queries")
+            return PackedRows(cu_q.int()[None], layout.local)
         return cu_q.int(), cu_k.int()
     # The positions are the same for every layer, and reading them makes a GPU wait: there only the first layer looks.
     # A compiled graph does not wait, and asking for the layer would make it one layer's graph.
@@ -306,23 +320,23 @@ def _attend(
     k: Tensor,
     v: Tensor,
     layout: PaddedRows | PackedRows | tuple[Tensor, Tensor] | None,
-    scale: float | None,
+    softmax: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
     """The output, or with `return_routing` among the options also the routing, over rows in any layout."""
     if layout is None:
-        return moba_attention(q, k, v, scale=scale, **options)
+        return moba_attention(q, k, v, **softmax, **options)
     if isinstance(layout, PaddedRows):
-        return moba_attention(q, k, v, key_start=layout.key_start, key_end=layout.query_end, scale=scale, **options)
+        return moba_attention(q, k, v, key_start=layout.key_start, key_end=layout.query_end, **softmax, **options)
     if isinstance(layout, PackedRows):
         rows = [
-            moba_attention_varlen(q[row], k[row], v[row], cu_seqlens=cu, scale=scale, **_of_row(options, row))
+            moba_attention_varlen(q[row], k[row], v[row], cu_seqlens=cu, **softmax, **_of_row(options, row))
             for row, cu in enumerate(layout.cu_seqlens)
         ]
         return torch.stack(rows)
     cu_q, cu_k = layout
     options = _of_row(options, 0)
-    return moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, scale=scale, **options)[None]
+    return moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu_q, cu_seqlens_k=cu_k, **softmax, **options)[None]
 
 
 def _of_row(options: dict[str, Any], row: int) -> dict[str, Any]:

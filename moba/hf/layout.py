@@ -13,30 +13,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+# How a layer attends that is not MoBA's: within a sliding window, or within chunks of a sequence. None: to everything.
+Local = Literal["sliding", "chunked"]
+# Columns of an encoded layout. Its rows are always more, so that it fits no scores [B, H, T, S] with T <= S.
+_COLUMNS: dict[Local | None, int] = {None: 2, "sliding": 3, "chunked": 4}
+_LOCAL_ROWS = 2
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Each row holds one sequence: int32 [B] each.
+    """Each row holds one sequence: int32 [B] each, counted from the first key that the layer is given.
 
     Attributes:
-        key_start: the row's first real key; left padding lies before it.
+        key_start: the row's first real key; left padding lies before it. Negative where a sliding layer's cache has
+            dropped it.
         real_end: one past its last real key; right padding lies behind it.
         query_end: one past the key of the last query. Keys behind it are a static cache's empty places.
+        local: how the layer attends.
     """
 
     key_start: Tensor
     real_end: Tensor
     query_end: Tensor
+    local: Local | None = None
 
     def encode(self) -> Tensor:
         """As the mask that transformers passes on: [B, 1, 3, 2], the second column equal to the first."""
-        return _in_columns(torch.stack([self.key_start, self.real_end, self.query_end], dim=1))
+        return _in_columns(torch.stack([self.key_start, self.real_end, self.query_end], dim=1), self.local)
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,32 @@ class PackedRows:
 
     Attributes:
         cu_seqlens: int32 [B, num_sequences + 1], at least two; rows with fewer sequences repeat their length.
+        local: how the layer attends.
     """
 
     cu_seqlens: Tensor
+    local: Local | None = None
 
     def encode(self) -> Tensor:
         """As the mask that transformers passes on: [B, 1, num_sequences + 2, 2]; the last row says nothing."""
-        return _in_columns(torch.nn.functional.pad(self.cu_seqlens, (0, 1)))
+        return _in_columns(pad(self.cu_seqlens, (0, 1)), self.local)
 
 
-def _in_columns(rows: Tensor) -> Tensor:
-    return rows[:, None, :, None].repeat(1, 1, 1, 2)
+def _in_columns(rows: Tensor, local: Local | None) -> Tensor:
+    if local is not None:
+        rows = pad(rows, (0, _LOCAL_ROWS))
+    return rows[:, None, :, None].repeat(1, 1, 1, _COLUMNS[local])
 
 
 # What layers refuse to honour.
 SWITCH_PART = 'of a model of several modalities, switch the language model alone: {"text_config": "moba"}'
 WINDOW = (
-    "sliding_window: MoBA cannot honour the sliding window or chunk of this model's layers; change its config "
-    "(sliding_window=None, full_attention layers) if they may attend to everything"
+    "sliding_window: this model makes a mask for a window or chunk that its config does not name (sliding_window, "
+    "attention_chunk_size), so MoBA cannot tell which keys its layers read"
+)
+ROOM = (
+    "cache: a static cache gives this model's sliding or chunked layers more keys than they read; take one that knows "
+    "the layers: StaticCache or MoBACache(model.config, max_cache_len=...)"
 )
 EXTRA = "attention_mask: MoBA cannot honour the extra mask functions that this model applies"
 BIDIRECTIONAL = (
@@ -71,7 +89,7 @@ BIDIRECTIONAL = (
 )
 OTHER = "attention_mask: MoBA cannot honour the mask that this model adds to causality and padding"
 # The place of each is the last extent of the mask [B, 1, 0, place]; at 0 all tokens are real.
-REASONS = (None, WINDOW, EXTRA, BIDIRECTIONAL, OTHER)
+REASONS = (None, WINDOW, EXTRA, BIDIRECTIONAL, OTHER, ROOM)
 
 
 def decode_layout(mask: Any) -> PaddedRows | PackedRows | None:
@@ -93,10 +111,14 @@ def decode_layout(mask: Any) -> PaddedRows | PackedRows | None:
         if (reason := REASONS[mask.shape[3]]) is not None:
             raise ValueError(reason)
         return None
-    rows = mask[:, 0, :, 0].contiguous()
+    rows = mask[:, 0, :, 0]
+    local = next(kind for kind, columns in _COLUMNS.items() if columns == mask.shape[3])
+    if local is not None:
+        rows = rows[:, :-_LOCAL_ROWS]
     if rows.shape[1] == 3:
-        return PaddedRows(*(x.contiguous() for x in rows.unbind(dim=1)))
-    return PackedRows(rows[:, :-1].contiguous())
+        key_start, real_end, query_end = (x.contiguous() for x in rows.unbind(dim=1))
+        return PaddedRows(key_start, real_end, query_end, local)
+    return PackedRows(rows[:, :-1].contiguous(), local)
 
 
 def layout_mask(*, batch_size: int, device: torch.device | str | None = None, **asked: Any) -> Tensor:
@@ -106,15 +128,15 @@ def layout_mask(*, batch_size: int, device: torch.device | str | None = None, **
         batch_size: B. asked: what `_find_layout` takes.
 
     Returns:
-        What `decode_layout` reads, never None, which elsewhere than in MoBA means that nothing is masked. For sliding
-        windows and chunks, masks of the user's own making and bidirectional attention it is refused when it is read.
+        What `decode_layout` reads, never None, which elsewhere than in MoBA means that nothing is masked. For masks of
+        the user's own making and bidirectional attention it is refused when it is read.
 
     Raises:
         ValueError: for padding between real tokens, or a static cache with too little room.
     """
     layout = _find_layout(batch_size=batch_size, device=device, **asked)
-    if isinstance(layout, Tensor):
-        return layout
+    if isinstance(layout, (PaddedRows, PackedRows)):
+        return layout.encode()
     return torch.empty(batch_size, 1, 0, REASONS.index(layout), dtype=torch.int32, device=device)
 
 
@@ -127,36 +149,77 @@ def _find_layout(
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
     use_vmap: bool = False,
+    config: Any = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
-) -> Tensor | str | None:
-    """The layout, encoded; None where all tokens are real, or one of REASONS.
+) -> PaddedRows | PackedRows | str | None:
+    """The layout; None where all tokens are real and every key may be read, or one of REASONS.
 
     Args:
         batch_size, kv_length, q_length: B, S and T.
-        q_offset: keys before the first query; a tensor with a static cache.
-        mask_function: causal, or what transformers builds for packed sequences.
+        q_offset: tokens before the first query; a tensor with a static cache.
+        kv_offset: tokens before the first key, which the cache of a sliding layer has dropped.
+        mask_function: causal or local, or what transformers builds for packed sequences.
         attention_mask: bool [B, at most S], padding mask.
         local_size: width of a sliding window or chunk.
+        allow_is_causal_skip: transformers' word that nothing was added to the mask function.
+        config: the model's, which names its windows and chunks.
         kwargs: what other mask functions need (dtype, …).
     """
-    if local_size is not None or kv_offset:
-        return WINDOW
     if use_vmap:
         return EXTRA
     if mask_function is bidirectional_mask_function:
         return BIDIRECTIONAL
-    _check_room(kv_length, q_length, q_offset, attention_mask)
-    if mask_function is not causal_mask_function:
+    local = None if local_size is None else _local_kind(config, local_size)
+    is_plain = mask_function is causal_mask_function
+    is_filled = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
+    if local_size is not None and local is not None:
+        # One query of a compiled step, for which no mask may be skipped, stands in one sequence.
+        is_plain = allow_is_causal_skip or q_length == 1
+        if kv_length > local_size and not is_filled:
+            return ROOM
+    elif local_size is not None or kv_offset:
+        return WINDOW
+    else:
+        _check_room(kv_length, q_length, q_offset, attention_mask)
+    layout: PaddedRows | PackedRows | str | None = None
+    if not is_plain:
         if attention_mask is not None or q_length != kv_length:
             return OTHER
-        return _packed(mask_function, batch_size, q_length, device)
-    if attention_mask is not None:
-        return _padded(attention_mask, batch_size, q_length, q_offset, kv_length)
-    if isinstance(q_offset, int) and q_offset + q_length == kv_length:
-        return None
-    return _static_cache(batch_size, q_length, q_offset, device).encode()
+        layout = _packed(mask_function, batch_size, q_length, device)
+    elif attention_mask is not None:
+        layout = _padded(attention_mask, batch_size, q_length, q_offset, kv_length + kv_offset)
+    elif not is_filled:
+        layout = _static_cache(batch_size, q_length, q_offset, device)
+    if local is None or isinstance(layout, str):
+        return layout
+    if isinstance(layout, PackedRows):
+        return PackedRows(layout.cu_seqlens, local)
+    layout = layout or _static_cache(batch_size, q_length, q_offset, device)
+    return PaddedRows(layout.key_start - kv_offset, layout.real_end - kv_offset, layout.query_end - kv_offset, local)
+
+
+def is_local(layout: Any) -> TypeGuard[PaddedRows | PackedRows]:
+    """Whether a layer with this layout reads a window or a chunk, and is not MoBA's."""
+    return isinstance(layout, (PaddedRows, PackedRows)) and layout.local is not None
+
+
+def local_width(config: Any, local: Local) -> int:
+    """The width of a model's windows, or of its chunks."""
+    size: int = config.sliding_window if local == "sliding" else config.attention_chunk_size
+    return size
+
+
+def _local_kind(config: Any, size: int) -> Local | None:
+    """Which of the two the model's config calls this size; None where it is neither, or both."""
+    kinds: list[Local] = []
+    if getattr(config, "sliding_window", None) == size:
+        kinds.append("sliding")
+    if getattr(config, "attention_chunk_size", None) == size:
+        kinds.append("chunked")
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def require(condition: Tensor, message: str) -> None:
@@ -195,7 +258,7 @@ def _static_cache(batch_size: int, q_length: int, q_offset: int | Tensor, device
     return PaddedRows(torch.zeros_like(end), end, end)
 
 
-def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor, kv_length: int) -> Tensor | None:
+def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor, kv_length: int) -> PaddedRows | None:
     if mask.ndim != 2 or mask.shape[0] != batch_size:
         raise ValueError(f"attention_mask must be [B, S] with B = {batch_size}, got {tuple(mask.shape)}")
     num_seen = mask.shape[1]
@@ -220,10 +283,10 @@ def _padded(mask: Tensor, batch_size: int, q_length: int, q_offset: int | Tensor
         "attention_mask must mark each row's real tokens in one run; MoBA cannot honour padding between them "
         "(for generation, pad on the left)",
     )
-    return PaddedRows(key_start, real_end, end).encode()
+    return PaddedRows(key_start, real_end, end)
 
 
-def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> Tensor | str | None:
+def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any) -> PackedRows | str | None:
     """Find the sequences that a mask function keeps apart by asking, for every token, about its neighbours only."""
     batch = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(q_length, device=device)[None]
@@ -240,9 +303,9 @@ def _packed(mask_function: Callable, batch_size: int, q_length: int, device: Any
         return None
     if not is_causal:
         return BIDIRECTIONAL
-    is_start = torch.nn.functional.pad(~sees(after, before), (1, 0), value=True)
+    is_start = pad(~sees(after, before), (1, 0), value=True)
     most = int(is_start.sum(dim=1).max())
     if most == 1:
         return None
     starts = torch.where(is_start, token, q_length).sort(dim=1).values[:, :most]
-    return PackedRows(torch.nn.functional.pad(starts, (0, 1), value=q_length).to(torch.int32)).encode()
+    return PackedRows(pad(starts, (0, 1), value=q_length).to(torch.int32))

@@ -56,9 +56,15 @@ def refuse_other_models(*names: str) -> None:
 
 
 def require_interface(model: PreTrainedModel) -> None:
-    """Raise a ValueError that names the model unless its attention goes through transformers' AttentionInterface."""
+    """Raise a ValueError that names the model if none of its layers can have MoBA: it has no attention, computes it
+    itself instead of through transformers' AttentionInterface, selects keys itself, or reads windows in every layer.
+    """
     model_class: Any = type(model)
     name = model_class.__name__
+    if _has_no_attention(model_class):
+        raise ValueError(
+            f"{name} has no attention layers, so MoBA would change nothing; leave its attn_implementation as it is"
+        )
     if _has_own_attention(model_class):
         raise ValueError(
             f"{name} computes its attention itself, not through transformers' AttentionInterface, and cannot have "
@@ -67,6 +73,37 @@ def require_interface(model: PreTrainedModel) -> None:
     for field in SELECTIONS:
         if getattr(model.config, field, None) is not None:
             raise ValueError(f"{name} chooses by itself which keys a query reads (config.{field}) and cannot have MoBA")
+    config = model.config.get_text_config(decoder=True)
+    if local_by := _local_everywhere(config):
+        raise ValueError(
+            f"{name} reads a window or chunk in every layer with attention (config.{local_by}="
+            f"{getattr(config, local_by)!r}), so MoBA would change nothing; if its layers may read everything, set "
+            "config.sliding_window=None, or layer_types with full_attention"
+        )
+
+
+def _local_everywhere(config: Any) -> str | None:
+    """The field by which a model's config has sliding windows or chunks in all layers that have attention, if so."""
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", None) is False:
+        return None
+    if kinds is None:
+        # As transformers' own `create_masks_for_generate` reads a config.
+        return next((name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None)), None)
+    attends = {kind for kind in kinds if "attention" in kind and kind != "linear_attention"}
+    return "layer_types" if attends and attends <= {"sliding_attention", "chunked_attention"} else None
+
+
+@cache
+def _has_no_attention(model_class: type) -> bool:
+    """Whether a class is, or is made from, one of transformers' models whose source has no attention."""
+    if getattr(model_class, "_supports_attention_backend", False):
+        return False
+    modules = {cls.__module__ for cls in model_class.__mro__ if cls.__module__.startswith("transformers.models.")}
+    sources = [inspect.getsource(sys.modules[module]) for module in modules]
+    return bool(sources) and not any(
+        re.search(r"^class \w*Attention|get_interface\(", source, re.MULTILINE) for source in sources
+    )
 
 
 @cache

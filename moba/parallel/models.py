@@ -23,7 +23,7 @@ from moba.config import MODEL_ROUTERS, require_one_of
 from moba.hf import get_moba_config
 from moba.hf.attention import is_full_layer, layer_config, refuse_unknown
 from moba.hf.hooks import attentions
-from moba.hf.layout import PaddedRows, decode_layout, layout_mask
+from moba.hf.layout import PaddedRows, decode_layout, is_local, layout_mask
 from moba.hf.switch import refuse_other_models
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention
 from moba.parallel.shards import Shards, agree, process_group
@@ -144,6 +144,8 @@ def _check_call(q: Tensor, k: Tensor, attention_mask: Tensor | None, cu_seqlens:
     if q.shape[1] != k.shape[1]:
         raise ValueError("models across ranks have no key/value cache: call them with use_cache=False")
     layout = decode_layout(attention_mask)
+    if is_local(layout):
+        raise ValueError("sliding_window: layers that read a window or chunk cannot run across ranks")
     if isinstance(layout, PaddedRows):
         raise ValueError("attention_mask: sequences across ranks cannot have padding; pack documents instead")
     if layout is not None and cu_seqlens is None:
