@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.extensions import require_parts, route_by
+from moba.hf.indexed import given_blocks
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, is_local, require
 from moba.hf.local import attend_locally
 from moba.hf.switch import PROMPT_FIELD
@@ -63,6 +64,7 @@ def moba_attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     s_aux: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """MoBA, or full attention where the config says so, for one layer of a transformers model.
@@ -79,7 +81,7 @@ def moba_attention_forward(
         backend: takes the place of the config's backend unless None.
         observe: called with the module and its routing when this call is MoBA (see `moba.hf.record`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
-        s_aux: [H], sinks.
+        s_aux: [H], sinks. block_indices: [B, G, T, K], the blocks that the layer's own indexer selected.
         kwargs: anything else must be None, False or known not to change the attention.
 
     Returns:
@@ -100,6 +102,9 @@ def moba_attention_forward(
         return attend_locally(module, query, key, value, layout, scaling, sinks=s_aux, softcap=softcap), None
     config = layer_config(module, default)
     backend = backend or config.backend
+    if block_indices is not None:
+        given = given_blocks(module, block_indices, layout)
+        return _attend(q, k, v, layout, softmax, {**given, "backend": backend}), None
     cached: CachedMeans | None = getattr(key, "moba_block_means", None)
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
 

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
+from moba.hf.indexed import count_from_first_token
 from moba.hf.layout import SWITCH_PART
 
 logger = logging.getLogger("moba")
@@ -73,6 +74,7 @@ def require_interface(model: PreTrainedModel) -> None:
     for field in SELECTIONS:
         if getattr(model.config, field, None) is not None:
             raise ValueError(f"{name} chooses by itself which keys a query reads (config.{field}) and cannot have MoBA")
+    count_from_first_token(model)
     config = model.config.get_text_config(decoder=True)
     if local_by := _local_everywhere(config):
         raise ValueError(
