@@ -35,6 +35,13 @@ def loss_of_documents(model, documents):
     return torch.cat(losses).mean().item()
 
 
+def tokenizer():
+    words = {f"w{i}": i for i in range(64)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), pad_token="w0", eos_token="w2", unk_token="w1"
+    )
+
+
 @pytest.mark.parametrize("attention", ["moba", "moba_naive"])
 @pytest.mark.parametrize(
     "options",
@@ -46,10 +53,6 @@ def test_the_loss_is_that_of_the_documents_alone(tmp_path, documents, options, a
     model = tiny_model().float()
     model.set_attn_implementation(attention)
     expected = loss_of_documents(model, documents)
-    words = {f"w{i}": i for i in range(64)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), pad_token="w0", eos_token="w2", unk_token="w1"
-    )
     settings = trl.SFTConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=len(documents), max_steps=1,
         learning_rate=0.0, report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", **options,
@@ -58,7 +61,7 @@ def test_the_loss_is_that_of_the_documents_alone(tmp_path, documents, options, a
         model,
         args=settings,
         train_dataset=datasets.Dataset.from_dict({"input_ids": documents}),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
     )
     seen = []
     hook = model.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
@@ -66,3 +69,35 @@ def test_the_loss_is_that_of_the_documents_alone(tmp_path, documents, options, a
     hook.remove()
     assert ("seq_idx" in seen[0]) == bool(options)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=2e-5)
+
+
+def test_grpo_generates_and_scores(tmp_path, documents):
+    """Prompts of different lengths are padded, answered, and scored again: as the reference would, and under MoBA."""
+    results = {}
+    tokens = tokenizer()
+    prompts = [" ".join(f"w{i}" for i in document) for document in documents]
+    for attention in ("moba", "moba_naive", "sdpa"):
+        register_moba(MoBAConfig(8, 2, backend="pytorch", decode="moba"))
+        model = tiny_model().float()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        model.set_attn_implementation(attention)
+        settings = trl.GRPOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=6, num_generations=2, max_completion_length=12,
+            max_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False, logging_steps=1, seed=1,
+            save_strategy="no", loss_type="grpo",
+        )  # fmt: skip
+        answers = []
+
+        def reward(completions, answers=answers, **kwargs):
+            answers.append(completions)
+            return [sum(map(len, answer)) / 100 + answer.count("w7") for answer in completions]
+
+        trainer = trl.GRPOTrainer(
+            model, reward, args=settings, train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+            processing_class=tokens,
+        )  # fmt: skip
+        trainer.train()
+        results[attention] = answers, torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert not torch.equal(results[attention][1], before)
+    assert results["moba"][0] == results["moba_naive"][0] != results["sdpa"][0]
+    torch.testing.assert_close(results["moba"][1], results["moba_naive"][1], atol=1e-4, rtol=1e-4)

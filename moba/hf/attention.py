@@ -57,6 +57,7 @@ def moba_attention_forward(
     default: MoBAConfig | None,
     backend: str | None,
     observe: Callable[[nn.Module, Routing], None] | None = None,
+    replay: Callable[[nn.Module, Tensor, Tensor, Any], Routing | None] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -80,6 +81,7 @@ def moba_attention_forward(
         default: the config given to `register_moba`.
         backend: takes the place of the config's backend unless None.
         observe: called with the module and its routing when this call is MoBA (see `moba.hf.record`).
+        replay: asked for the routing of a call that is MoBA, of the module, q, k and the layout (see `moba.hf.replay`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
         s_aux: [H], sinks. block_indices: [B, G, T, K], the blocks that the layer's own indexer selected.
         kwargs: anything else must be None, False or known not to change the attention.
@@ -125,6 +127,9 @@ def moba_attention_forward(
         **({} if means is None else {"block_means": means}),
         **({"route_by": route_by(module, config.router, q, k)} if is_provided else {}),
     }
+    routing = None if replay is None else replay(module, q, k, layout)
+    if routing is not None:
+        options = {"block_size": config.block_size, "topk": config.topk, "backend": backend, "routing": routing}
     if observe is None:
         out = _attend(q, k, v, layout, softmax, options)
     elif layout is None or isinstance(layout, PaddedRows):
@@ -346,7 +351,9 @@ def _attend(
 
 def _of_row(options: dict[str, Any], row: int) -> dict[str, Any]:
     """The options for one row of the batch."""
-    if "route_by" not in options:
-        return options
-    by_q, by_k = options["route_by"]
-    return {**options, "route_by": (by_q[row], by_k[row])}
+    options = dict(options)
+    if "route_by" in options:
+        options["route_by"] = tuple(x[row] for x in options["route_by"])
+    if "routing" in options:
+        options["routing"] = Routing(options["routing"].indices[row], options["routing"].block_size)
+    return options
