@@ -120,7 +120,8 @@ def with_room(cache: MoBACache, model: Any, num_new: int) -> MoBACache:
     if all(isinstance(layer, MoBAStaticLayer) for layer in layers):
         return cache
     room = MoBACache(model.config, max_cache_len=int(cache.get_seq_length()) + num_new)
-    for layer, moved in zip(layers, room.layers, strict=True):
+    rooms: list[Any] = room.layers
+    for layer, moved in zip(layers, rooms, strict=True):
         moved.update(layer.keys, layer.values)
         layer.reset()
     return room
