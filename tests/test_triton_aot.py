@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="the triton backend needs Triton")
 import aot
 import aot_cases
 
+from moba.backends.triton import ahead
 from moba.backends.triton.device import Rows
 from moba.backends.triton.launch import variant
 from moba.backends.triton.tuning import ARCHITECTURES, TABLE, Row, lookup
@@ -93,6 +94,21 @@ def test_another_context_compiles_nothing_in_a_step(layout):
     known = variants(aot_cases.step_plans(*step, num_keys=100_000 // 256 * 256))
     for num_keys in (256 * 260, 256 * 512):
         assert variants(aot_cases.step_plans(*step, num_keys=num_keys, num_rows=5)) <= known
+
+
+def test_warming_up_knows_what_calls_and_steps_of_any_length_launch():
+    heads = (4, 2, 128, 128)
+    known = set(ahead.variants_of(*CALL[:2], 128, 8, 1, heads, softcap=None, training=True, max_tokens=131072))
+    options = {"num_heads": 4, "num_kv_heads": 2, "num_kept": 1}
+    for num_tokens in (1, 300, 9000, 200_000):
+        for layout, num_rows in (("plain", 1), ("plain", 3), ("padded", 2), ("packed", 1)):
+            call = ahead.call_plans(*CALL, layout, num_tokens=num_tokens, num_rows=num_rows, **options)
+            assert variants(call) <= known
+    for num_keys in (700, 5000, 50_000, 131072):
+        for layout in ("plain", "padded"):
+            assert variants(ahead.step_plans(*CALL, layout, num_keys=num_keys, **options)) <= known
+    serving = ahead.variants_of(*CALL[:2], 128, 8, 1, heads, softcap=None, training=False, max_tokens=131072)
+    assert {v.kernel.__name__ for v in known - set(serving)} >= {"_dkv_kernel", "_dq_past_kernel", "_dq_own_kernel"}
 
 
 def test_one_sequence_compiles():

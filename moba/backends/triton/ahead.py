@@ -1,0 +1,162 @@
+"""Plans made without tensors: what calls and steps of decoding with a setting will launch, to compile it ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba.backends.triton.attention import plan_attend, plan_attend_backward
+from moba.backends.triton.by_block import new_view
+from moba.backends.triton.decoding import plan_append, plan_decode
+from moba.backends.triton.device import bounds_of
+from moba.backends.triton.launch import Plan, Variant, make_plan
+from moba.backends.triton.routing import plan_select
+from moba.sequences import Sequences
+
+NUM_TOKENS = 16384
+# So many that strides are beyond 32 bits.
+FAR_TOKENS = 1 << 24
+# Small enough that the dQ of large blocks, and chunks of query rows, are compiled as well.
+TIGHT_BYTES_PER_KEY = 64
+PAGE_SIZE = 256
+
+
+def variants_of(
+    arch: int,
+    dtype: torch.dtype,
+    block_size: int,
+    topk: int,
+    num_kept: int,
+    heads: tuple[int, int, int, int],
+    *,
+    softcap: float | None,
+    training: bool,
+    max_tokens: int,
+) -> list[Variant]:
+    """What calls and steps with a setting launch, whatever their length: each variant once.
+
+    Args:
+        heads: query heads, key/value heads, head dim of keys and of values.
+        training: whether the backward is among them.
+        max_tokens: the longest context of a step.
+    """
+    num_heads, num_kv_heads, head_dim, value_dim = heads
+    setting: Any = (arch, dtype, head_dim, block_size, topk)
+    options: Any = {"value_dim": None if value_dim == head_dim else value_dim, "num_heads": num_heads,
+                    "num_kv_heads": num_kv_heads, "num_kept": num_kept, "softcap": softcap}  # fmt: skip
+    plans = []
+    for layout in ("plain", "padded", "packed"):
+        calls = call_plans(*setting, layout, num_tokens=max(NUM_TOKENS, (topk + 1) * block_size), **options)
+        plans += calls if training else [calls[0], *calls[1::2]]
+    lengths = [min(1024 << i, max_tokens) for i in range(max(1, max_tokens.bit_length() - 9))]
+    for layout in ("plain", "padded"):
+        for num_keys in dict.fromkeys(lengths):
+            plans += step_plans(*setting, layout, num_keys=num_keys, **options)
+    return list(dict.fromkeys(variant for plan in plans for variant in plan.variants()))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call_plans(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    layout: str = "plain",
+    *,
+    value_dim: int | None = None,
+    softcap: float | None = None,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    num_kept: int = 0,
+    num_tokens: int = NUM_TOKENS,
+    num_sequences: int = 4,
+    num_rows: int | None = None,
+    workspaces: tuple[int, ...] = (),
+) -> list[Plan]:
+    """The plans of a forward and a backward: routing, by-block view and attention, with room to spare and without.
+
+    Args:
+        layout: "plain", "padded", "packed", "one query" or "far", of strides beyond 32 bits.
+        num_kept: blocks that are always selected, keep_first and keep_recent together.
+        workspaces: bytes; by default ample ones and tight ones.
+    """
+    num_rows = num_rows or (2 if layout == "padded" else 1)
+    num_keys = FAR_TOKENS if layout == "far" else num_tokens
+    num_queries = 1 if layout == "one query" else num_keys
+    bound = _empty(num_rows) if layout == "padded" else None
+    cu = _empty(num_sequences + 1) if layout == "packed" else None
+    sequences = Sequences(num_rows, num_queries, num_keys, key_start=bound, key_end=bound, cu_q=cu, cu_k=cu)
+    bounds = bounds_of(sequences)
+    q = _empty(num_rows, num_queries, num_heads, head_dim, dtype=dtype)
+    k, v = (_empty(num_rows, num_keys, num_kv_heads, dim, dtype=dtype) for dim in (head_dim, value_dim or head_dim))
+    if layout == "far":
+        # Head after head, one of two key/value heads: the strides of rows and of heads are both beyond 2^31.
+        q = _empty(num_rows, num_heads, num_queries, head_dim, dtype=dtype).transpose(1, 2)
+        k, v = (_empty(num_rows, 2, num_keys, head_dim, dtype=dtype).transpose(1, 2)[:, :, :1] for _ in range(2))
+    indices = _empty(num_rows, num_queries, num_heads, topk)
+    plans = [
+        make_plan(
+            plan_select, q, k, None, indices, *bounds, num_keys=num_keys, block_size=block_size, topk=topk,
+            keep_first=num_kept, keep_recent=0, arch=arch,
+        )
+    ]  # fmt: skip
+    view = new_view(indices, sequences, block_size)
+    out = q if value_dim is None else _empty(num_rows, num_queries, num_heads, value_dim, dtype=dtype)
+    lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)
+    for workspace_bytes in workspaces or (1 << 40, TIGHT_BYTES_PER_KEY * num_keys):
+        options: dict[str, Any] = {
+            "block_size": block_size, "scale": head_dim**-0.5, "softcap": softcap, "arch": arch,
+            "workspace_bytes": workspace_bytes,
+        }  # fmt: skip
+        forward = (q, k, v, indices, *view, out, lse)
+        backward = (out, lse, q, k, v, out, lse, indices, *view, q, k, v)
+        plans.append(make_plan(plan_attend, *forward, *bounds, **options))
+        plans.append(make_plan(plan_attend_backward, *backward, *bounds, **options))
+    return plans
+
+
+def step_plans(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    layout: str = "plain",
+    *,
+    value_dim: int | None = None,
+    softcap: float | None = None,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    num_kept: int = 0,
+    num_keys: int = 131072,
+    num_rows: int = 2,
+) -> list[Plan]:
+    """The plans of a step of decoding, and of the means that it finishes."""
+    if layout not in ("padded", "pages"):
+        num_rows = 1
+    num_queries = 16 if layout == "many queries" else 1
+    q = _empty(num_rows, num_queries, num_heads, head_dim, dtype=dtype)
+    k, v = (_empty(num_rows, num_keys, num_kv_heads, dim, dtype=dtype) for dim in (head_dim, value_dim or head_dim))
+    means = _empty(num_rows, num_keys // block_size, num_kv_heads, head_dim, dtype=dtype)
+    bounds: tuple[Tensor | None, ...] = (None, None, None)
+    if layout == "padded":
+        bounds = (_empty(num_rows), _empty(num_rows), None)
+    elif layout == "pages":
+        bounds = (None, _empty(num_rows), _empty(num_rows, num_keys // PAGE_SIZE))
+        k, v = (_empty(1024, PAGE_SIZE, num_kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        means = _empty(1024, PAGE_SIZE // block_size, num_kv_heads, head_dim, dtype=dtype)
+    page_size = PAGE_SIZE if layout == "pages" else 0
+    indices = _empty(num_rows, num_queries, num_heads, topk)
+    results = (_empty(*q.shape[:3], v.shape[3], dtype=dtype), _empty(*q.shape[:3], dtype=torch.float32), indices)
+    step = make_plan(
+        plan_decode, q, k, v, means, *bounds, *results, block_size=block_size, keep_first=num_kept, keep_recent=0,
+        scale=head_dim**-0.5, softcap=softcap, arch=arch, capacity=num_keys, page_size=page_size,
+    )  # fmt: skip
+    append = make_plan(plan_append, means, k, *bounds, num_new=num_queries, block_size=block_size, page_size=page_size)
+    return [step, append]
