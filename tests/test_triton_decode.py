@@ -286,7 +286,8 @@ def test_tile_sizes_change_no_selection(monkeypatch):
     }
     monkeypatch.setattr(launch, "_plans", {})
     # By its name in the package, `decode` is the function.
-    monkeypatch.setattr(sys.modules["moba.backends.triton.decoding"], "_config", lambda kernel, *_: rows[kernel])
+    decoding = sys.modules["moba.backends.triton.decoding"]
+    monkeypatch.setattr(decoding, "tile_sizes", lambda kernel, *_: dict(rows[kernel]))
     actual = backend.decode(*arguments, scale=SCALE)
     assert torch.equal(actual[2], expected[2])
     assert_close(actual[0], expected[0], 2e-6)
