@@ -77,7 +77,7 @@ def warmup(
 
 def _of_model(model: Any, config: MoBAConfig | None) -> tuple[MoBAConfig | None, int, int, int, float | None]:
     """A transformers model's MoBA config, query and key/value heads, head dim and softcap."""
-    text = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
+    text: Any = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
     heads: int | None = getattr(text, "num_attention_heads", None)
     if heads is None:
         raise ValueError(f"{type(model).__name__} has no config with num_attention_heads: give heads and head_dim")

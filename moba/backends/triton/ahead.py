@@ -43,7 +43,7 @@ def variants_of(
         max_tokens: the longest context of a step.
     """
     num_heads, num_kv_heads, head_dim, value_dim = heads
-    setting: Any = (arch, dtype, head_dim, block_size, topk)
+    setting = (arch, dtype, head_dim, block_size, topk)
     options: Any = {"value_dim": None if value_dim == head_dim else value_dim, "num_heads": num_heads,
                     "num_kv_heads": num_kv_heads, "num_kept": num_kept, "softcap": softcap}  # fmt: skip
     plans = []
