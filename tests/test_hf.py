@@ -101,7 +101,8 @@ def test_the_whole_config_reaches_attention(monkeypatch, llama, name, runs, rout
     chosen = {"block_size": 8, "topk": 4, "keep_first": 1, "keep_recent": 2, "router": router}
     register_moba(MoBAConfig(**chosen, backend="pytorch"))
     logits(llama, random_tokens(1, LENGTH), name)
-    expected = {**chosen, "backend": runs, "scale": llama.model.layers[0].self_attn.scaling}
+    softmax = {"scale": llama.model.layers[0].self_attn.scaling, "sinks": None, "softcap": None}
+    expected = {**chosen, **softmax, "backend": runs}
     assert seen == [expected] * 3
 
 

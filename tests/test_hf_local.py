@@ -24,6 +24,7 @@ WIDTH, LENGTH = 16, 600
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WIDTH}
 HYBRIDS = {
     "Cohere2": SLIDING,
+    "Gemma2": {**SLIDING, "attn_logit_softcapping": 2.0},
     "Gemma3": SLIDING,
     "GptOss": SLIDING,
     "Llama4": {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": WIDTH},
@@ -128,9 +129,10 @@ def test_moba_serves_the_layers_that_read_everything(model):
 
 
 @pytest.mark.parametrize("decode", ["full", "moba"])
-def test_full_layers_have_sinks(decode):
-    """Those that the config keeps full, and the steps that are: plain, padded and packed."""
-    model, tokens = tiny_decoder("GptOssForCausalLM", **SLIDING), random_tokens(2, 60)
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
+def test_full_layers_have_sinks_and_softcap(family, decode):
+    """Those that the config keeps full, and the steps that are: plain and padded."""
+    model, tokens = tiny_decoder(f"{family}ForCausalLM", **HYBRIDS[family]), random_tokens(2, 60)
     register_moba(MoBAConfig(8, 2, full_layers=2 if decode == "moba" else 0, backend="pytorch", decode=decode))
     mask, positions = padded(60)
     inputs = {"attention_mask": mask, "position_ids": positions}

@@ -135,7 +135,6 @@ def test_positions_that_jump(llama):
     [
         ("output_attentions", {"output_attentions": True}),
         ("is_causal", {"is_causal": False}),
-        ("softcap", {"softcap": 30.0}),
         ("position_bias", {"position_bias": torch.zeros(1, 4, 20, 20)}),
         ("sliding_window", {"sliding_window": 16}),
         ("block_table", {"block_table": torch.zeros(1, 4)}),

@@ -65,6 +65,7 @@ def moba_attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -83,7 +84,8 @@ def moba_attention_forward(
         observe: called with the module and its routing when this call is MoBA (see `moba.hf.record`).
         replay: asked for the routing of a call that is MoBA, of the module, q, k and the layout (see `moba.hf.replay`).
         dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k: as models pass them.
-        s_aux: [H], sinks. block_indices: [B, G, T, K], the blocks that the layer's own indexer selected.
+        s_aux: [H], sinks. softcap: the logits' bound.
+        block_indices: [B, G, T, K], the blocks that the layer's own indexer selected.
         kwargs: anything else must be None, False or known not to change the attention.
 
     Returns:
@@ -96,10 +98,9 @@ def moba_attention_forward(
     layout = _layout(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, module)
     if is_local(layout):
         kwargs.pop("sliding_window", None)
-        softcap = kwargs.pop("softcap", None)
     refuse_unknown(module, dropout, is_causal, kwargs, is_packed=cu_seq_lens_q is not None)
     require_parts(module)
-    softmax = {"scale": scaling, "sinks": s_aux}
+    softmax = {"scale": scaling, "sinks": s_aux, "softcap": softcap}
     if is_local(layout):
         return attend_locally(module, query, key, value, layout, scaling, sinks=s_aux, softcap=softcap), None
     config = layer_config(module, default)
@@ -163,7 +164,7 @@ def _attend_fully(
 ) -> Tensor:
     """Full attention of query [B, H, T, D] over key and value [B, G, S, D]: [B, T, H, D]."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    scaling, is_plain = softmax["scale"], softmax["sinks"] is None
+    scaling, is_plain = softmax["scale"], softmax["sinks"] is None and softmax["softcap"] is None
     if layout is None and is_plain:
         if num_queries in (1, num_keys):
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
@@ -181,7 +182,7 @@ def _attend_fully(
         mask = real[:, None, None]
         step = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
         return step.transpose(1, 2)
-    # One block that holds every key is full attention, has sinks, and needs no T × S mask for padding and packing.
+    # One block that holds every key is full attention, with sinks and softcap, and needs no T × S mask for padding.
     whole = {"block_size": max(num_keys, 1), "topk": 1, "backend": backend}
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out: Tensor = _attend(q, k, v, layout, softmax, whole)
