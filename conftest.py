@@ -58,7 +58,7 @@ def _poisoned(request, monkeypatch):
     def poison(x):
         if x.device.type == "meta":
             return x
-        return x.fill_(torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else -7)
+        return x.detach().fill_(torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else -7)
 
     monkeypatch.setattr(torch, "empty", lambda *size, **options: poison(empty(*size, **options)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **o: poison(new_empty(self, *size, **o)))
