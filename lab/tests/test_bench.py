@@ -34,6 +34,16 @@ def test_right_results_pass(results):
     assert check(**results) is None
 
 
+def test_heads_that_choose_together_are_judged_together(results):
+    """Each head's own choice is another one, so either is refused where the other is said."""
+    q, k, v = (results[name] for name in "qkv")
+    for router, other in (("shared", "mean"), ("mean", "shared")):
+        out, routing = moba_attention(q, k, v, block_size=16, topk=3, router=router, return_routing=True)
+        given = {"q": q, "k": k, "v": v, "out": out, "routing": routing, "topk": 3}
+        assert check(**given, router=router) is None
+        assert "scores" in check(**given, router=other)
+
+
 @pytest.mark.parametrize("name", ["out", "d_q"])
 def test_a_wrong_or_missing_value_fails(results, name):
     for wrong in (1.01, torch.nan):

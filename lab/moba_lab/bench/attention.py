@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moba import backends
 from moba.attention import moba_attention
+from moba.config import require_one_of
 from moba.routing import Selection
 from moba.sequences import Sequences
 from moba_lab.bench import machine, suite
@@ -40,6 +41,7 @@ def attention(
     block_size: suite.BlockSizeOption = 512,
     topk: suite.TopkOption = 3,
     dtype: suite.DtypeOption = "bf16",
+    router: Annotated[str, typer.Option(help="mean or shared, for the one case.")] = "mean",
     reference: Annotated[
         bool, typer.Option("--reference", help="Also the mask-based reference, for the one case.")
     ] = False,
@@ -58,11 +60,13 @@ def attention(
     without times, and the command then exits with 1. The last line is the whole result as JSON.
     """
     case_dtype = suite.dtype_of(dtype)
+    require_one_of("router", router, ("mean", "shared"))
     where = machine.device_to_time(device)
     if out is not None:
         require_writable(out)
     if tokens is not None:
-        cases = [Case(tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype, reference=reference)]
+        shape = (tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype)
+        cases = [Case(*shape, reference=reference, router=router)]
     else:
         cases = fixed_blocks_suite() if fixed_blocks else attention_suite(where)
     measured: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -90,7 +94,8 @@ def run_case(
     record = {**case.to_dict(), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops}
 
     def moba(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return moba_attention(q, k, v, block_size=case.block_size, topk=case.topk, backend=backend, **options)
+        chosen = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
+        return moba_attention(q, k, v, **chosen, backend=backend, **options)
 
     if problem := _gate(case, q, k, v, d_out, moba):
         record["failed"] = problem
@@ -115,7 +120,7 @@ def run_case(
             }
         record |= measured[case.dense_shape]
     if case.reference:
-        options: Any = {"block_size": case.block_size, "topk": case.topk, "backend": "reference"}
+        options: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router, "backend": "reference"}
         record["reference"] = _measure(partial(moba_attention, **options), q, k, v, d_out, 1, device.type == "cuda")
         if device.type == "cpu":
             # With a mask as large as the reference's: what makes the ratio to the reference honest.
@@ -131,14 +136,14 @@ def _gate(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, moba: Call
     if case.backward:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         d_q = torch.autograd.grad(moba(*leaves), leaves, d_out)[0]
-    return check(q, k, v, out, routing, case.topk, d_out, d_q)
+    return check(q, k, v, out, routing, case.topk, d_out, d_q, router=case.router)
 
 
 def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) -> float:
     """The time of choosing the blocks, alone."""
     route = backends.resolve(backend, q, k).route
     sequences = Sequences(1, case.tokens, case.tokens)
-    selection = Selection.of(sequences.fitting_block_size(case.block_size), case.topk, 0, 0, "mean")
+    selection = Selection.of(sequences.fitting_block_size(case.block_size), case.topk, 0, 0, case.router)
     with torch.no_grad():
         return measure(lambda: route(q, k, sequences, selection), q.device, warmups=1, repeats=repeats).ms
 

@@ -67,13 +67,15 @@ class Case(Shape):
     backward: bool = True
     dense: bool = True
     reference: bool = False
+    router: str = "mean"
 
     @property
     def name(self) -> str:
         """Short, for tables."""
+        router = "" if self.router == "mean" else f", {self.router}"
         return (
             f"{length_name(self.tokens)}, {self.heads_name} heads, D {self.head_dim}, "
-            f"{self.block_size}/{self.topk}, {self.dtype_name}"
+            f"{self.block_size}/{self.topk}{router}, {self.dtype_name}"
         )
 
     @property
@@ -223,6 +225,8 @@ def attention_suite(device: torch.device) -> list[Case]:
     for tokens in (8 * K, 32 * K, 128 * K):
         cases += [Case(tokens, 16, 16, 128, *blocks, bf16) for blocks in ((128, 8), (512, 3), (512, 8), (2048, 3))]
     cases += [Case(512 * K, 16, 16, 128, *blocks, bf16) for blocks in ((128, 8), (512, 3), (2048, 3))]
+    # MiniMax-M3's: one choice of blocks for the sixteen query heads of a key/value head.
+    cases += [Case(tokens, 64, 4, 128, 128, 16, bf16, router="shared") for tokens in (32 * K, 128 * K, 512 * K)]
     cases.append(Case(128 * K, 32, 8, 128, 4096, 12, bf16))
     return [*cases, Case(1024 * K, 32, 8, 128, 4096, 12, bf16, backward=False, dense=False)]
 

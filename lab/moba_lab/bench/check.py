@@ -27,12 +27,14 @@ def check(
     d_out: Tensor | None = None,
     d_q: Tensor | None = None,
     means: Tensor | None = None,
+    router: str = "mean",
 ) -> str | None:
     """Compare sampled queries of all heads with fp64; None if they agree, else what does not.
 
     Args:
         q, out, d_out, d_q: [B, T, H, D], the last T positions. k, v: [B, S, G, D]. routing: of the same call.
         means: [B, N, G, D], the block means of a cache; None: they are computed here.
+        router: "mean", or "shared", with which the query heads of a key/value head choose together.
 
     The blocks chosen may differ from fp64's only where their scores are closer than the error of an fp32 sum.
     """
@@ -49,7 +51,9 @@ def check(
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     vector, blocks = q[row, query, head].double(), routing.indices[row, query, head]
                     blocks = blocks[blocks >= 0].long()
-                    if problem := check_blocks(vector, scored[:own], blocks.tolist(), own, topk):
+                    together = q[row, query, kv_head * group : (kv_head + 1) * group].double()
+                    scorers = together if router == "shared" else vector[None]
+                    if problem := check_blocks(scorers, scored[:own], blocks.tolist(), own, topk):
                         return f"routing of row {row}, query {query}, head {head}: {problem}"
                     keys = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
                     keys = keys[keys <= position]
@@ -96,15 +100,15 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> str | None:
     return _judge("out", errors, 2 * BOUND[q.dtype])
 
 
-def check_blocks(query: Tensor, means: Tensor, blocks: list[int], own: int, topk: int) -> str | None:
-    """Whether a query [D] chose its best blocks among the means [own, D], in fp64; None or what is wrong."""
+def check_blocks(queries: Tensor, means: Tensor, blocks: list[int], own: int, topk: int) -> str | None:
+    """Whether queries [n, D] together chose their best blocks of the means [own, D], in fp64; None or what is wrong."""
     if blocks != sorted(set(blocks)) or blocks[-1:] != [own] or len(blocks) != min(topk, own + 1):
         return f"{blocks} is not {min(topk, own + 1)} ascending blocks ending in the own block {own}"
     left_out = sorted(set(range(own)) - set(blocks))
     if not left_out or len(blocks) == 1:
         return None
-    scores = means @ query
-    error = query.shape[0] * 2**-23 * (means.abs() @ query.abs()).max()
+    scores = means @ queries.mean(dim=0)
+    error = queries.shape[1] * 2**-23 * (means.abs() @ queries.abs().mean(dim=0)).max()
     gap = scores[left_out].max() - scores[blocks[:-1]].min()
     return f"a block left out scores {gap:.2e} above one chosen" if gap > error else None
 
