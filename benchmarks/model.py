@@ -87,31 +87,37 @@ def main(
             write(header, records, out, rows)
 
 
-@torch.no_grad()
 def measure(model: Any, arm: Arm, lengths: list[int], steps: int) -> Iterator[dict[str, Any]]:
     """One record a length."""
     step = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
-    num_new = steps + WARM_UPS + 1
     for length in lengths:
+        # What the last length kept is gone.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        tokens = torch.randint(SHAPE["vocab_size"], (1, length), device="cuda")
-        record: dict[str, Any] = {"tokens": length, "attention": arm.name}
-        for name in ("first call: first token, s", "first token, s"):
-            cache = None
-            cache = new_cache(model, arm, length + num_new, max(lengths) + num_new)
-            record[name] = round(read(model, arm, cache, tokens), 3)
-        record["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        token = tokens[:, :1].clone()
-        timed = (
-            compiled_steps(step, model, cache, token, length)
-            if arm.is_compiled
-            else recorded_steps(model, cache, token)
-        )
-        first, *later = [next(timed) for _ in range(1 + steps)]
-        record |= {"first step, s": round(first, 2), "step, ms": round(1e3 * statistics.median(later), 2)}
-        record["tokens a second"] = round(1 / statistics.median(later), 1)
-        yield record
+        yield {"tokens": length, "attention": arm.name, **measure_length(model, arm, step, length, max(lengths), steps)}
+
+
+@torch.no_grad()
+def measure_length(
+    model: Any, arm: Arm, step: Callable[..., Tensor], length: int, longest: int, steps: int
+) -> dict[str, Any]:
+    """Seconds of the first token, ms of a step, and peak memory."""
+    num_new = steps + WARM_UPS + 1
+    tokens = torch.randint(SHAPE["vocab_size"], (1, length), device="cuda")
+    record: dict[str, Any] = {}
+    for name in ("first call: first token, s", "first token, s"):
+        cache = None
+        cache = new_cache(model, arm, length + num_new, longest + num_new)
+        record[name] = round(read(model, arm, cache, tokens), 3)
+    record["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    token = tokens[:, :1].clone()
+    timed = (
+        compiled_steps(step, model, cache, token, length) if arm.is_compiled else recorded_steps(model, cache, token)
+    )
+    first, *later = [next(timed) for _ in range(1 + steps)]
+    record |= {"first step, s": round(first, 2), "step, ms": round(1e3 * statistics.median(later), 2)}
+    record["tokens a second"] = round(1 / statistics.median(later), 1)
+    return record
 
 
 def new_cache(model: Any, arm: Arm, room: int, most_room: int) -> Any:

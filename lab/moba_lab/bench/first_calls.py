@@ -74,6 +74,9 @@ def first_calls(out: suite.OutOption = None) -> None:
     device = machine.device_to_time("cuda")
     if out is not None:
         require_writable(out)
+    # A gradient that is given makes torch import sympy: two seconds of the first backward that no kernel takes.
+    one = torch.ones(1, device=device, requires_grad=True)
+    torch.autograd.grad(one * 1, one, torch.ones_like(one))
     header, records = machine.describe(device), []
     for setting in SETTINGS:
         records.append(measure(setting))
