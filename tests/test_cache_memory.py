@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 
 import pytest
 import torch
+from all_decoders import tiny_decoder
 from helpers import LargestNewTensor, assert_close
 from test_cache import CLOSE, PROMPT, SPARSE, generate, read, use
 from test_cache import _registered as _registered
@@ -17,8 +19,10 @@ from tiny_models import random_tokens, tiny_model
 from transformers import MistralConfig, StaticCache
 
 from moba import MoBAConfig, register_moba
+from moba.block_means import CachedMeans, Phase
 from moba.hf import attention as hf_attention
 from moba.hf.cache import GROWTH, LEAST_GROWTH, MoBACache
+from moba.hf.hand_over import give_means, take_means
 
 
 def test_offloaded_layers_come_back(llama):
@@ -96,6 +100,38 @@ def test_advice_without_a_cache_of_means(llama, monkeypatch, caplog):
         generate(llama, random_tokens(1, PROMPT), past_key_values=StaticCache(llama.config, max_cache_len=80))
     assert len(caplog.records) == 1
     assert "past_key_values=moba.hf.cache.MoBACache(model.config)" in caplog.text
+
+
+def test_keys_that_a_layer_changes_lose_the_means_and_nothing_else(caplog):
+    """Latent keys lie in the cache; the layer attends with projections of them."""
+    register_moba(MoBAConfig(**{**SPARSE, "decode": "full"}))
+    model = tiny_decoder("DeepseekV3ForCausalLM", "moba").double()
+    tokens = random_tokens(2, PROMPT)
+    cache = MoBACache(model.config)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    with cache.reading(), caplog.at_level(logging.WARNING, logger="moba"):
+        # Inside, a chunk of one token is no step of decoding.
+        assert_close(read(model, tokens, cache, [44, 1]), expected, CLOSE)
+    assert [record.getMessage()[:70] for record in caplog.records] == [
+        "DeepseekV3Attention attends with other keys than its MoBACache holds, "
+    ]
+
+
+@pytest.mark.parametrize("kind", ["thread", "layer"])
+def test_what_others_were_given_is_not_lost(llama, kind):
+    means, module = CachedMeans(Phase()), llama.model.layers[0].self_attn
+    keys = give_means(torch.zeros(1, 2, 3, 4), means, 0 if kind == "thread" else 1)
+    found = []
+    look = threading.Thread(target=lambda: found.append(take_means(module, keys.clone())))
+    if kind == "thread":
+        look.start()
+        look.join()
+        assert [take_means(module, keys.clone()) for _ in range(2)] == [(None, means), (None, None)]
+    else:
+        look.run()
+    assert found == [(None, None)]
+    assert take_means(module, keys) == (means, None)
 
 
 def compiled_steps(model, tokens, cache, **options):

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import MODEL_ROUTERS, MoBAConfig
 from moba.hf.extensions import require_parts, route_by
+from moba.hf.hand_over import take_means, warn_of_loss
 from moba.hf.indexed import given_blocks
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, is_local, require
 from moba.hf.local import attend_locally
@@ -105,11 +106,12 @@ def moba_attention_forward(
         return attend_locally(module, query, key, value, layout, scaling, sinks=s_aux, softcap=softcap), None
     config = layer_config(module, default)
     backend = backend or config.backend
+    cached, lost = take_means(module, key)
     if block_indices is not None:
         given = given_blocks(module, block_indices, layout)
         return _attend(q, k, v, layout, softmax, {**given, "backend": backend}), None
-    cached: CachedMeans | None = getattr(key, "moba_block_means", None)
-    is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (cached is not None and cached.phase.is_prefill)
+    noted = cached or lost
+    is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (noted is not None and noted.phase.is_prefill)
 
     is_full = is_full_layer(module, config)
     is_provided = config.router in MODEL_ROUTERS
@@ -119,7 +121,9 @@ def moba_attention_forward(
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
         return _attend_fully(module, query, key, value, layout, softmax, backend), None
-    if is_decode and cached is None and not is_provided:
+    if lost is not None and not is_provided:
+        warn_of_loss(module)
+    elif is_decode and cached is None and not is_provided:
         _advise_cache()
     options = {
         **config.selection,

@@ -3,8 +3,8 @@
 cache = MoBACache(model.config)
 model.generate(**inputs, past_key_values=cache)
 
-A layer's keys reach the attention function with its `CachedMeans` attached. That function knows where each row begins
-(left padding) and which settings hold, so it brings the means up to date: once for each block, when the block is
+A layer's keys reach the attention function with its `CachedMeans` (hand_over.py). That function knows where each row
+begins (left padding) and which settings hold, so it brings the means up to date: once for each block, when the block is
 finished, by the function that a prefill computes them with.
 
 Letters: B batch, S cached tokens, G key/value heads, D head dim, N blocks.
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from moba.block_means import CachedMeans, Phase
 from moba.config import require_int
 from moba.files import replacing
+from moba.hf.hand_over import give_means
 from moba.validate import first_line
 
 # Room for keys grows by this part of what is there, so appending a token copies a fixed number of keys on average.
@@ -43,12 +44,12 @@ class _MoBALayer:
     """What both kinds of layers have beside their keys and values."""
 
     block_means: CachedMeans
+    number: int
 
     def with_means(self, keys: Tensor, num_new: int, room: int) -> Tensor:
         """The keys as they go to the attention function."""
         self.block_means.note(num_new, room)
-        keys.moba_block_means = self.block_means  # type: ignore[attr-defined]
-        return keys
+        return give_means(keys, self.block_means, self.number)
 
 
 class MoBADynamicLayer(_MoBALayer, DynamicLayer):
@@ -57,9 +58,9 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, number: int, phase: Phase) -> None:
         super().__init__()
-        self.block_means = CachedMeans(phase)
+        self.number, self.block_means = number, CachedMeans(phase)
         self._rooms: tuple[Tensor, Tensor] | None = None  # of keys and values, which are views of their fronts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -165,9 +166,9 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
 
     is_croppable = True
 
-    def __init__(self, phase: Phase, max_cache_len: int) -> None:
+    def __init__(self, number: int, phase: Phase, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.block_means = CachedMeans(phase, is_static=True)
+        self.number, self.block_means = number, CachedMeans(phase, is_static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the room."""
@@ -247,14 +248,14 @@ class MoBACache(Cache):
         self._description = _describe(config)
         if max_cache_len is None:
             layers = [
-                MoBADynamicLayer(self.phase) if type(layer) is DynamicLayer else layer
-                for layer in DynamicCache(config=config).layers
+                MoBADynamicLayer(i, self.phase) if type(layer) is DynamicLayer else layer
+                for i, layer in enumerate(DynamicCache(config=config).layers)
             ]
         else:
             require_int("max_cache_len", max_cache_len, 1)
             layers = [
-                MoBAStaticLayer(self.phase, max_cache_len) if type(layer) is StaticLayer else layer
-                for layer in StaticCache(config=config, max_cache_len=max_cache_len).layers
+                MoBAStaticLayer(i, self.phase, max_cache_len) if type(layer) is StaticLayer else layer
+                for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers)
             ]
         super().__init__(layers=layers, offloading=offloading)
 
