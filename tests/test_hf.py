@@ -270,6 +270,24 @@ def test_the_config_is_saved_with_the_model(tmp_path):
     assert_close(logits(loaded, tokens), before, CLOSE)
 
 
+def test_the_models_config_is_parsed_when_it_changes(monkeypatch):
+    monkeypatch.setattr("moba.hf.attention._parsed", {})
+    parsed, parse = [], MoBAConfig.from_dict
+    monkeypatch.setattr(MoBAConfig, "from_dict", lambda values: parsed.append(values) or parse(values))
+    model, tokens = tiny_model(), random_tokens(1, LENGTH)
+    set_moba_config(model, MoBAConfig(BLOCK, 2, keep_first=1, backend="pytorch"))
+    first = logits(model, tokens)
+    assert torch.equal(first, logits(model, tokens))
+    assert len(parsed) == 1
+    model.config.moba["topk"] = 4
+    assert differ(first, logits(model, tokens))
+    assert len(parsed) == 2
+    for equal in (True, 1.0):
+        model.config.moba["keep_first"] = equal
+        with pytest.raises(ValueError, match=r"config\.moba: keep_first must be an integer"):
+            logits(model, tokens)
+
+
 def test_from_pretrained_takes_both_names(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     tokens = random_tokens(1, LENGTH)

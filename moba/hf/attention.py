@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("moba")
 _has_advised = False
+_parsed: dict[str, MoBAConfig] = {}
 
 # What models pass along that does not change the attention itself.
 HARMLESS = frozenset(
@@ -230,7 +231,7 @@ def layer_config(module: nn.Module, default: MoBAConfig | None) -> MoBAConfig:
 
 
 def read_config(model_config: Any) -> MoBAConfig | None:
-    """The MoBAConfig that a model's config carries, or None.
+    """The MoBAConfig that a model's config carries, or None; parsed once for each content.
 
     Raises:
         ValueError: if its `moba` is not what `set_moba_config` writes.
@@ -238,6 +239,17 @@ def read_config(model_config: Any) -> MoBAConfig | None:
     values = getattr(model_config, "moba", None)
     if values is None:
         return None
+    # A graph would be made anew whenever the parsed configs, which it read, grow.
+    if torch.compiler.is_compiling():
+        return _parse(values)
+    # By what is written there: the numbers 1, 1.0 and True are equal, and only one of them is valid.
+    content = repr(values)
+    if content not in _parsed:
+        _parsed[content] = _parse(values)
+    return _parsed[content]
+
+
+def _parse(values: Any) -> MoBAConfig:
     try:
         return MoBAConfig.from_dict(values)
     except ValueError as error:
