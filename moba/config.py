@@ -11,8 +11,10 @@ from torch import Tensor
 Router = str | Callable[[Tensor, Tensor], Tensor]
 
 ROUTERS = ("mean", "recent", "sink", "shared")
-# Routers that only a model can serve: they need queries and keys that the attention functions never see.
-MODEL_ROUTERS = ("unrotated",)
+# Routers that only a model can serve: they need queries and keys that the attention functions never see. Those of the
+# first kind are provided by `moba.hf.provide_route_by`.
+PROVIDED_ROUTERS = ("unrotated",)
+MODEL_ROUTERS = (*PROVIDED_ROUTERS, "indexer")
 DECODE_MODES = ("full", "moba")
 BACKENDS = ("auto", "reference", "pytorch", "triton")
 
@@ -51,9 +53,8 @@ def validate_selection(block_size: int, topk: int, keep_first: int, keep_recent:
 
 def _check_router(router: Any) -> None:
     if router in MODEL_ROUTERS:
-        raise ValueError(
-            f"router={router!r} needs queries and keys that a transformers model provides (moba.hf.provide_route_by)"
-        )
+        needed = "moba.hf.indexer" if router == "indexer" else "moba.hf.provide_route_by"
+        raise ValueError(f"router={router!r} needs queries and keys that a transformers model provides ({needed})")
     if named_top_p(router) is None:
         require_one_of("router", router, (*ROUTERS, "top_p=0.9"))
 
@@ -95,7 +96,8 @@ class MoBAConfig:
         router: "mean" (the paper), "recent" (sliding window), "sink" (first and recent blocks), "shared" (one choice
             for the query heads of a kv head), "top_p=0.9" (the fewest blocks that hold 0.9 of the mass, at most topk),
             "unrotated" (scores from before the rotary embedding; transformers models only, see
-            `moba.hf.provide_route_by`), or a function (query rows [rows, H, D], block means [N, G, D]) -> scores
+            `moba.hf.provide_route_by`), "indexer" (learned; transformers models only, see `moba.hf.indexer`), or a
+            function (query rows [rows, H, D], block means [N, G, D]) -> scores
             [rows, H, N], larger is better (see `moba.routers`).
         backend: "auto", "reference", "pytorch" or "triton".
 

@@ -6,6 +6,7 @@ Pass one as `router=...`, or its name where it has one. In `moba.MoBAConfig`, na
     "shared"        shared_scores: the query heads of a kv head choose together
     "top_p=0.9"     TopP(0.9): as few blocks as hold 0.9 of the mass, at most topk
     "unrotated"     transformers models only: "mean", from before the rotary embedding
+    "indexer"       transformers models only: a small learned module chooses for each kv head (moba.hf.indexer)
 
 A rule is given rows and means of one sequence, in chunks, and more blocks than a row may attend to; a row's scores must
 depend on that row and those means only. "recent" and "sink" score nothing: kept blocks fill every place.

@@ -15,9 +15,10 @@ from functools import partial
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from moba.config import MODEL_ROUTERS, MoBAConfig
+from moba.config import PROVIDED_ROUTERS, MoBAConfig
 from moba.hf.attention import moba_attention_forward, read_config
 from moba.hf.extensions import provide_route_by, require_route_by
+from moba.hf.indexer import require_indexer
 from moba.hf.layout import layout_mask
 from moba.hf.paged import enable_paged
 from moba.hf.switch import refuse_other_models, warn_if_untested
@@ -61,7 +62,7 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
 
     Raises:
         ValueError: if the config cannot be saved (its router is a function), names a layer that the model does not
-            have, or needs queries and keys that nothing provides (see `provide_route_by`).
+            have, or needs queries and keys that nothing provides (see `provide_route_by`, `moba.hf.indexer`).
     """
     model_config = _text_config(model)
     if config is None:
@@ -71,8 +72,10 @@ def set_moba_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config must be a MoBAConfig or None, got {config!r}")
     config.check_layers(model_config.num_hidden_layers)
-    if config.router in MODEL_ROUTERS:
+    if config.router in PROVIDED_ROUTERS:
         require_route_by(model, config.router)
+    elif config.router == "indexer":
+        require_indexer(model)
     model_config.moba = config.to_dict()
 
 

@@ -16,10 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba.attention import moba_attention, moba_attention_varlen
-from moba.config import MODEL_ROUTERS, MoBAConfig
+from moba.config import PROVIDED_ROUTERS, MoBAConfig
 from moba.hf.extensions import require_parts, route_by
 from moba.hf.hand_over import take_means, warn_of_loss
 from moba.hf.indexed import given_blocks
+from moba.hf.indexer import choose_by_index, index_vectors
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, is_local, require
 from moba.hf.local import attend_locally
 from moba.hf.switch import PROMPT_FIELD
@@ -115,16 +116,18 @@ def moba_attention_forward(
     is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (noted is not None and noted.phase.is_prefill)
 
     is_full = is_full_layer(module, config)
-    is_provided = config.router in MODEL_ROUTERS
-    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_full or is_provided)
+    is_provided, is_indexed = config.router in PROVIDED_ROUTERS, config.router == "indexer"
+    is_idle = is_full or is_provided or is_indexed
+    means = None if cached is None else _block_means(cached, k, layout, config, backend, is_idle)
+    by_index = index_vectors(module, q, k, getattr(key, "moba_index_keys", None), layout) if is_indexed else None
     num_full = 0
     if config.decode == "full":
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
         return _attend_fully(module, query, key, value, layout, softmax, backend), None
-    if lost is not None and not is_provided:
+    if lost is not None and not is_idle:
         warn_of_loss(module)
-    elif is_decode and cached is None and not is_provided:
+    elif is_decode and cached is None and not is_idle:
         _advise_cache()
     options = {
         **config.selection,
@@ -136,6 +139,9 @@ def moba_attention_forward(
     routing = None if replay is None else replay(module, q, k, layout)
     if routing is not None:
         options = {"block_size": config.block_size, "topk": config.topk, "backend": backend, "routing": routing}
+    elif by_index is not None:
+        blocks = choose_by_index(module, *by_index, layout, config, backend)
+        options = {"block_size": config.block_size, "backend": backend, "block_indices": blocks}
     if observe is None:
         out = _attend(q, k, v, layout, softmax, options)
     elif layout is None or isinstance(layout, PaddedRows):
@@ -373,4 +379,6 @@ def _of_row(options: dict[str, Any], row: int) -> dict[str, Any]:
         options["route_by"] = tuple(x[row] for x in options["route_by"])
     if "routing" in options:
         options["routing"] = Routing(options["routing"].indices[row], options["routing"].block_size)
+    if "block_indices" in options:
+        options["block_indices"] = options["block_indices"][row]
     return options

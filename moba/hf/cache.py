@@ -27,6 +27,7 @@ from moba.block_means import CachedMeans, Phase
 from moba.config import require_int
 from moba.files import replacing
 from moba.hf.hand_over import give_means
+from moba.hf.index_keys import IndexKeys
 from moba.validate import first_line
 
 # Room for keys grows by this part of what is there, so appending a token copies a fixed number of keys on average.
@@ -44,11 +45,14 @@ class _MoBALayer:
     """What both kinds of layers have beside their keys and values."""
 
     block_means: CachedMeans
+    index_keys: IndexKeys
     number: int
 
     def with_means(self, keys: Tensor, num_new: int, room: int) -> Tensor:
         """The keys as they go to the attention function."""
         self.block_means.note(num_new, room)
+        self.index_keys.note(room)
+        keys.moba_index_keys = self.index_keys  # type: ignore[attr-defined]
         return give_means(keys, self.block_means, self.number)
 
 
@@ -60,7 +64,7 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
 
     def __init__(self, number: int, phase: Phase) -> None:
         super().__init__()
-        self.number, self.block_means = number, CachedMeans(phase)
+        self.number, self.block_means, self.index_keys = number, CachedMeans(phase), IndexKeys()
         self._rooms: tuple[Tensor, Tensor] | None = None  # of keys and values, which are views of their fronts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -106,6 +110,7 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
         self.keys = self.values = self._rooms = None
         self.is_initialized = False
         self.block_means.reset()
+        self.index_keys.reset()
 
     def offload(self) -> None:
         """Move keys and values to the CPU. The means stay: they are needed at once, and small."""
@@ -148,6 +153,7 @@ class MoBADynamicLayer(_MoBALayer, DynamicLayer):
         if self.is_initialized:
             self._replace(take)
             self.block_means.take_rows(take)
+            self.index_keys.take_rows(take)
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized and self.keys.device != torch.device(device):
@@ -168,7 +174,8 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
 
     def __init__(self, number: int, phase: Phase, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.number, self.block_means = number, CachedMeans(phase, is_static=True)
+        self.number = number
+        self.block_means, self.index_keys = CachedMeans(phase, is_static=True), IndexKeys(is_static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the room."""
@@ -210,12 +217,14 @@ class MoBAStaticLayer(_MoBALayer, StaticLayer):
         """Drop all tokens, keep the memory."""
         super().reset()
         self.block_means.reset()
+        self.index_keys.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
         if self.is_initialized:
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-            self.block_means.take_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            for beside in (self.block_means, self.index_keys):
+                beside.take_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
 
 class MoBACache(Cache):

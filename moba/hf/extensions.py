@@ -9,13 +9,17 @@ To choose a layer's blocks by other queries and keys than it attends with:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from moba.config import MODEL_ROUTERS, Router, require_one_of
+from moba.config import PROVIDED_ROUTERS, Router, require_one_of
 
 RouteBy = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -36,7 +40,7 @@ def provide_route_by(attention: nn.Module, router: str, provider: RouteBy) -> No
     Raises:
         ValueError: for any other router.
     """
-    require_one_of("router", router, MODEL_ROUTERS)
+    require_one_of("router", router, PROVIDED_ROUTERS)
     module: Any = attention
     module.moba_route_by = {**getattr(module, "moba_route_by", {}), router: provider}
 
@@ -74,6 +78,33 @@ def require_parts(attention: nn.Module) -> None:
                 f"config.moba_{part}={asked}, but the model's layers have no {part}: call "
                 f"moba_lab.models.{part}.load_{part}(model, path) after from_pretrained"
             )
+
+
+def read_weights(path: str | Path, model: nn.Module, part: str) -> dict[str, Tensor]:
+    """Read the weights of a model's modules called `part`, which `from_pretrained` does not read.
+
+    Args:
+        path: the folder, or the name that `from_pretrained` took. model: with these modules.
+
+    Raises:
+        ValueError: if some are not there.
+    """
+    wanted = {name for name in model.state_dict() if f".{part}." in name}
+    files = {"model.safetensors"}
+    index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        places = json.loads(Path(index).read_text())["weight_map"]
+        files = {places[name] for name in wanted if name in places}
+    weights: dict[str, Tensor] = {}
+    for file in sorted(files):
+        found = cached_file(str(path), file, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise ValueError(f"{path} has no {file} to read the weights of {part} from")
+        with safe_open(found, framework="pt") as tensors:
+            weights.update({name: tensors.get_tensor(name) for name in wanted.intersection(tensors.keys())})
+    if missing := sorted(wanted - set(weights)):
+        raise ValueError(f"{path} lacks weights of {part}: {missing[0]} and {len(missing) - 1} more")
+    return weights
 
 
 def _not_provided(router: Router, what: nn.Module) -> str:

@@ -123,5 +123,6 @@ def with_room(cache: MoBACache, model: Any, num_new: int) -> MoBACache:
     rooms: list[Any] = room.layers
     for layer, moved in zip(layers, rooms, strict=True):
         moved.update(layer.keys, layer.values)
+        layer.index_keys.move_to(moved.index_keys)
         layer.reset()
     return room

@@ -10,18 +10,16 @@ Letters: B batch, T tokens, C channels (kv heads × head dim), W width.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from moba.hf.extensions import read_weights
 from moba.hf.hooks import attentions, require_hook
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout
 from moba.numerics import accumulation_dtype
@@ -147,11 +145,7 @@ def load_key_convolution(model: PreTrainedModel, path: str | Path) -> None:
     if width is None:
         raise ValueError("the model was saved without key convolutions: its config has no moba_key_convolution")
     add_key_convolution(model, width)
-    wanted = {name for name in model.state_dict() if ".key_convolution." in name}
-    weights = _read_weights(str(path), wanted)
-    if missing := sorted(wanted - set(weights)):
-        raise ValueError(f"{path} lacks weights of key convolutions: {missing[0]} and {len(missing) - 1} more")
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(read_weights(path, model, "key_convolution"), strict=False)
 
 
 def _begin(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -212,20 +206,3 @@ def _in_packed(cu_seqlens: Tensor, token: Tensor) -> Tensor:
     tokens = token.expand(cu_seqlens.shape[0], -1).contiguous()
     sequence = torch.searchsorted(cu_seqlens.contiguous(), tokens, right=True) - 1
     return tokens - cu_seqlens.gather(1, sequence)
-
-
-def _read_weights(path: str, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted tensors of a saved model, whether in one file or in several."""
-    files = {"model.safetensors"}
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        places = json.loads(Path(index).read_text())["weight_map"]
-        files = {places[name] for name in wanted if name in places}
-    weights = {}
-    for file in sorted(files):
-        found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
-        if found is None:
-            raise ValueError(f"{path} has no {file} to read key convolutions from")
-        with safe_open(found, framework="pt") as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in wanted.intersection(tensors.keys())})
-    return weights
