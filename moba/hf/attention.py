@@ -21,6 +21,7 @@ from moba.hf.extensions import require_parts, route_by
 from moba.hf.hand_over import take_means, warn_of_loss
 from moba.hf.indexed import given_blocks
 from moba.hf.indexer import choose_by_index, index_vectors
+from moba.hf.indexer_training import keep_loss
 from moba.hf.layout import SWITCH_PART, PackedRows, PaddedRows, decode_layout, is_local, require
 from moba.hf.local import attend_locally
 from moba.hf.switch import PROMPT_FIELD
@@ -124,6 +125,8 @@ def moba_attention_forward(
     if config.decode == "full":
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
+        if by_index is not None:
+            keep_loss(module, by_index, q, k, layout, softmax, config.block_size, None)
         return _attend_fully(module, query, key, value, layout, softmax, backend), None
     if lost is not None and not is_idle:
         warn_of_loss(module)
@@ -142,6 +145,7 @@ def moba_attention_forward(
     elif by_index is not None:
         blocks = choose_by_index(module, *by_index, layout, config, backend)
         options = {"block_size": config.block_size, "backend": backend, "block_indices": blocks}
+        keep_loss(module, by_index, q, k, layout, softmax, config.block_size, blocks)
     if observe is None:
         out = _attend(q, k, v, layout, softmax, options)
     elif layout is None or isinstance(layout, PaddedRows):

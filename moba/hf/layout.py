@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -199,6 +200,17 @@ def _find_layout(
         return PackedRows(layout.cu_seqlens, local)
     layout = layout or _static_cache(batch_size, q_length, q_offset, device)
     return PaddedRows(layout.key_start - kv_offset, layout.real_end - kv_offset, layout.query_end - kv_offset, local)
+
+
+def row_spans(layout: Any, batch: int, length: int) -> list[tuple[int, int, int]]:
+    """Row, first and one past the last token of each sequence in a batch."""
+    if layout is None:
+        return [(row, 0, length) for row in range(batch)]
+    if isinstance(layout, PaddedRows):
+        ends = zip(layout.key_start.tolist(), layout.real_end.tolist(), strict=True)
+        return [(row, start, stop) for row, (start, stop) in enumerate(ends)]
+    bounds = layout.cu_seqlens.tolist() if isinstance(layout, PackedRows) else [layout[0].tolist()]
+    return [(row, start, stop) for row, cu in enumerate(bounds) for start, stop in pairwise(cu) if start < stop]
 
 
 def is_local(layout: Any) -> TypeGuard[PaddedRows | PackedRows]:

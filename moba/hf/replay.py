@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from os import PathLike
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from moba.files import replacing
-from moba.hf.layout import PackedRows, PaddedRows
+from moba.hf.layout import row_spans
 from moba.hf.record import RoutingRecord, require_moba
 from moba.routing import Routing
 
@@ -152,7 +151,7 @@ def _of_batch(module: Any, q: Tensor, k: Tensor, layout: Any, rows: Sequence[Rou
         raise ValueError(
             f"routings are replayed over whole sequences: {q.shape[1]} queries came with {k.shape[1]} keys"
         )
-    spans = _spans(layout, q.shape[0], q.shape[1])
+    spans = row_spans(layout, q.shape[0], q.shape[1])
     if len(spans) != len(rows):
         raise ValueError(f"rows must be as many as the batch has sequences, got {len(rows)} for {len(spans)}")
     first = rows[0][layer]
@@ -165,17 +164,6 @@ def _of_batch(module: Any, q: Tensor, k: Tensor, layout: Any, rows: Sequence[Rou
             )
         indices[row, start : start + given.shape[0]] = given.cpu()
     return Routing(indices.to(q.device), first.block_size)
-
-
-def _spans(layout: Any, batch: int, length: int) -> list[tuple[int, int, int]]:
-    """Row, first and one past the last token of each sequence in a batch."""
-    if layout is None:
-        return [(row, 0, length) for row in range(batch)]
-    if isinstance(layout, PaddedRows):
-        ends = zip(layout.key_start.tolist(), layout.real_end.tolist(), strict=True)
-        return [(row, start, stop) for row, (start, stop) in enumerate(ends)]
-    bounds = layout.cu_seqlens.tolist() if isinstance(layout, PackedRows) else [layout[0].tolist()]
-    return [(row, start, stop) for row, cu in enumerate(bounds) for start, stop in pairwise(cu) if start < stop]
 
 
 def _layers(rows: Sequence[RoutingRow]) -> list[int]:
