@@ -94,7 +94,7 @@ def run_case(
     record = {**case.to_dict(), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops}
 
     def moba(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        chosen = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
+        chosen: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
         return moba_attention(q, k, v, **chosen, backend=backend, **options)
 
     if problem := _gate(case, q, k, v, d_out, moba):
