@@ -18,7 +18,8 @@ PAGE = models_page.read_page()
 SAID = PAGE.get(transformers.__version__, {})
 # What a refusal names: the class, or what it asks for that MoBA cannot honour.
 NAMED = re.compile(
-    r"computes its|chooses by|has no att|(\w+ )?reads a window|(\w+|is_causal=False): MoBA |head dim must be "
+    r"computes its|chooses by|has no att|(\w+ )?reads a window|(\w+|is_causal=False): MoBA |head dim must be |"
+    r"attention_mask must be "
 )
 
 

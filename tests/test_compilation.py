@@ -6,8 +6,12 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from moba import MoBAConfig, warmup
-from moba.hf import set_moba_config
+from moba import MoBAConfig, backends, moba_attention, moba_attention_varlen, warmup
+from moba.backends import triton
+from moba.backends.triton import ahead, attention, decoding, launch, routing
+from moba.compilation import _of_model
+from moba.hf import register_moba, set_moba_config
+from moba.hf.cache import MoBACache
 
 CONFIG = MoBAConfig(block_size=16, topk=3)
 
@@ -33,3 +37,60 @@ def test_a_cpu_compiles_nothing():
 def test_what_is_missing_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         warmup(**options)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What calls would launch on an H100, whose results are left as they are in memory."""
+    variants = set()
+    monkeypatch.setattr(launch.Plan, "run", lambda plan, *tensors, **options: variants.update(plan.variants()))
+    monkeypatch.setattr(backends, "resolve", lambda *args, **options: triton)
+    for module in (attention, decoding, routing):
+        monkeypatch.setattr(module, "arch_of", lambda device: 90)
+    monkeypatch.setattr(launch, "_plans", {})
+    return variants
+
+
+def warmed_up(config, heads):
+    options = {"softcap": None, "training": True, "max_tokens": 2048}
+    return set(ahead.variants_of(90, torch.bfloat16, config.block_size, config.topk, 1, heads, **options))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_warming_up_knows_what_calls_launch(launched, rows, heads_first, lse):
+    def leaf(heads):
+        x = torch.randn(rows, heads, 600, 128, dtype=torch.bfloat16)
+        return (x.transpose(1, 2) if heads_first else x.view(rows, 600, heads, 128)).requires_grad_()
+
+    config, (q, k, v) = MoBAConfig(64, 4, keep_first=1), (leaf(4), leaf(2), leaf(2))
+    options = {**config.selection, "return_lse": True}
+    bounds = {"key_start": torch.zeros(rows, dtype=torch.int32), "key_end": torch.full((rows,), 590, dtype=torch.int32)}
+    cu = torch.tensor([0, 300, 600], dtype=torch.int32)
+    calls = [moba_attention(q, k, v, **options), moba_attention(q, k, v, **bounds, **options)]
+    calls.append(moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu, **options))
+    for out, row_lse in calls:
+        (out.sum() + row_lse.sum() if lse else out.sum()).backward()
+    assert {v.kernel.__name__ for v in launched} >= {"_select_kernel", "_delta_kernel", "_dkv_kernel", "_dq_own_kernel"}
+    assert launched <= warmed_up(config, (4, 2, 128, 128))
+
+
+@pytest.mark.parametrize("room", [None, 700])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Phi3"])
+def test_warming_up_knows_what_a_model_launches(launched, family, room):
+    """Trained and read as it is, and writing with a cache, a row that is padded beside another."""
+    register_moba(None)
+    model = tiny_model(family, head_dim=128, max_position_embeddings=1024).bfloat16()
+    set_moba_config(model, MoBAConfig(64, 4, keep_first=1, decode="moba"))
+    model.set_attn_implementation("moba")
+    config, *heads, _ = _of_model(model, None)
+    tokens, mask = torch.randint(3, 64, (2, 600)), torch.ones(2, 600, dtype=torch.long)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    for padding in (0, 100):
+        mask[1, :padding] = 0
+        cache = MoBACache(model.config, max_cache_len=room)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "disable_compile": True, "do_sample": False}
+        model.generate(tokens, attention_mask=mask, past_key_values=cache, **options)
+    assert any("append" in v.kernel.__name__ for v in launched)
+    assert launched <= warmed_up(config, (*heads, heads[-1]))

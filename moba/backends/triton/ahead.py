@@ -48,8 +48,9 @@ def variants_of(
                     "num_kv_heads": num_kv_heads, "num_kept": num_kept, "softcap": softcap}  # fmt: skip
     plans = []
     for layout in ("plain", "padded", "packed"):
-        calls = call_plans(*setting, layout, num_tokens=max(NUM_TOKENS, (topk + 1) * block_size), **options)
-        plans += calls if training else [calls[0], *calls[1::2]]
+        num_tokens = max(NUM_TOKENS, (topk + 1) * block_size)
+        # Heads first, as models of transformers may have them: what evenly spaced query rows need is then foreseen.
+        plans += call_plans(*setting, layout, num_tokens=num_tokens, heads_first=True, training=training, **options)
     lengths = [min(1024 << i, max_tokens) for i in range(max(1, max_tokens.bit_length() - 9))]
     for layout in ("plain", "padded"):
         for num_keys in dict.fromkeys(lengths):
@@ -78,6 +79,8 @@ def call_plans(
     num_sequences: int = 4,
     num_rows: int | None = None,
     workspaces: tuple[int, ...] = (),
+    heads_first: bool = False,
+    training: bool = True,
 ) -> list[Plan]:
     """The plans of a forward and a backward: routing, by-block view and attention, with room to spare and without.
 
@@ -85,6 +88,8 @@ def call_plans(
         layout: "plain", "padded", "packed", "one query" or "far", of strides beyond 32 bits.
         num_kept: blocks that are always selected, keep_first and keep_recent together.
         workspaces: bytes; by default ample ones and tight ones.
+        heads_first: whether the queries of a head, and their gradients, lie one after another in memory.
+        training: whether the backward is among them, with a gradient of the log-sum-exp and without.
     """
     num_rows = num_rows or (2 if layout == "padded" else 1)
     num_keys = FAR_TOKENS if layout == "far" else num_tokens
@@ -93,11 +98,13 @@ def call_plans(
     cu = _empty(num_sequences + 1) if layout == "packed" else None
     sequences = Sequences(num_rows, num_queries, num_keys, key_start=bound, key_end=bound, cu_q=cu, cu_k=cu)
     bounds = bounds_of(sequences)
-    q = _empty(num_rows, num_queries, num_heads, head_dim, dtype=dtype)
+    q = _queries((num_rows, num_queries, num_heads, head_dim), dtype, heads_first)
     k, v = (_empty(num_rows, num_keys, num_kv_heads, dim, dtype=dtype) for dim in (head_dim, value_dim or head_dim))
+    out = _empty(num_rows, num_queries, num_heads, v.shape[3], dtype=dtype)
+    d_out = _queries(out.shape, dtype, heads_first)
     if layout == "far":
         # Head after head, one of two key/value heads: the strides of rows and of heads are both beyond 2^31.
-        q = _empty(num_rows, num_heads, num_queries, head_dim, dtype=dtype).transpose(1, 2)
+        q = d_out = _queries(q.shape, dtype, heads_first=True)
         k, v = (_empty(num_rows, 2, num_keys, head_dim, dtype=dtype).transpose(1, 2)[:, :, :1] for _ in range(2))
     indices = _empty(num_rows, num_queries, num_heads, topk)
     plans = [
@@ -107,7 +114,7 @@ def call_plans(
         )
     ]  # fmt: skip
     view = new_view(indices, sequences, block_size)
-    out = q if value_dim is None else _empty(num_rows, num_queries, num_heads, value_dim, dtype=dtype)
+    d_q = _empty(*q.shape, dtype=dtype)
     lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)
     for workspace_bytes in workspaces or (1 << 40, TIGHT_BYTES_PER_KEY * num_keys):
         options: dict[str, Any] = {
@@ -115,10 +122,19 @@ def call_plans(
             "workspace_bytes": workspace_bytes,
         }  # fmt: skip
         forward = (q, k, v, indices, *view, out, lse)
-        backward = (out, lse, q, k, v, out, lse, indices, *view, q, k, v)
         plans.append(make_plan(plan_attend, *forward, *bounds, **options))
-        plans.append(make_plan(plan_attend_backward, *backward, *bounds, **options))
+        backward = (q, k, v, out, lse, indices, *view, d_q, k, v, *bounds)
+        for d_lse in (lse, None) if training else ():
+            plans.append(make_plan(plan_attend_backward, d_out, d_lse, *backward, **options))
     return plans
+
+
+def _queries(shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool) -> Tensor:
+    """[R, T, H, D] in either order of memory."""
+    num_rows, num_queries, num_heads, dim = shape
+    if not heads_first:
+        return _empty(*shape, dtype=dtype)
+    return _empty(num_rows, num_heads, num_queries, dim, dtype=dtype).transpose(1, 2)
 
 
 def step_plans(
