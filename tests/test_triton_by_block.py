@@ -77,6 +77,11 @@ def test_plain(length, block_size, topk):
     assert_groups(indices, sequences, block_size)
 
 
+def test_a_block_that_every_query_chose():
+    indices = torch.zeros(1, 600, 2, 2, dtype=torch.int32, device=DEVICE)
+    assert_groups(indices, Sequences(1, 600, 600), 4)
+
+
 def test_packed_and_padded():
     cu_q = torch.tensor([0, 70, 70, 71, 130], dtype=torch.int32, device=DEVICE)
     assert_groups(*routed(1, 140, 2, 8, 4, Sequences(1, 140, 140, cu_q=cu_q, cu_k=cu_q)), 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import triton
@@ -20,6 +21,10 @@ def repair() -> None:
     - A matrix product of bf16 takes the bits as integers.
     - An exclusive or along an axis, as sorting needs it, is a loop over elements.
     - The maximum or minimum of NaN and a number is NaN, where a GPU returns the number.
+    - A scan by the kernel's own function is a loop over elements, too.
+    - More than half of a kernel's time goes into what nobody asked for: every call of a function within it looks for
+      the builtins of the whole language, every operation makes a table of dtypes, and every tensor spells out a type
+      of its shape.
 
     Raises:
         ImportError: for another version of Triton.
@@ -55,6 +60,27 @@ def repair() -> None:
 
         return dot(self, values(a), values(b), d, *options)
 
+    patch_lang, find_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    nothing = interpreter._LangPatchScope()
+    running: list[interpreter._LangPatchScope] = []
+    dtypes: dict[str, np.dtype] = {}
+
+    def patch_lang_once_a_launch(fn):
+        if running:
+            return nothing
+        running.append(patch_lang(language))
+        scope = interpreter._LangPatchScope()
+        scope.restore = lambda: running.pop().restore()
+        return scope
+
+    def find_dtype_once(dtype):
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = find_dtype(dtype)
+        return dtypes[dtype.name]
+
+    interpreter._patch_lang = patch_lang_once_a_launch
+    interpreter._get_np_dtype = find_dtype_once
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._convert_float = convert_bf16_exactly
     builder.create_dot = dot_of_values
@@ -68,4 +94,25 @@ def repair() -> None:
         data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(data, input[0].dtype)
 
+    def scan_in_steps(self, input):
+        values = [x.handle.data for x in input]
+        place = np.arange(values[0].shape[self.axis]).reshape([-1] + [1] * (values[0].ndim - 1 - self.axis))
+        step = 1
+        while step < len(place):
+            pairs = [np.roll(x, step, self.axis) for x in values] + values
+            found = self.combine_fn.fn(*map(self.to_tensor, pairs, [x.dtype for x in input] * 2))
+            found = found if isinstance(found, tuple) else (found,)
+            values = [np.where(place < step, x, y.handle.data) for x, y in zip(values, found, strict=True)]
+            step *= 2
+        return list(map(self.to_tensor, values, [x.dtype for x in input]))
+
+    def keep_values(self, values, type=None):
+        self.values = list(values)
+        if type is not None:
+            self.type = type if isinstance(type, tl.core.tuple_type) else tl.core.tuple_type(type)
+
+    type_when_asked = functools.cached_property(lambda self: tl.core._type_for_tuple_values(self.values))
+    type_when_asked.__set_name__(tl.core.tuple, "type")
+    tl.core.tuple.__init__, tl.core.tuple.type = keep_values, type_when_asked
+    interpreter.ScanOps.generic_scan = scan_in_steps
     interpreter.ReduceOps.apply_impl = reduce_xor_at_once
