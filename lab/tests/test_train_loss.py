@@ -6,12 +6,14 @@ import copy
 import os
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 import torch
 from helpers import LargestNewTensor, assert_close, relative_error
 from tiny_models import random_tokens, tiny_model
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from moba_lab.train.loss import linear_cross_entropy, use_fused_loss
 
@@ -54,6 +56,21 @@ def test_a_models_loss_stays_what_it_was(family, num_items):
         assert_close(got, want, 1e-6)
     with torch.no_grad():
         assert torch.equal(fused(tokens).logits, model(tokens).logits), "without labels nothing changes"
+
+
+def test_a_copy_computes_its_own_loss_and_is_saved_as_the_model(tmp_path):
+    model, tokens = tiny_model(), random_tokens(2, 40)
+    use_fused_loss(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.embed_tokens.weight.mul_(-1)
+        losses = [one(tokens, labels=tokens).loss for one in (model, copied)]
+    assert abs(losses[0] - losses[1]) > 0.01
+    assert signature(model.forward) == signature(tiny_model().forward), "callers read names from it"
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LlamaForCausalLM
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_logits_of_all_tokens_never_exist():

@@ -5,7 +5,7 @@ Letters: N tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import types
+import functools
 from importlib.util import find_spec
 from typing import Any
 
@@ -86,19 +86,32 @@ def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
         raise ValueError(f"loss={loss!r} cannot serve {type(model).__name__}: {reason}; use 'logits'")
     if loss == "liger" and find_spec("liger_kernel") is None:
         raise ValueError("loss='liger' needs the package liger-kernel: pip install moba-lab")
-    of_logits = model.forward
+    cls: Any = type(model)
+    model.__class__ = _with_loss(cls, loss)
+    return loss
+
+
+@functools.cache
+def _with_loss(cls: type[PreTrainedModel], loss: str) -> type[PreTrainedModel]:
+    """A class of models that differs from `cls` in the loss alone.
+
+    A class, not a function put on one model in place of `forward`: copies of the model, wrappers (FSDP2, DDP, PEFT) and
+    whoever reads the signature of `forward` see what they would see of the model itself.
+    """
     summed = _liger if loss == "liger" else linear_cross_entropy
 
+    @functools.wraps(cls.forward)
     def forward(
-        self: PreTrainedModel,
+        self: Any,
         input_ids: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
-            return of_logits(input_ids=input_ids, **kwargs)
+            return cls.forward(self, input_ids=input_ids, **kwargs)
         # Else transformers fills a cache of keys and values that nobody reads.
         hidden = self.base_model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state
         shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shift_labels is None else shift_labels
@@ -107,8 +120,8 @@ def use_fused_loss(model: PreTrainedModel, loss: str = "auto") -> str:
         count = (targets != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
-    model.forward = types.MethodType(forward, model)
-    return loss
+    # Saved models and transformers' checks of a model's source name the class that it was made from.
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
