@@ -64,8 +64,8 @@ def warmup(
     if not backends.resolve(config.backend, probe, probe).__name__.endswith("triton"):
         return 0
     from moba.backends.triton.ahead import variants_of
-    from moba.backends.triton.launch import compiled
     from moba.backends.triton.tuning import arch_of
+    from moba.backends.triton.variants import compiled
 
     variants = variants_of(
         arch_of(device), dtype, config.block_size, config.topk, config.keep_first + config.keep_recent,

@@ -20,7 +20,7 @@ from moba import (
     moba_attention_varlen,
     moba_route,
 )
-from moba.backends.triton import launch
+from moba.backends.triton import variants
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.routing import Routing
 
@@ -282,7 +282,7 @@ def test_matrix_of_the_release(num_sequences, heads, tokens):
 
 
 def num_kernels():
-    return len(launch._kernels)
+    return len(variants._kernels)
 
 
 def test_nothing_is_compiled_for_another_length_batch_or_document():

@@ -19,8 +19,8 @@ import aot_cases
 
 from moba.backends.triton import ahead
 from moba.backends.triton.device import Rows
-from moba.backends.triton.launch import variant
 from moba.backends.triton.tuning import ARCHITECTURES, TABLE, Row, lookup
+from moba.backends.triton.variants import variant
 
 AOT = Path(aot.__file__)
 

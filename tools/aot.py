@@ -21,8 +21,8 @@ from aot_cases import Case
 from aot_cases import cases as all_cases
 from triton.backends.compiler import GPUTarget
 
-from moba.backends.triton.launch import Variant
 from moba.backends.triton.tuning import ARCHITECTURES
+from moba.backends.triton.variants import Variant
 
 # Shared memory that one program may opt in to, in bytes.
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}

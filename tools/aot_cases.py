@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from moba.backends.triton.ahead import call_plans, step_plans
-from moba.backends.triton.launch import Plan, Variant
+from moba.backends.triton.launch import Plan
+from moba.backends.triton.variants import Variant
 
 HEAD_DIMS = {
     torch.bfloat16: (16, 64, 80, 128, 256),

@@ -11,8 +11,9 @@ from moba.backends.triton.attention import plan_attend, plan_attend_backward
 from moba.backends.triton.by_block import new_view
 from moba.backends.triton.decoding import plan_append, plan_decode
 from moba.backends.triton.device import bounds_of
-from moba.backends.triton.launch import Plan, Variant, make_plan
+from moba.backends.triton.launch import Plan, make_plan
 from moba.backends.triton.routing import plan_select
+from moba.backends.triton.variants import Variant
 from moba.sequences import Sequences
 
 NUM_TOKENS = 16384

@@ -4,18 +4,12 @@ Building takes host code: choosing tiles, cutting chunks, a kernel's arguments. 
 "meta" device, so that plans are built ahead of time without a GPU. Running takes the tensors' pointers, one allocation
 for all buffers, and one driver call a kernel.
 
-What a kernel is compiled for is stated here (`variant`) and never follows from the value of a number: dtypes, whether
-tensors and strides are multiples of 16 bytes and elements, which pointers are there, and the `tl.constexpr` arguments.
-So a length, a batch size or a number of sequences that was not met before compiles nothing. The kernels of a plan that
-are not compiled yet are compiled in parallel.
+variants.py states what the kernels are compiled for.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-logger = logging.getLogger("moba")
+from moba.backends.triton.variants import Matrix, Variant, compiled, variant
 
 # Triton settles this when kernels are imported. A constant, as torch.compile cannot trace the question.
 IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -36,17 +29,6 @@ ALIGNMENT = 256
 MAX_GRID_YZ = 65535
 # Plans that are kept; the oldest makes room.
 MAX_PLANS = 1024
-# Compiling is announced once it has taken so long.
-ANNOUNCE_AFTER_S = 2.0
-
-POINTER_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -57,16 +39,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(a: int) -> int:
     """The least power of two that is at least a; 1 for a < 1."""
     return 1 << max(0, a - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """An argument for the tensor memory accelerator: a matrix that begins where `tensor` does, read tile by tile."""
-
-    tensor: Tensor
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    tile: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -102,79 +74,6 @@ class _Step(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-
-
-class Variant(NamedTuple):
-    """What a kernel is compiled for: Triton's signature, constants and hints by parameter, and launch options."""
-
-    kernel: Any
-    signature: tuple[Any, ...]
-    constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[int, ...], ...]
-    options: tuple[tuple[str, Any], ...]
-
-    def compile(self, target: Any = None) -> Any:
-        """Compile it, or load it from Triton's cache on disk; for another chip than this machine's, name the target."""
-        source = ASTSource(
-            self.kernel,
-            dict(zip(self.kernel.arg_names, self.signature, strict=True)),
-            dict(self.constants),
-            {place: [["tt.divisibility", 16]] for place in self.aligned},
-        )
-        return triton.compile(source, target=target, options=dict(self.options))
-
-
-def variant(
-    kernel: Any, arguments: Sequence[Any], options: dict[str, Any], is_aligned: Callable[[Any], bool]
-) -> Variant:
-    """What a launch with these arguments needs compiled.
-
-    Integers are 32-bit numbers, or 64-bit ones: those that need it, and always `stride_r`, which grows with the length.
-    The strides of a tuple, its fields called `stride…`, are said to be multiples of 16 if all are and if its pointer is
-    one to aligned floating-point numbers.
-
-    Args:
-        arguments: in the order of the kernel's parameters; tensors, matrices, numbers, None, and tuples of these.
-        is_aligned: whether a tensor argument begins at a multiple of 16 bytes.
-    """
-    constants: list[tuple[tuple[int, ...], Any]] = []
-    aligned: list[tuple[int, ...]] = []
-
-    def kind(value: Any, place: tuple[int, ...], is_long: bool = False) -> Any:
-        if isinstance(value, tuple):
-            names = getattr(value, "_fields", ("",) * len(value))
-            strides = [(*place, i) for i, name in enumerate(names) if name.startswith("stride")]
-            kinds = [
-                kind(x, (*place, i), name == "stride_r") for i, (x, name) in enumerate(zip(value, names, strict=True))
-            ]
-            if (*place, 0) in aligned and all(
-                isinstance(value[i[-1]], int) and value[i[-1]] % 16 == 0 for i in strides
-            ):
-                aligned.extend(strides)
-            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
-        if value is None:
-            constants.append((place, None))
-            return "constexpr"
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and is_aligned(value):
-                aligned.append(place)
-            return POINTER_TYPES[value.dtype]
-        if isinstance(value, Matrix):
-            return f"tensordesc<{POINTER_TYPES[value.tensor.dtype][1:]}{list(value.tile)}>"
-        if isinstance(value, float):
-            return "fp32"
-        if is_long or (isinstance(value, int) and not -(2**31) <= value < 2**31):
-            return "i64"
-        return "i32"
-
-    signature = []
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if parameter.is_constexpr:
-            constants.append(((i,), value))
-            signature.append("constexpr")
-        else:
-            signature.append(kind(value, (i,)))
-    return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items())))
 
 
 # A launch that is ready: it takes all pointers, the tensors, the memory of the buffers, the run's numbers, the stream.
@@ -387,32 +286,6 @@ def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
         return function(x)
     values = [_mapped(function, y) for y in x]
     return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-
-
-_kernels: dict[tuple[int, Variant], Any] = {}
-
-
-def compiled(variants: Sequence[Variant], device: torch.device) -> list[Any]:
-    """These variants, ready to launch on the device: what is missing is compiled in parallel, or loaded from disk."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    missing = [v for v in dict.fromkeys(variants) if (index, v) not in _kernels]
-
-    def make(v: Variant) -> None:
-        torch.cuda.set_device(index)
-        kernel = v.compile()
-        kernel[(1, 1, 1)]  # loads it
-        _kernels[index, v] = kernel
-
-    if len(missing) == 1:
-        make(missing[0])
-    elif missing:
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            futures = [pool.submit(make, v) for v in missing]
-            if wait(futures, timeout=ANNOUNCE_AFTER_S).not_done:
-                logger.warning("compiling %d kernels for this setting; Triton keeps them on disk", len(missing))
-            for future in futures:
-                future.result()
-    return [_kernels[index, v] for v in variants]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

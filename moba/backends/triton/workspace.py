@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.device import Rows, View, padded_head_dim, rows_of
-from moba.backends.triton.launch import Matrix, Plan, cdiv, next_power_of_2
+from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
+from moba.backends.triton.variants import Matrix
 from moba.sequences import Sequences
 
 # Most bytes of K, and of V, that a program keeps on chip.
