@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.block_means import append_block_means, moba_attention_paged, moba_route
-from moba.combine import combine
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.compilation import warmup
 from moba.config import MoBAConfig
+from moba.merge import combine
 from moba.module import MoBAttention
 from moba.routing import Routing
 

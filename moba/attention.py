@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moba import backends
 from moba.backends import MAX_DECODE_QUERIES
-from moba.combine import add_sinks
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
+from moba.merge import add_sinks
 from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
 from moba.routing import Routing, Selection, given_indices
 from moba.sequences import Sequences

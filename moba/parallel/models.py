@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from moba.config import MODEL_ROUTERS, require_one_of
 from moba.hf import get_moba_config
 from moba.hf.attention import is_full_layer, layer_config, refuse_unknown
-from moba.hf.hooks import attentions
+from moba.hf.attention_modules import attentions
 from moba.hf.layout import PaddedRows, decode_layout, is_local, layout_mask
 from moba.hf.switch import refuse_other_models
 from moba.parallel.attention import TRANSPORTS, context_parallel_attention

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moba.hf.attention_modules import attentions, require_hook
 from moba.hf.extensions import read_weights
-from moba.hf.hooks import attentions, require_hook
 from moba.hf.layout import PackedRows, PaddedRows, decode_layout
 from moba.numerics import accumulation_dtype
 from moba_lab.models.cached_rows import cache_layer, remember

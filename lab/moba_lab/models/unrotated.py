@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moba.config import MoBAConfig
 from moba.hf import provide_route_by, set_moba_config
-from moba.hf.hooks import attentions, require_hook
+from moba.hf.attention_modules import attentions, require_hook
 from moba_lab.models.cached_rows import cache_layer, remember
 
 ROWS = "unrotated keys"

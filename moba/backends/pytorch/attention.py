@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moba.backends.pytorch import dense
-from moba.combine import combine
+from moba.merge import combine
 from moba.numerics import accumulation_dtype, all_finite, positive_scale
 from moba.routing import by_block, outside_graphs
 from moba.sequences import Sequences, Span

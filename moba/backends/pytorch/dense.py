@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moba.combine import combine
+from moba.merge import combine
 from moba.numerics import accumulation_dtype, padded_to
 
 

@@ -1,4 +1,4 @@
-"""Hooks on attention modules and their projections."""
+"""A model's attention modules, and whether hooks on their projections are still there."""
 
 from __future__ import annotations
 
