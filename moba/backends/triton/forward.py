@@ -93,6 +93,8 @@ def _attend_past_kernel(
     offsets_ptr = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1)
     entries_ptr = view.entries + head.to(tl.int64) * num_entries
 
+    # A window counts entries, one for each query and past block that it chose, in the order of blocks, and
+    # BLOCK_COST more for each block. The entries of a block begin at offsets[block].
     begin = tl.program_id(0) * WINDOW
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
@@ -101,14 +103,17 @@ def _attend_past_kernel(
         # A block that nobody chose is not read: it may be a short one, with nothing behind its keys.
         if first_tile < stop:
             row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
+            # 1. The block's keys and values, if they stay on chip.
             if KEEPS_KEYS:
                 keys = tl.arange(0, TILE_N)
                 is_key = keys < BLOCK_SIZE
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key, is_key, HEAD_DIM, TILE_N)
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key, is_key, VALUE_DIM, TILE_N)
             for tile in tl.range(first_tile, stop, TILE_M, num_stages=QUERY_STAGES):
+                # 2. The queries that chose the block, and the slot of `indices` in which each has it.
                 query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
+                # 3. The softmax over this block alone; its keys all lie in the past, so causality masks none.
                 if KEEPS_KEYS:
                     logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
                     if BLOCK_SIZE != TILE_N:
@@ -130,6 +135,7 @@ def _attend_past_kernel(
                         if BLOCK_SIZE % TILE_N != 0:
                             logits = tl.where(is_key[None, :], logits, float("-inf"))
                         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
+                # 4. Its result and log-sum-exp (base 2), where `_attend_own_kernel` finds them by query and slot.
                 outputs = acc * (1.0 / total)[:, None]
                 lse = maximum + tl.log2(total)
                 store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, VALUE_DIM)
@@ -147,6 +153,7 @@ def _attend_own_kernel(
     chunk_head = tl.program_id(1)
     kv_head = (chunk_head + partials.first_head) // GROUP
     head = (chunk_head + partials.first_head).to(tl.int64)
+    # 1. The tile's queries: where they lie, and which of them this chunk of heads and rows writes.
     row, first_query, query_begin, query_end, offset, sequence_start = query_tile_span(
         tl.program_id(0), layout, tiles_per_row, TILE_M
     )
@@ -161,6 +168,8 @@ def _attend_own_kernel(
     q_ptr = q.ptr + long_row * q.stride_r + head * q.stride_h
     q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, is_real, HEAD_DIM)
 
+    # 2. Past blocks: the sum of their partials, each weighed by exp2(its log-sum-exp - the largest one). The largest is
+    # found first, so the sum runs in the order of slots and is never rescaled.
     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, BLOCK_V], tl.float32)
@@ -185,6 +194,8 @@ def _attend_own_kernel(
             total += weight
             acc += weight[:, None] * load_rows(partials.ptr, index * VALUE_DIM, exists, VALUE_DIM).to(tl.float32)
 
+    # 3. The own blocks, on top: keys that every query of the tile sees, from begin to middle; then those that a mask
+    # decides on, up to the last query's own position.
     all_keys = tl.full([TILE_N], True, tl.int1)
     begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_M, TILE_N)
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
@@ -200,6 +211,7 @@ def _attend_own_kernel(
         logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_M), logits, float("-inf"))
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
 
+    # 4. The merged softmax, divided once; padded query rows are zeros.
     out = tl.where(is_real[:, None], acc * (1.0 / total)[:, None], 0.0)
     lse = tl.where(is_real, (maximum + tl.log2(total)) * LN_2, float("-inf"))
     place = query_row.to(tl.int64) * num_heads + head
