@@ -16,7 +16,7 @@ from moba.backends import pytorch
 from moba_lab.bench import attention, decode
 from moba_lab.bench.attention import rows, run_case
 from moba_lab.bench.cases import Case, length_name
-from moba_lab.bench.check import check
+from moba_lab.bench.check import find_error
 from moba_lab.bench.report import plot_growth, to_markdown
 
 
@@ -31,7 +31,7 @@ def results():
 
 
 def test_right_results_pass(results):
-    assert check(**results) is None
+    assert find_error(**results) is None
 
 
 def test_heads_that_choose_together_are_judged_together(results):
@@ -40,8 +40,8 @@ def test_heads_that_choose_together_are_judged_together(results):
     for router, other in (("shared", "mean"), ("mean", "shared")):
         out, routing = moba_attention(q, k, v, block_size=16, topk=3, router=router, return_routing=True)
         given = {"q": q, "k": k, "v": v, "out": out, "routing": routing, "topk": 3}
-        assert check(**given, router=router) is None
-        assert "scores" in check(**given, router=other)
+        assert find_error(**given, router=router) is None
+        assert "scores" in find_error(**given, router=other)
 
 
 @pytest.mark.parametrize("name", ["out", "d_q"])
@@ -49,7 +49,7 @@ def test_a_wrong_or_missing_value_fails(results, name):
     for wrong in (1.01, torch.nan):
         spoiled = results[name].clone()
         spoiled[0, -1, 2] *= wrong
-        assert f"relative error of {name}" in check(**{**results, name: spoiled})
+        assert f"relative error of {name}" in find_error(**{**results, name: spoiled})
 
 
 def test_a_wrong_routing_fails(results):
@@ -57,13 +57,13 @@ def test_a_wrong_routing_fails(results):
     last = indices[0, -1, 0].clone()
     for blocks in ([last[1], last[0], last[2]], [last[0], last[2], -1]):
         indices[0, -1, 0] = torch.tensor(blocks)
-        assert "routing of row 0, query 199, head 0" in check(**results)
+        assert "routing of row 0, query 199, head 0" in find_error(**results)
     worst = next(j for j in range(12) if j not in last.tolist())
     for other in range(12):
         if other != worst:
             indices[0, -1, 0] = torch.tensor([*sorted((worst, other)), 12])
             if set(indices[0, -1, 0].tolist()) != set(last.tolist()):
-                assert "scores" in check(**results)
+                assert "scores" in find_error(**results)
 
 
 def test_operations_are_counted():

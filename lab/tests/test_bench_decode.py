@@ -13,7 +13,7 @@ from moba import append_block_means, moba_attention
 from moba.routing import Routing
 from moba_lab.bench import cases
 from moba_lab.bench.cases import DecodeCase
-from moba_lab.bench.check import check, check_dense, check_means
+from moba_lab.bench.check import check_dense, check_means, find_error
 from moba_lab.bench.decode import rows
 from moba_lab.bench.dense import decode_baselines
 
@@ -31,14 +31,14 @@ def step():
 
 def test_a_right_step_passes(step):
     assert check_means(step["means"], step["k"], 16) is None
-    assert check(**step) is None
+    assert find_error(**step) is None
 
 
 @pytest.mark.parametrize("wrong", [1.01, torch.nan])
 def test_a_wrong_step_fails(step, wrong):
     spoiled = step["out"].clone()
     spoiled[1, 1, 3] *= wrong
-    assert "relative error" in check(**{**step, "out": spoiled})
+    assert "relative error" in find_error(**{**step, "out": spoiled})
     spoiled = step["means"].clone()
     spoiled[1, 11, 1] *= wrong
     assert "row 1, head 1" in check_means(spoiled, step["k"], 16)
@@ -50,7 +50,7 @@ def test_a_wrong_routing_fails(step):
         if block not in chosen:
             indices = step["routing"].indices.clone()
             indices[1, 1, 3] = torch.tensor([*sorted((block, chosen[1])), 12])
-            problem = check(**{**step, "routing": Routing(indices, 16)})
+            problem = find_error(**{**step, "routing": Routing(indices, 16)})
             if "scores" in problem:
                 return
     raise AssertionError("no exchange of a chosen block for another was noticed")
@@ -94,7 +94,7 @@ def test_cases_that_do_not_fit_or_fail_stand_in_the_table(monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda device: 1000)
     skipped = decode.run_case(*run)
     monkeypatch.undo()
-    monkeypatch.setattr(decode, "check", lambda *_, **__: "wrong")
+    monkeypatch.setattr(decode, "find_error", lambda *_, **__: "wrong")
     failed = decode.run_case(*run)
     assert "moba_ms" not in failed
     _, (first, second) = rows([skipped, failed])

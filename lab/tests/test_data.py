@@ -26,7 +26,7 @@ from tiny_folder import save_tiny_model
 
 from moba_lab.cli import main
 from moba_lab.data import open_shards
-from moba_lab.data.build import Text, Unit, build
+from moba_lab.data.build import Text, Unit, build_shards
 from moba_lab.data.folder import folder_units, is_held_out
 from moba_lab.models.load import load_tokenizer
 
@@ -51,7 +51,7 @@ def write(folder, **files):
 
 
 def built(folder, units, tokenizer, **options):
-    return build(folder, units, tokenizer, tokenizer_name="tiny", end_of_text="<pad>", **options)
+    return build_shards(folder, units, tokenizer, tokenizer_name="tiny", end_of_text="<pad>", **options)
 
 
 def unit(name, *texts, about=None):
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path, tokenizer, monkeypatch):
 def test_other_data_in_the_folder_is_refused(tmp_path, tokenizer, model):
     built(tmp_path, [unit("a", Text("a", ["w1"]))], tokenizer)
     with pytest.raises(ValueError, match="another end of text"):
-        build(tmp_path, [], tokenizer, tokenizer_name="tiny", end_of_text="w1")
+        build_shards(tmp_path, [], tokenizer, tokenizer_name="tiny", end_of_text="w1")
     with pytest.raises(ValueError, match="a has changed"):
         built(tmp_path, [unit("a", about={"licence": "GPL"})], tokenizer)
     other = load_tokenizer(model)
@@ -136,13 +136,13 @@ def test_other_data_in_the_folder_is_refused(tmp_path, tokenizer, model):
     with pytest.raises(ValueError, match="another tokenizer"):
         built(tmp_path, [], other)
     with pytest.raises(ValueError, match="end_of_text"):
-        build(tmp_path / "new", [], tokenizer, tokenizer_name="tiny")
+        build_shards(tmp_path / "new", [], tokenizer, tokenizer_name="tiny")
 
 
 def test_special_tokens_in_text_are_text_to_a_real_tokenizer(tmp_path):
     smollm2 = load_tokenizer()
     text = "a <|im_start|> and <|endoftext|> in a file"
-    build(tmp_path, [unit("a", Text("a", [text]))], smollm2, tokenizer_name="SmolLM2")
+    build_shards(tmp_path, [unit("a", Text("a", [text]))], smollm2, tokenizer_name="SmolLM2")
     (tokens,) = open_shards(tmp_path)
     special = set(smollm2.all_special_ids) | {0, 1, 2}
     assert not special & set(tokens[:-1].tolist())

@@ -13,7 +13,7 @@ from tiny_folder import save_tiny_model, words
 
 from moba.files import write_json
 from moba_lab.data import ShardWriter, open_shards, tokenizer_hash
-from moba_lab.data.build import build
+from moba_lab.data.build import build_shards
 from moba_lab.data.dialogues import PARTS, DialoguePlan, Maker, documents, draw_facts
 from moba_lab.data.folder import folder_units
 from moba_lab.evals.needle import TASKS
@@ -34,7 +34,7 @@ def texts(tmp_path_factory, smollm2):
     lines = [json.dumps({"text": f"Document {i}. " + TEXT * count}) for i, count in enumerate((3, 400, 40))]
     (folder / "texts.jsonl").write_text("\n".join(lines))
     units = folder_units(folder / "texts.jsonl", text_key="text", held_out=0, licence="CC0")
-    build(folder / "data", units, smollm2, tokenizer_name="SmolLM2-135M-Instruct")
+    build_shards(folder / "data", units, smollm2, tokenizer_name="SmolLM2-135M-Instruct")
     return folder / "data"
 
 

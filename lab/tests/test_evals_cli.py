@@ -17,7 +17,7 @@ from moba.hf import set_moba_config
 from moba_lab.cli import main
 from moba_lab.cli.eval_setup import parse_lengths, parse_settings, setting_name
 from moba_lab.cli.options import Choice
-from moba_lab.data.build import Text, Unit, build
+from moba_lab.data.build import Text, Unit, build_shards
 from moba_lab.evals.reader import Reader
 from moba_lab.evals.texts import haystack_text, long_documents
 from moba_lab.models.generation import num_keys_read
@@ -275,7 +275,7 @@ def test_held_out_documents_are_taken_in_turn_from_each_source(tmp_path, model):
         Unit(name, {}, lambda work, n=n: ({}, [Text(f"{n}-{i}", [words(40 + i)], True) for i in range(3)]))
         for n, name in enumerate("ab")
     ]
-    build(tmp_path, units, tokenizer, tokenizer_name="tiny", end_of_text="<pad>")
+    build_shards(tmp_path, units, tokenizer, tokenizer_name="tiny", end_of_text="<pad>")
     documents = long_documents(tokenizer, 41, 3, data=tmp_path)
     assert [name for name, _ in documents] == ["0-1", "1-1", "0-2"]
     assert documents[0][1].tolist() == tokenizer(words(41))["input_ids"]

@@ -28,7 +28,7 @@ from moba.hf import attention as hf_attention
 from moba.hf import get_moba_config, set_moba_config
 from moba_lab.data import tokenizer_hash
 from moba_lab.lines import locked
-from moba_lab.train.checkpoints import checkpoints
+from moba_lab.train.checkpoints import all_checkpoints
 from moba_lab.train.loss import use_fused_loss
 from moba_lab.train.recipe import read_recipe
 from moba_lab.train.run import train
@@ -103,7 +103,7 @@ def test_training_lowers_the_loss_and_leaves_a_model(moba, file, tmp_path):
     attention = [record["full_layers"] for _, record in log_of(out, "loss", "attention")]
     assert attention == [0] * 90 + [2] * 10, "logged after the step"
     assert [len(log_of(out, f"eval_source {i}_loss")) for i in range(2)] == [2, 2]
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-96", "checkpoint-100"]
+    assert [path.name for path in all_checkpoints(out)] == ["checkpoint-96", "checkpoint-100"]
     assert not (out / "unfinished").exists()
     assert list((out / "tensorboard").iterdir())
     register_moba(None)
@@ -195,7 +195,7 @@ def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
         train(read_recipe(file, [change, f"out={out}"]), say=lambda text: None)
     # What a kill after step 20 leaves behind.
     shutil.rmtree(resumed / "model")
-    for path in checkpoints(resumed):
+    for path in all_checkpoints(resumed):
         if path.name != "checkpoint-20":
             shutil.rmtree(path)
     said = []

@@ -18,7 +18,7 @@ from test_train import tiny as tiny
 from tiny_shards import save_shards
 
 from moba.hf import get_moba_config
-from moba_lab.train.checkpoints import checkpoints
+from moba_lab.train.checkpoints import all_checkpoints
 from moba_lab.train.recipe import Recipe, read_recipe
 from moba_lab.train.run import train
 
@@ -102,7 +102,7 @@ def test_a_users_mistake_is_one_line(moba, file, tmp_path, change, said):
     assert (code, out) == (2, "")
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert not checkpoints(tmp_path / "out")
+    assert not all_checkpoints(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("base", "num_layers"), [("tiny", 3), ("SmolLM2-135M-Instruct", 30)])
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(moba, file, tmp_path, monk
     last = err.splitlines()[-1]
     assert "checkpoint-12 could not be saved, " in last
     assert "GiB were free on the disk: [Errno 28] No space left on device; checkpoint-8 is whole" in last
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
+    assert [path.name for path in all_checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
     assert not (out / "unfinished").exists(), "room is made"
     monkeypatch.undo()
     code, _, err = moba("train", file)

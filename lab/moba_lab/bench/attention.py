@@ -17,7 +17,7 @@ from moba.routing import Selection
 from moba.sequences import Sequences
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import Case, attention_suite, fixed_blocks_suite
-from moba_lab.bench.check import check
+from moba_lab.bench.check import find_error
 from moba_lab.bench.dense import Dense, dense_baselines, flex_attention_of, masked_sdpa
 from moba_lab.bench.measure import Measurement, measure
 from moba_lab.bench.report import Growth, Records, require_writable
@@ -136,7 +136,7 @@ def _gate(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, moba: Call
     if case.backward:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         d_q = torch.autograd.grad(moba(*leaves), leaves, d_out)[0]
-    return check(q, k, v, out, routing, case.topk, d_out, d_q, router=case.router)
+    return find_error(q, k, v, out, routing, case.topk, d_out, d_q, router=case.router)
 
 
 def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) -> float:

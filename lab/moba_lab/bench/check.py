@@ -17,7 +17,7 @@ def samples(count: int, most: int = NUM_SAMPLES) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def check(
+def find_error(
     q: Tensor,
     k: Tensor,
     v: Tensor,

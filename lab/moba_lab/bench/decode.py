@@ -15,7 +15,7 @@ from moba.attention import moba_attention
 from moba.block_means import append_block_means
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import DecodeCase, decode_suite, free_bytes
-from moba_lab.bench.check import check, check_dense, check_means
+from moba_lab.bench.check import check_dense, check_means, find_error
 from moba_lab.bench.dense import decode_baselines
 from moba_lab.bench.measure import measure
 from moba_lab.bench.report import Growth, Records, require_writable
@@ -105,7 +105,7 @@ def run_case(
     out, routing = moba(layers[0], return_routing=True)
     keys, values = (x.transpose(1, 2) for x in layers[0][1:3])
     problem = check_means(layers[0].means, keys, case.block_size)
-    problem = problem or check(layers[0].q, keys, values, out, routing, case.topk, means=layers[0].means)
+    problem = problem or find_error(layers[0].q, keys, values, out, routing, case.topk, means=layers[0].means)
     if problem:
         record["failed"] = problem
         return record

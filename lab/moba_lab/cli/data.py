@@ -122,13 +122,13 @@ def build_shards(
 
     Raises:
         ModuleNotFoundError: without transformers.
-        ValueError, OSError: as `moba_lab.data.build.build`, or without such a tokenizer.
+        ValueError, OSError: as `moba_lab.data.build.build_shards`, or without such a tokenizer.
     """
     require_packages("transformers")
     require_folder("out", out)
 
     from moba_lab.cli.session import messages, quieten, say
-    from moba_lab.data.build import build
+    from moba_lab.data.build import build_shards
     from moba_lab.models.load import EMBEDDED, load_tokenizer
 
     quieten()
@@ -137,7 +137,7 @@ def build_shards(
     loaded = load_tokenizer(tokenizer)
     units = make_units(loaded)
     with messages.status("starting …") as status:
-        manifest = build(
+        manifest = build_shards(
             out, units, loaded, tokenizer_name=name, end_of_text=end_of_text,
             on_progress=lambda unit, tokens: status.update(f"{unit}: {tokens:,} tokens"),
             on_finished=lambda number, unit, tokens: say(f"{number} of {len(units)}: {unit}, {tokens:,} tokens"),

@@ -65,7 +65,7 @@ class Unit:
     read: Callable[[Path], tuple[dict[str, Any], Iterable[Text | Tokens]]]
 
 
-def build(
+def build_shards(
     folder: Path,
     units: list[Unit],
     tokenizer: Any,

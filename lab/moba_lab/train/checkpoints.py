@@ -25,7 +25,7 @@ _NEEDED = {
 }
 
 
-def checkpoints(out: Path) -> list[Path]:
+def all_checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
     return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
@@ -38,7 +38,7 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of a run, None before the first."""
-    return next(reversed(checkpoints(out)), None)
+    return next(reversed(all_checkpoints(out)), None)
 
 
 def move_into_place(draft: Path, target: Path) -> None:
