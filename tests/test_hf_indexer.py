@@ -87,9 +87,11 @@ def test_packed_sequences_choose_alone(pool):
     parts = [reference(by_q[0, a:b], by_k[0, a:b], pool, CONFIG) for a, b in ((0, 19), (19, 50))]
     for layout in (PackedRows(cu[None]), (cu, cu)):
         assert torch.equal(choose_by_index(layer, by_q, by_k, layout, CONFIG, "auto")[0], torch.cat(parts))
-    model, tokens = indexed_model(pool), random_tokens(1, 50)
-    packed = logits(model, tokens, position_ids=positions_of([19, 31]), use_cache=False)
-    assert_close(packed[:, 19:], logits(model, tokens[:, 19:]), CLOSE)
+    model, tokens = indexed_model(pool), random_tokens(2, 50)
+    positions = torch.cat([positions_of([19, 31]), positions_of([33, 17])])
+    packed = logits(model, tokens, position_ids=positions, use_cache=False)
+    for row, start in ((0, 19), (1, 33)):
+        assert_close(packed[row, start:], logits(model, tokens[row : row + 1, start:])[0], CLOSE)
 
 
 @pytest.mark.parametrize("pool", POOLS)

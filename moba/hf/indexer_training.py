@@ -25,8 +25,7 @@ from moba.hf.indexer import Layout, max_scores
 from moba.hf.layout import row_spans
 from moba.numerics import accumulation_dtype
 
-# Queries at a time, and elements of their products with keys, by the device's type.
-_MOST_ROWS = 256
+# Elements of the largest intermediate results, by the device's type.
 _PRODUCTS = {"cpu": 1 << 20}
 _PRODUCTS_OTHERWISE = 1 << 26
 
@@ -143,7 +142,7 @@ def _add_span(
     if target.pool == "mean":
         tokens = tokens.mean(1, keepdim=True)
     d_tokens, total = torch.zeros_like(tokens), by_q.new_zeros(())
-    rows = min(_MOST_ROWS, max(1, _products(q) // (num_heads * (num_blocks + 1))))
+    rows = max(1, _products(q) // (num_heads * max(num_blocks + 1, size)))
     for start in range(size, length, rows):
         stop = min(start + rows, length)
         own = torch.arange(start, stop, device=q.device)[:, None] // size
