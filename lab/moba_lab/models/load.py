@@ -63,6 +63,10 @@ def load_model(
         from moba_lab.models.key_convolution import load_key_convolution
 
         load_key_convolution(loaded, source)
+    if getattr(loaded.config.get_text_config(decoder=True), "moba_indexer", None) is not None:
+        from moba.hf.indexer import load_indexer
+
+        load_indexer(loaded, source)
     _set_special_tokens(loaded, tokenizer)
     return loaded.eval(), tokenizer
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moba.hf import register_moba
+from moba.hf.indexer import add_indexer
 from moba_lab.models import adapters
 from moba_lab.models.key_convolution import add_key_convolution
 from moba_lab.models.load import EMBEDDED, load_model, load_tokenizer, num_layers_of
@@ -46,7 +47,14 @@ def build_model(recipe: Recipe, manifest: dict[str, Any]) -> tuple[Any, Any]:
     model.set_attn_implementation("moba")
     if part.key_convolution is not None:
         add_key_convolution(model, part.key_convolution)
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    text_config = model.config.get_text_config(decoder=True)
+    if recipe.indexer is not None:
+        asked: dict[str, Any] = {"head_dim": recipe.indexer.head_dim, "pool": recipe.indexer.pool}
+        if getattr(text_config, "moba_indexer", None) is None:
+            add_indexer(model, **asked)
+        elif text_config.moba_indexer != asked:
+            raise ValueError(f"indexer: the base model's are {text_config.moba_indexer}, the recipe says {asked}")
+    num_layers = text_config.num_hidden_layers
     for _, config in recipe.schedule.stages:
         apply_config(model, config)
     apply_config(model, recipe.schedule.at(0, num_layers))

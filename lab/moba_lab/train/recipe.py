@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moba.hf.schedule import Schedule
-from moba_lab.train.recipe_parts import PARTS, AttentionPart, DataPart, LoraPart, ModelPart, TrainingPart
+from moba_lab.train.recipe_parts import PARTS, AttentionPart, DataPart, IndexerPart, LoraPart, ModelPart, TrainingPart
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +37,7 @@ class Recipe:
     training: TrainingPart
     attention: AttentionPart = field(default_factory=AttentionPart)
     lora: LoraPart | None = None
+    indexer: IndexerPart | None = None
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.model.base is None:
@@ -48,6 +49,7 @@ class Recipe:
                 f"training.context_parallel must divide data.context = {self.data.context}, "
                 f"got {self.training.context_parallel}"
             )
+        self._check_indexer()
         tail = self.training.tail
         if tail is not None and not (self.data.whole_rows and tail < self.data.context):
             raise ValueError(
@@ -55,10 +57,33 @@ class Recipe:
                 f"data.context = {self.data.context}, got {tail}"
             )
 
+    def _check_indexer(self) -> None:
+        router, training = self.attention.router, self.training
+        if (self.indexer is not None) != (router == "indexer"):
+            raise ValueError(f'[indexer] belongs to attention.router = "indexer", got {router!r}: give both or neither')
+        if self.indexer is None:
+            return
+        if self.lora is not None or training.tail is not None or training.compile or training.context_parallel > 1:
+            raise ValueError(
+                "indexer: its loss needs whole rows and all weights: use it without [lora] and training.tail, compile "
+                "and context_parallel"
+            )
+        if self.indexer.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"indexer.warmup_steps must be below the training's {self.num_steps} steps, "
+                f"got {self.indexer.warmup_steps}"
+            )
+
     @property
     def schedule(self) -> Schedule:
         """Which attention holds when."""
-        return self.attention.make_schedule(self.data.context)
+        schedule = self.attention.make_schedule(self.data.context)
+        if self.indexer is None or self.indexer.warmup_steps == 0:
+            return schedule
+        end = self.indexer.warmup_steps / self.num_steps
+        later = [stage for stage in schedule.stages if stage[0] > end]
+        first = [config for start, config in schedule.stages if start <= end][-1]
+        return Schedule(((0.0, None), (end, first), *later))
 
     @property
     def num_steps(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moba.config import MoBAConfig, require_int, require_one_of
+from moba.hf.indexer import POOLS
 from moba.hf.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
 from moba.parallel import TRANSPORTS
 from moba_lab.checks import require_seed
@@ -241,7 +242,32 @@ class LoraPart:
         _freeze_lists(self)
 
 
-PARTS = {"data": DataPart, "model": ModelPart, "attention": AttentionPart, "training": TrainingPart, "lora": LoraPart}
+@dataclass(frozen=True)
+class IndexerPart:
+    """[indexer]: the learned router of attention.router = "indexer", and how it learns (see `moba.hf.indexer`).
+
+    Attributes:
+        head_dim, pool: of the indexers, which a base model may have already.
+        weight: of their loss, which is added to the model's.
+        warmup_steps: first steps in which attention is full and indexers learn from all blocks.
+    """
+
+    head_dim: int = 64
+    pool: str = "max"
+    weight: float = 1.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("indexer.head_dim", self.head_dim, 2)
+        require_one_of("indexer.pool", self.pool, POOLS)
+        require_int("indexer.warmup_steps", self.warmup_steps, 0)
+        _require_number("indexer.weight", self.weight, 0.0, float("inf"))
+
+
+PARTS = {
+    "data": DataPart, "model": ModelPart, "attention": AttentionPart, "training": TrainingPart, "lora": LoraPart,
+    "indexer": IndexerPart,
+}  # fmt: skip
 
 
 def _freeze_lists(part: Any) -> None:

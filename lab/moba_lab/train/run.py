@@ -105,6 +105,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
             ],
         )
         trainer.tokenizer, trainer.tail = tokenizer, recipe.training.tail
+        trainer.indexer_weight = None if recipe.indexer is None else recipe.indexer.weight
         trainer.remove_callback(PrinterCallback)
         with _enough_memory(recipe):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from moba.hf.graph import cache_name
+from moba.hf.indexer_training import indexer_loss
 from moba.validate import first_line
 from moba_lab.models.adapters import write_adapter
 from moba_lab.train.checkpoints import UNFINISHED, last_checkpoint, move_into_place
@@ -26,18 +27,35 @@ class WholeTrainer(Trainer):
 
     Attributes:
         tokenizer: saved with every checkpoint, so that each can be evaluated; None where there is none.
+        indexer_weight: of the indexers' loss, which is added to the model's; None where there are none.
         tail: of rows with more tokens only the last so many are learned (see `read_before`); None: all.
     """
 
     tokenizer: Any = None
+    indexer_weight: float | None = None
     tail: int | None = None
+    _indexer_loss: Tensor | None = None
     _draft: Path | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As transformers', of the tail alone while training; evaluations read whole rows."""
         if self.tail is not None and model.training and inputs["input_ids"].shape[1] > self.tail:
             inputs = read_before(model, inputs, self.tail)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        result: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.indexer_weight is None or not model.training:
+            return result
+        loss = indexer_loss(model)
+        self._indexer_loss = loss.detach()
+        # The model's loss is the micro-batch's part of the step's where it was given the step's number of labels.
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            loss = loss / self.current_gradient_accumulation_steps
+        return result + self.indexer_weight * loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the indexers' loss in the last micro-batch, without its weight."""
+        if "loss" in logs and self._indexer_loss is not None:
+            logs["indexer_loss"] = self._indexer_loss.item()
+        super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.args.output_dir if self._draft is None else self._draft)
