@@ -64,7 +64,7 @@ def moba_attention(
         q: [B, T, H, D]. The queries are the last T of the S positions: prefill, chunked prefill and decode alike.
         k: [B, S, G, D], T <= S, G divides H, of q's dtype (fp16, bf16, fp32, fp64) and device. Any strides with a
             contiguous last dimension; never copied or expanded.
-        v: [B, S, G, Dv], the same of values; Dv may differ from D. Each is at most 256.
+        v: [B, S, G, Dv], with k's dtype, device and rule for strides. Dv may differ from D; both are at most 256.
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
         topk: blocks a query attends to, its own included, >= 1. May be left out with block_indices.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
@@ -78,13 +78,15 @@ def moba_attention(
             heads of a kv head), "top_p=0.9" (as few blocks as hold so much of the mass, at most topk), or a function
             (query rows [rows, H, D], block means [N, G, D]) -> scores [rows, H, N], called in chunks of rows; see
             `moba.routers`.
-        routing: attend over this routing instead of choosing one (replay). Its blocks may stand in any order; a block
-            listed twice is read once, one outside 0 … own block not at all, the own block always.
+        routing: attend over this routing instead of choosing one (replay). Blocks may be in any order. Repeats are
+            read once; numbers below 0 or beyond the query's own block are ignored; the own block is always read.
         block_indices: int32 or int64 [B, T, G or H, K]: attend over a selection that somebody else made, such as a
-            model's own indexer. In any order, -1 for none; read as a `routing` is. One list of a key/value head serves
-            its query heads. With at most 16 queries a row and no gradient asked for, only the listed keys are read.
-        own_block: whether every query reads its own block; False: only where block_indices list it (a query that
-            then has no block gives zeros and an lse of -inf). Not in the triton backend.
+            model's own indexer. In any order, -1 for none; read as a `routing` is. With G lists a query, the query
+            heads of a key/value head share its list. With at most 16 queries a row and no gradient asked for, only the
+            listed keys are read.
+        own_block: True: every query also reads its own block. False: only if block_indices list it (a query left
+            without blocks gives zeros and an lse of -inf); on a GPU "auto" then takes the pytorch backend, and
+            backend="triton" raises.
         key_start, key_end: int32 [B]; row b's real keys are key_start[b] … key_end[b] - 1 and its queries end at
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from

@@ -11,10 +11,10 @@ with a contiguous last dimension) and the `Sequences` that lie in them:
         given means of finished blocks (see below) if they are there; k is then not read and may be None.
     attend(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
         out [R, T, H, Dv] in q's dtype, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there.
-        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored, and
-        the last place is the own block's or nobody's. With own_block=False the own block is read only where `indices`
-        hold it; a query that then has no block gives what a padded row gives. With softcap c, the logits are
-        c · tanh(scale · q Kᵀ / c).
+        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored;
+        the last of a query's K entries is its own block or -1. With own_block=False the own block is read only where
+        `indices` hold it; a query that then has no block gives what a padded row gives. With softcap c, the logits
+        are c · tanh(scale · q Kᵀ / c).
 
 Three of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
 or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and
@@ -106,6 +106,6 @@ def resolve(name: str, q: Tensor, k: Tensor, **asked: bool) -> ModuleType:
     chosen = next((c for c in candidates if unavailable(c, q, k, **asked) is None), candidates[-1])
     if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
         _announced.add((q.device.type, chosen))
-        reason = "" if chosen == candidates[0] else f": {unavailable(candidates[0], q, k)}"
+        reason = "" if chosen == candidates[0] else f": {unavailable(candidates[0], q, k, **asked)}"
         logger.info('backend="auto" takes %r on %s%s', chosen, q.device, reason)
     return load(chosen)

@@ -132,7 +132,7 @@ def plan_backward(
         num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, num_warps=4,
     )  # fmt: skip
 
-    places, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
+    layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
     shape = {
         "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim
     }  # fmt: skip
@@ -156,7 +156,7 @@ def plan_backward(
     def add_own(partial: Tensor, chunk: Chunk) -> None:
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
         others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scale, rule)
-        sizes = (num_heads, places, tiles_per_row)
+        sizes = (num_heads, layout, tiles_per_row)
         plan.launch(
             _dq_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *others, *sizes, **shape, **own
         )
@@ -169,7 +169,7 @@ def plan_backward(
     sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
     segments = Segments(extra, sums, segment_length, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
-    heads_and_scales = (num_kv_heads, scale, rule, places)
+    heads_and_scales = (num_kv_heads, scale, rule, layout)
     for is_flat in flats:
         for partial in (None, d_q) if can_fuse else (None,):
             arguments = (*by_key, partial, num_entries, 0, *heads_and_scales)
@@ -186,7 +186,7 @@ def plan_backward(
         )  # fmt: skip
         plan.launch(
             _reduce_segments_kernel, (max(1, num_segments), cdiv(block_size, 32), kv_heads),
-            segments, d_k, d_v, first_kv_head, num_kv_heads, places,
+            segments, d_k, d_v, first_kv_head, num_kv_heads, layout,
             BLOCK_SIZE=block_size, HEAD_DIM=head_dim, VALUE_DIM=value_dim, TILE_N=32, num_warps=4,
         )  # fmt: skip
         if partial is not None:
@@ -199,7 +199,7 @@ def plan_backward(
         bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
         queries = (rows_of(q), *past_keys, rows_of(d_out), softmax)
-        return *queries, view, bounds, partials, num_entries, rule, places
+        return *queries, view, bounds, partials, num_entries, rule, layout
 
     if topk > 1:
         arguments = past_arguments(d_q, Chunk(0, 1, 0, total_rows))

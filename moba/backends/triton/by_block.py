@@ -190,19 +190,19 @@ def plan_group_by_block(
     num_row_blocks = num_blocks // num_rows
     tile_queries = max(MIN_TILE_QUERIES, next_power_of_2(num_row_blocks))
     tiles = Tiles(tile_queries, num_rows, cdiv(num_queries, tile_queries), num_row_blocks)
-    places, shape = layout_of(sequences, block_size), (tiles, block_size, topk)
+    layout, shape = layout_of(sequences, block_size), (tiles, block_size, topk)
     count, place = group_configs(topk, num_row_blocks, arch)
     counts = plan.buffer(num_heads, num_rows, tiles.num_tiles, num_row_blocks, dtype=torch.int32)
     totals = plan.buffer(num_heads, num_blocks, dtype=torch.int32)
     plan.zero(counts)
     steps_per_row = cdiv(num_queries, count["STEP"] // count["SLOTS"])
-    plan.launch(_count_kernel, (num_rows * steps_per_row, num_heads), rows_of(indices), counts, places, *shape, **count)
+    plan.launch(_count_kernel, (num_rows * steps_per_row, num_heads), rows_of(indices), counts, layout, *shape, **count)
     sum_grid = (num_heads * num_rows, cdiv(num_row_blocks, SUM_CONFIG["TILE_N"]))
     plan.launch(_sum_tiles_kernel, sum_grid, counts, totals, tiles.num_tiles, num_row_blocks, **SUM_CONFIG)
     plan.launch(_offsets_kernel, (num_heads,), totals, offsets, num_blocks, **OFFSETS_CONFIG)
     plan.launch(
         _place_kernel, (num_rows * tiles.num_tiles, num_heads),
-        rows_of(indices), counts, View(offsets, entries), entries.shape[1], places, *shape, **place,
+        rows_of(indices), counts, View(offsets, entries), entries.shape[1], layout, *shape, **place,
     )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 Letters and words as in device.py. A *partial* is the attention of one query to one past block: its normalised output
 and its log2-sum-exp. Logits are kept in log2.
 
-The entries of the by-block view, with BLOCK_COST more for every block, are cut into windows of equal length, so that
-work is balanced without knowing the routing: a program takes the tiles of queries that begin in its window.
+An *entry* is one query that chose one past block; the by-block view (`View`, device.py) lists them block by block. The
+list is cut into windows of equal length, counting BLOCK_COST more for every block, whose keys are to be loaded. Work is
+thus balanced without knowing the routing: a program takes the tiles of queries that begin in its window.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def plan_forward(
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
     row_bytes = (topk - 1) * (value_dim * q.element_size() + 4)
     total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
-    places, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
+    layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
 
     flats = spacings(q)
     parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
@@ -275,12 +276,12 @@ def plan_forward(
         partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows)
         if topk > 1:
             bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-            arguments = (rows_of(q), *past_keys, view, bounds, partials, num_entries, rule, places)
+            arguments = (rows_of(q), *past_keys, view, bounds, partials, num_entries, rule, layout)
             grid = (windows(view, past), chunk.num_heads)
             plan.launch(_attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=flats[0])
             for is_flat in flats[1:]:
                 plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
-        outputs = (rows_of(indices), partials, out, lse, rule, num_heads, places, tiles_per_row)
+        outputs = (rows_of(indices), partials, out, lse, rule, num_heads, layout, tiles_per_row)
         plan.launch(
             _attend_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *outputs, **shape, **own
         )
