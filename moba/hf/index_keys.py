@@ -18,12 +18,14 @@ class IndexKeys:
         self._is_static = is_static
         self._rows: Tensor | None = None  # [B, room, G, d]
         self._room = 0
-        self._is_noted, self._is_complete = False, True  # but for the noted keys
+        self._is_complete = True
+        self._was_complete = True  # but for the noted keys
 
     def note(self, room: int) -> None:
         """Note that keys were appended to a layer with room for `room`."""
-        self._is_complete = self._is_complete and not self._is_noted
-        self._is_noted, self._room = True, room
+        # Written before it is read, so that under other routers a compiled second step meets what the first one met.
+        self._was_complete, self._is_complete = self._is_complete, False
+        self._room = room
 
     def append(self, new: Tensor, end: Tensor | int, num_keys: int) -> Tensor | None:
         """Append the index keys of the noted keys.
@@ -47,13 +49,13 @@ class IndexKeys:
         assert self._rows is not None
         place = torch.arange(new.shape[1], device=new.device) + (end - new.shape[1])
         self._rows.index_copy_(1, place, new)
-        self._is_noted = False
+        self._is_complete = self._was_complete
         return self._rows[:, :num_keys] if self._is_complete else None
 
     def reset(self) -> None:
         """Start anew: the layer's keys are gone."""
         self._rows = self._rows if self._is_static else None
-        self._is_noted, self._is_complete = False, True
+        self._is_complete = True
 
     def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select rows as `take` did with the layer's keys."""
@@ -61,4 +63,4 @@ class IndexKeys:
 
     def move_to(self, other: IndexKeys) -> None:
         """Give these index keys to a layer that has just taken the keys that they belong to."""
-        other._rows, other._is_noted, other._is_complete = self._rows, self._is_noted, self._is_complete
+        other._rows, other._is_complete = self._rows, self._is_complete
