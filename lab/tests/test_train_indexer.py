@@ -12,7 +12,7 @@ from test_train import file, from_base, log_of, shards, tiny  # noqa: F401
 from moba import register_moba
 from moba.hf import get_moba_config
 from moba_lab.models.load import load_model
-from moba_lab.train.checkpoints import checkpoints
+from moba_lab.train.checkpoints import all_checkpoints
 from moba_lab.train.recipe import read_recipe
 from moba_lab.train.run import train
 
@@ -31,7 +31,7 @@ def test_trained_saved_and_resumed(moba, file, tmp_path, pool):  # noqa: F811
     assert [attention["full_layers"] for attention, _, _ in lines] == [2] * 8 + [0] * 16
     weights = (out / "model" / "model.safetensors").read_bytes()
     # What a kill after step 20 leaves behind.
-    for path in (out / "model", *checkpoints(out)):
+    for path in (out / "model", *all_checkpoints(out)):
         if path.name != "checkpoint-20":
             shutil.rmtree(path)
     assert moba("train", file, *changes)[0] == 0
