@@ -19,10 +19,10 @@ from tiny_models import random_tokens, tiny_model
 from transformers import MistralConfig, StaticCache
 
 from moba import MoBAConfig, register_moba
-from moba.block_means import CachedMeans, Phase
+from moba.block_means import Phase
 from moba.hf import attention as hf_attention
-from moba.hf.cache import GROWTH, LEAST_GROWTH, MoBACache
-from moba.hf.hand_over import give_means, take_means
+from moba.hf.cache import GROWTH, LEAST_GROWTH, MoBACache, MoBADynamicLayer
+from moba.hf.hand_over import give, take
 
 
 def test_offloaded_layers_come_back(llama):
@@ -120,18 +120,18 @@ def test_keys_that_a_layer_changes_lose_the_means_and_nothing_else(caplog):
 
 @pytest.mark.parametrize("kind", ["thread", "layer"])
 def test_what_others_were_given_is_not_lost(llama, kind):
-    means, module = CachedMeans(Phase()), llama.model.layers[0].self_attn
-    keys = give_means(torch.zeros(1, 2, 3, 4), means, 0 if kind == "thread" else 1)
+    layer, module = MoBADynamicLayer(0 if kind == "thread" else 1, Phase()), llama.model.layers[0].self_attn
+    keys = give(torch.zeros(1, 2, 3, 4), layer)
     found = []
-    look = threading.Thread(target=lambda: found.append(take_means(module, keys.clone())))
+    look = threading.Thread(target=lambda: found.append(take(module, keys.clone())))
     if kind == "thread":
         look.start()
         look.join()
-        assert [take_means(module, keys.clone()) for _ in range(2)] == [(None, means), (None, None)]
+        assert [take(module, keys.clone()) for _ in range(2)] == [(layer, False), (None, False)]
     else:
         look.run()
-    assert found == [(None, None)]
-    assert take_means(module, keys) == (means, None)
+    assert found == [(None, False)]
+    assert take(module, keys) == (layer, True)
 
 
 def compiled_steps(model, tokens, cache, **options):

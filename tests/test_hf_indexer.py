@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from all_decoders import tiny_decoder
 from helpers import LargestNewTensor, assert_close
 from tiny_models import logits, positions_of, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -200,6 +201,17 @@ def test_a_text_read_in_parts(pool, room):
     cache.reorder_cache(torch.tensor([1, 0]))
     turned = read_in_parts(model, tokens.flip(0)[:, 47:], mask.flip(0), cache, [1, 2])
     assert_close(turned.flip(0), read[:, 47:], CLOSE)
+
+
+@pytest.mark.parametrize("room", [{}, {"max_cache_len": 64}])
+def test_a_layer_that_makes_other_keys_of_the_cached_ones(room):
+    """Index keys are of the layer's input, so they hold where block means do not."""
+    model, tokens = tiny_decoder("DeepseekV3ForCausalLM", "moba").double().eval(), random_tokens(1, 50)
+    add_indexer(model, head_dim=8)
+    set_moba_config(model, CONFIG)
+    cache = MoBACache(model.config, **room)
+    read = read_in_parts(model, tokens, torch.ones_like(tokens), cache, [20, 1, 28, 1])
+    assert_close(read, logits(model, tokens), CLOSE)
 
 
 def test_a_cache_moved_to_a_fixed_room():

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import PROVIDED_ROUTERS, MoBAConfig
 from moba.hf.extensions import require_parts, route_by
-from moba.hf.hand_over import take_means, warn_of_loss
+from moba.hf.hand_over import take, warn_of_loss
 from moba.hf.indexed import given_blocks
 from moba.hf.indexer import choose_by_index, index_vectors
 from moba.hf.indexer_training import keep_loss
@@ -109,18 +109,19 @@ def moba_attention_forward(
         return attend_locally(module, query, key, value, layout, scaling, sinks=s_aux, softcap=softcap), None
     config = layer_config(module, default)
     backend = backend or config.backend
-    cached, lost = take_means(module, key)
+    given, holds = take(module, key)
     if block_indices is not None:
-        given = given_blocks(module, block_indices, layout)
-        return _attend(q, k, v, layout, softmax, {**given, "backend": backend}), None
-    noted = cached or lost
-    is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (noted is not None and noted.phase.is_prefill)
+        said = given_blocks(module, block_indices, layout)
+        return _attend(q, k, v, layout, softmax, {**said, "backend": backend}), None
+    is_decode = q.shape[1] == 1 and k.shape[1] > 1 and not (given is not None and given.block_means.phase.is_prefill)
 
     is_full = is_full_layer(module, config)
     is_provided, is_indexed = config.router in PROVIDED_ROUTERS, config.router == "indexer"
     is_idle = is_full or is_provided or is_indexed
+    cached = given.block_means if given is not None and holds else None
     means = None if cached is None else _block_means(cached, k, layout, config, backend, is_idle)
-    by_index = index_vectors(module, q, k, getattr(key, "moba_index_keys", None), layout) if is_indexed else None
+    index_keys = None if given is None else given.index_keys
+    by_index = index_vectors(module, q, k, index_keys, layout) if is_indexed else None
     num_full = 0
     if config.decode == "full":
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
@@ -128,7 +129,7 @@ def moba_attention_forward(
         if by_index is not None:
             keep_loss(module, by_index, q, k, layout, softmax, config.block_size, None)
         return _attend_fully(module, query, key, value, layout, softmax, backend), None
-    if lost is not None and not is_idle:
+    if given is not None and not holds and not is_idle:
         warn_of_loss(module)
     elif is_decode and cached is None and not is_idle:
         _advise_cache()

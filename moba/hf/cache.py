@@ -3,7 +3,7 @@
 cache = MoBACache(model.config)
 model.generate(**inputs, past_key_values=cache)
 
-A layer's keys reach the attention function with its `CachedMeans` (hand_over.py). That function knows where each row
+A layer's keys reach the attention function with the layer itself (hand_over.py). That function knows where each row
 begins (left padding) and which settings hold, so it brings the means up to date: once for each block, when the block is
 finished, by the function that a prefill computes them with.
 
@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from moba.block_means import CachedMeans, Phase
 from moba.config import require_int
 from moba.files import replacing
-from moba.hf.hand_over import give_means
+from moba.hf.hand_over import give
 from moba.hf.index_keys import IndexKeys
 from moba.validate import first_line
 
@@ -52,8 +52,7 @@ class _MoBALayer:
         """The keys as they go to the attention function."""
         self.block_means.note(num_new, room)
         self.index_keys.note(room)
-        keys.moba_index_keys = self.index_keys  # type: ignore[attr-defined]
-        return give_means(keys, self.block_means, self.number)
+        return give(keys, self)
 
 
 class MoBADynamicLayer(_MoBALayer, DynamicLayer):

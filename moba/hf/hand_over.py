@@ -1,55 +1,67 @@
-"""How a cache's block means reach the attention function: on the keys that the cache hands to the layer.
+"""How what a cache keeps beside a layer's keys reaches the attention function: on the keys that it hands to the layer.
 
-The means hold for exactly these keys. A layer that changes them behind its cache, as with latent keys that it projects,
-attends with other keys, and the means must not follow them there. `take_means` notices, so that nobody loses the means
-without knowing.
+Block means hold for exactly these keys. A layer that changes them behind its cache, as with latent keys that it
+projects, attends with other keys, and the means must not follow them there. `take` notices, so that nobody loses the
+means without knowing. Index keys are made of the layer's input and hold in either case.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moba.block_means import CachedMeans
+from moba.hf.index_keys import IndexKeys
 
 logger = logging.getLogger("moba")
 _warned: set[str] = set()
 
 
-class _Given(threading.local):
-    """What a cache gave last in this thread and no attention function took: the means and the layer's number."""
+class CacheLayer(Protocol):
+    """One layer of a `MoBACache`: its number, and what it keeps beside its keys."""
 
-    last: tuple[CachedMeans, int] | None = None
+    number: int
+    block_means: CachedMeans
+    index_keys: IndexKeys
+
+
+class _Given(threading.local):
+    """The cache layer that gave keys last in this thread, unless an attention function has taken them."""
+
+    last: CacheLayer | None = None
 
 
 _given = _Given()
 
 
-def give_means(keys: Tensor, means: CachedMeans, layer: int) -> Tensor:
-    """The keys [B, G, S, D] of layer `layer`, with their block means."""
-    keys.moba_block_means = means  # type: ignore[attr-defined]
-    _given.last = (means, layer)
+def give(keys: Tensor, layer: CacheLayer) -> Tensor:
+    """The keys [B, G, S, D] of a cache layer, as the attention function takes them."""
+    keys.moba_cache_layer = layer  # type: ignore[attr-defined]
+    _given.last = layer
     return keys
 
 
-def take_means(module: nn.Module, key: Tensor) -> tuple[CachedMeans | None, CachedMeans | None]:
-    """What a cache gave an attention module with its keys.
+def take(module: nn.Module, key: Tensor) -> tuple[CacheLayer | None, bool]:
+    """The cache layer that gave an attention module its keys.
 
     Args:
         module: the attention layer. key: as its attention function is given it.
 
     Returns:
-        the means of these keys, None if there are none; and the means of the keys that the cache gave this layer in
-        their place, None if it gave these.
+        the cache layer, None if there is none; and whether its block means hold for `key`: not for other keys that the
+        attention module made of those that it was given.
     """
     given, _given.last = _given.last, None
-    means: CachedMeans | None = getattr(key, "moba_block_means", None)
+    layer: CacheLayer | None = getattr(key, "moba_cache_layer", None)
+    if layer is not None:
+        return layer, True
     # Another layer's were left by an attention that is not MoBA's.
-    is_lost = means is None and given is not None and given[1] == getattr(module, "layer_idx", None)
-    return means, given[0] if is_lost and given is not None else None
+    is_own = given is not None and given.number == getattr(module, "layer_idx", None)
+    return given if is_own else None, False
 
 
 def warn_of_loss(module: nn.Module) -> None:
