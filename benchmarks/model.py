@@ -9,7 +9,6 @@ tokens are written one after another. Writes benchmarks/results/model-gpu.json a
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from moba.hf import set_moba_config
 from moba.hf.cache import MoBACache
 from moba.hf.graph import DecodeGraph, cache_name
 from moba_lab.bench.machine import describe
+from moba_lab.bench.measure import seconds
 from moba_lab.bench.report import Records, write
 
 K = 1024
@@ -165,15 +165,6 @@ def forward(model: Any, cache: Any, tokens: Tensor, place: Tensor) -> Tensor:
 def positions(start: int, number: int) -> Tensor:
     """[1, number], from start on."""
     return torch.arange(start, start + number, device="cuda")[None]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call, its work on the GPU included."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def rows(records: Records) -> tuple[list[str], list[list[str]]]:

@@ -48,11 +48,12 @@ def find_error(
             for query in samples(q.shape[1], NUM_QUERIES):
                 position = before + query
                 own = position // block_size
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    vector, blocks = q[row, query, head].double(), routing.indices[row, query, head]
+                heads = range(kv_head * group, (kv_head + 1) * group)
+                vectors = q[row, query, heads.start : heads.stop].double()
+                for head, vector in zip(heads, vectors, strict=True):
+                    blocks = routing.indices[row, query, head]
                     blocks = blocks[blocks >= 0].long()
-                    together = q[row, query, kv_head * group : (kv_head + 1) * group].double()
-                    scorers = together if router == "shared" else vector[None]
+                    scorers = vectors if router == "shared" else vector[None]
                     if problem := check_blocks(scorers, scored[:own], blocks.tolist(), own, topk):
                         return f"routing of row {row}, query {query}, head {head}: {problem}"
                     keys = (blocks[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()

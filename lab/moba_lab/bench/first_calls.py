@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import typer
 from moba import moba_attention
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import K
+from moba_lab.bench.measure import seconds
 from moba_lab.bench.report import Records, require_writable, write
 
 # Tokens, rows, query and key/value heads, head dim, block size, topk.
@@ -26,15 +25,6 @@ SETTINGS = [
     (128 * K, 1, 16, 16, 128, 2048, 3),
     (8 * K, 4, 9, 3, 64, 128, 8),
 ]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call, its work on the GPU included."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(setting: tuple[int, ...]) -> dict[str, Any]:

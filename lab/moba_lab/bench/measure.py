@@ -52,6 +52,15 @@ def measure(function: Callable[[], object], device: torch.device, *, warmups: in
     return Measurement(statistics.median(times), peak)
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, its work on the GPU included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def _measure_cuda(function: Callable[[], object], warmups: int, repeats: int) -> Measurement:
     gc.collect()
     torch.cuda.synchronize()
