@@ -94,8 +94,7 @@ def _attend_past_kernel(
     offsets_ptr = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1)
     entries_ptr = view.entries + head.to(tl.int64) * num_entries
 
-    # A window counts entries, one for each query and past block that it chose, in the order of blocks, and
-    # BLOCK_COST more for each block. The entries of a block begin at offsets[block].
+    # The entries of a block begin at offsets[block].
     begin = tl.program_id(0) * WINDOW
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
