@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Event
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from moba import MoBAConfig, backends, moba_attention, moba_attention_varlen, warmup
 from moba.backends import triton
-from moba.backends.triton import ahead, attention, decoding, launch, routing
+from moba.backends.triton import ahead, attention, decoding, launch, routing, variants
 from moba.compilation import _of_model
 from moba.hf import register_moba, set_moba_config
 from moba.hf.cache import MoBACache
@@ -94,3 +99,88 @@ def test_warming_up_knows_what_a_model_launches(launched, family, room):
         model.generate(tokens, attention_mask=mask, past_key_values=cache, **options)
     assert any("append" in v.kernel.__name__ for v in launched)
     assert launched <= warmed_up(config, (*heads, heads[-1]))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_routing_foretells_what_attention_launches(launched, monkeypatch, layout, heads_first, training):
+    """So that all kernels of a first call compile at once, and none that it does not need."""
+    foretold, later = set(), set()
+
+    def run(plan, *tensors, following=None, **options):
+        if any("select" in v.kernel.__name__ for v in plan.variants()):
+            foretold.update(following())
+        else:
+            later.update(plan.variants())
+
+    monkeypatch.setattr(launch.Plan, "run", run)
+
+    def leaf(heads):
+        x = torch.randn(1, heads, 600, 64, dtype=torch.bfloat16)
+        return (x.transpose(1, 2) if heads_first else x.view(1, 600, heads, 64)).requires_grad_(training)
+
+    q, k, v = leaf(4), leaf(2), leaf(2)
+    where = {"key_start": torch.zeros(1, dtype=torch.int32)} if layout == "padded" else {}
+    if layout == "packed":
+        cu = torch.tensor([0, 300, 600], dtype=torch.int32)
+        out = moba_attention_varlen(q[0], k[0], v[0], cu_seqlens=cu, block_size=64, topk=4)
+    else:
+        out = moba_attention(q, k, v, block_size=64, topk=4, **where)
+    if training:
+        out.backward(torch.ones_like(out))
+    assert foretold == later
+    assert ("_dkv_kernel" in {v.kernel.__name__ for v in later}) == training
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card, as far as `compiled` asks for one."""
+    active = SimpleNamespace(get_current_target=lambda: "sm_90")
+    monkeypatch.setattr(variants, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(variants, "_kernels", {})
+    monkeypatch.setattr(variants, "_compiling", {})
+
+
+def test_later_kernels_compile_meanwhile_and_every_one_once(monkeypatch, card):
+    """`compiled` waits for what a launch needs alone."""
+    compiling, loaded, can_end = [], [], Event()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            loaded.append(self.name)
+
+    def compile_slowly(name, target):
+        compiling.append(name)
+        assert name == "now" or can_end.wait(60)
+        return Kernel(name)
+
+    monkeypatch.setattr(variants, "_compile", compile_slowly)
+    monkeypatch.setattr(variants, "_threads", ThreadPoolExecutor(2))
+    device = torch.device("cuda", 0)
+    assert [kernel.name for kernel in variants.compiled(["now"], device, lambda: ["later"])] == ["now"]
+    assert loaded == ["now"]
+    can_end.set()
+    assert [kernel.name for kernel in variants.compiled(["later", "now"], device)] == ["later", "now"]
+    assert sorted(compiling) == ["later", "now"]
+    assert loaded == ["now", "later"]
+    variants.compiled(["now"], torch.device("cuda", 1))
+    assert compiling.count("now") == 2, "a kernel that is loaded serves one device"
+
+
+def test_a_kernel_that_does_not_compile_is_tried_again(monkeypatch, card):
+    tries = []
+
+    def fail(name, target):
+        tries.append(name)
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(variants, "_compile", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no C compiler"):
+            variants.compiled(["one"], torch.device("cuda", 0))
+    assert tries == ["one", "one"]

@@ -6,6 +6,7 @@ the GPU, so they compile without graph breaks and record into CUDA graphs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from moba.backends.triton.backward import plan_backward
 from moba.backends.triton.by_block import new_view, plan_group_by_block
 from moba.backends.triton.device import View, num_global_blocks
 from moba.backends.triton.forward import plan_forward
-from moba.backends.triton.launch import Plan, run_planned
+from moba.backends.triton.launch import Plan, make_plan, run_planned
 from moba.backends.triton.registration import differentiable, fake, operator
 from moba.backends.triton.tuning import arch_of
+from moba.backends.triton.variants import Variant
 from moba.backends.triton.workspace import num_elements
 from moba.sequences import Sequences
 
@@ -96,9 +98,27 @@ def _attend(
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     run_planned(
         plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
+        following=lambda: variants_after_routing(q, k, v, indices.shape[3], sequences, block_size, softcap),
         **_options(q, k, v, view, block_size, scale, softcap),
     )  # fmt: skip
     return out, lse, *view
+
+
+def variants_after_routing(
+    q: Tensor, k: Tensor, v: Tensor, topk: int, sequences: Sequences, block_size: int, softcap: float | None = None
+) -> Iterator[Variant]:
+    """What attention with these tensors launches, then, if a gradient may be asked for, its backward."""
+    bounds = (sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k)
+    indices = torch.empty(*q.shape[:3], topk, dtype=torch.int32, device="meta")
+    view = View(*new_view(indices, sequences, block_size))
+    options = _options(q, k, v, view, block_size, 1.0, softcap)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device="meta")
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="meta")
+    yield from make_plan(plan_attend, q, k, v, indices, *view, out, lse, *bounds, **options).variants()
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, v)]
+        inputs = (out, None, q, k, v, out, lse, indices, *view, *gradients, *bounds)
+        yield from make_plan(plan_attend_backward, *inputs, **options).variants()
 
 
 def plan_attend(

@@ -9,7 +9,7 @@ variants.py states what the kernels are compiled for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -167,27 +167,40 @@ class Plan:
         assert tensor is not None
         return tensor.as_strided((1,), (1,), x.offset) if x.offset else tensor
 
-    def run(self, *tensors: Tensor | None, device: torch.device, numbers: Sequence[int] = ()) -> None:
-        """Run every launch on the device's current stream, on tensors like those that the plan was built for."""
+    def run(
+        self,
+        *tensors: Tensor | None,
+        device: torch.device,
+        numbers: Sequence[int] = (),
+        following: Callable[[], Iterable[Variant]] | None = None,
+    ) -> None:
+        """Run every launch on the device's current stream, on tensors like those that the plan was built for.
+
+        Args:
+            following: see `compiled`.
+        """
         with _on(device):
             memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
             if IS_INTERPRETED:
                 self._interpret(tensors, memory, numbers)
             else:
-                self._launch_all(tensors, memory, numbers)
+                if self._ready is None:
+                    self._ready = self._launches(iter(compiled(self.variants(), device, following)))
+                self._launch_all(self._ready, tensors, memory, numbers)
 
-    def _launch_all(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
-        if self._ready is None:
-            kernels = iter(compiled(list(self.variants()), memory.device))
-            self._ready = [
-                self._zeroing(step) if step.kernel is None else self._launching(step, next(kernels))
-                for step in self._steps
-            ]
+    def _launches(self, kernels: Iterator[Any]) -> list[_Launch]:
+        return [
+            self._zeroing(step) if step.kernel is None else self._launching(step, next(kernels)) for step in self._steps
+        ]
+
+    def _launch_all(
+        self, ready: list[_Launch], tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]
+    ) -> None:
         start = memory.data_ptr()
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
         pointers += [start + offset for offset in self._offsets]
         stream = torch.cuda.current_stream(memory.device).cuda_stream
-        for launch in self._ready:
+        for launch in ready:
             launch(pointers, tensors, memory, numbers, stream)
 
     def _interpret(self, tensors: Sequence[Tensor | None], memory: Tensor, numbers: Sequence[int]) -> None:
@@ -303,11 +316,14 @@ def run_planned(
     *tensors: Tensor | None,
     device: torch.device,
     numbers: Sequence[int] = (),
+    following: Callable[[], Iterable[Variant]] | None = None,
     **constants: Any,
 ) -> None:
     """Run the launches of `build(plan, *stand-ins of the tensors, **constants)`, built once for such tensors.
 
-    `numbers` are what the plan's `Number`s stand for: they may differ from run to run.
+    Args:
+        numbers: what the plan's `Number`s stand for: they may differ from run to run.
+        following: see `compiled`.
     """
     key = (
         build,
@@ -321,7 +337,7 @@ def run_planned(
         if len(_plans) >= MAX_PLANS:
             del _plans[next(iter(_plans))]
         _plans[key] = plan
-    plan.run(*tensors, device=device, numbers=numbers)
+    plan.run(*tensors, device=device, numbers=numbers, following=following)
 
 
 def make_plan(build: Callable[..., None], *tensors: Tensor | None, **constants: Any) -> Plan:

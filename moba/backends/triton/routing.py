@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moba import routers, routing
+from moba.backends.triton.attention import variants_after_routing
 from moba.backends.triton.device import layout_of, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, run_planned
 from moba.backends.triton.means import Means, global_means, plan_block_means
@@ -65,8 +66,11 @@ def select(
     if cu_q is not None and cu_q.numel() == 1:
         return indices.fill_(-1)
     if indices.numel():
+        sequences = Sequences(q.shape[0], q.shape[1], num_keys, key_start, key_end, cu_q, cu_k)
         run_planned(
             plan_select, q, k, means, indices, key_start, key_end, cu_q, cu_k, device=q.device,
+            # Values mostly have the shape of keys; where not, this compiles what is not needed.
+            following=None if k is None else lambda: variants_after_routing(q, k, k, topk, sequences, block_size),
             num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
             arch=arch_of(q.device),
         )  # fmt: skip

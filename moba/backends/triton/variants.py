@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 logger = logging.getLogger("moba")
 
@@ -118,27 +121,60 @@ def variant(
     return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items())))
 
 
+_threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="moba-compile")
+_compiling: dict[tuple[GPUTarget, Variant], Future[Any]] = {}
 _kernels: dict[tuple[int, Variant], Any] = {}
+_loading = Lock()
 
 
-def compiled(variants: Sequence[Variant], device: torch.device) -> list[Any]:
-    """These variants, ready to launch on the device: what is missing is compiled in parallel, or loaded from disk."""
+@triton.jit
+def _nothing_kernel():
+    pass
+
+
+# Triton hashes its own files, 0.3 s, before it first looks for a kernel on disk: done while ours are imported.
+_first = _threads.submit(lambda: triton.compile(ASTSource(_nothing_kernel, {}), GPUTarget("cuda", 80, 32)))
+
+
+def compiled(
+    variants: Iterable[Variant], device: torch.device, following: Callable[[], Iterable[Variant]] | None = None
+) -> list[Any]:
+    """These variants, ready to launch on the device: what is missing is compiled in parallel, or loaded from disk.
+
+    Args:
+        following: what later calls will need. Where something is missing, compiling it begins as well.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
+    variants = list(variants)
     missing = [v for v in dict.fromkeys(variants) if (index, v) not in _kernels]
-
-    def make(v: Variant) -> None:
-        torch.cuda.set_device(index)
-        kernel = v.compile()
-        kernel[(1, 1, 1)]  # loads it
-        _kernels[index, v] = kernel
-
-    if len(missing) == 1:
-        make(missing[0])
-    elif missing:
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            futures = [pool.submit(make, v) for v in missing]
-            if wait(futures, timeout=ANNOUNCE_AFTER_S).not_done:
+    if missing:
+        wait([_first])
+        with torch.cuda.device(index):
+            target = driver.active.get_current_target()
+            started = [_begin(v, target) for v in missing]
+            for v in following() if following is not None else ():
+                if (index, v) not in _kernels:
+                    _begin(v, target)
+            if wait(started, timeout=ANNOUNCE_AFTER_S).not_done:
                 logger.warning("compiling %d kernels for this setting; Triton keeps them on disk", len(missing))
-            for future in futures:
-                future.result()
+            with _loading:
+                for v, future in zip(missing, started, strict=True):
+                    # A compiled kernel serves one device; another device's comes from disk.
+                    _compiling.pop((target, v), None)
+                    if (index, v) not in _kernels:
+                        kernel = future.result()
+                        kernel[(1, 1, 1)]  # loads it
+                        _kernels[index, v] = kernel
     return [_kernels[index, v] for v in variants]
+
+
+def _begin(v: Variant, target: GPUTarget) -> Future[Any]:
+    """Compile a variant in the background, if that has not begun. Nothing is loaded: a capture would not allow it."""
+    return _compiling.get((target, v)) or _compiling.setdefault((target, v), _threads.submit(_compile, v, target))
+
+
+def _compile(v: Variant, target: GPUTarget) -> Any:
+    kernel = v.compile(target)
+    # A C compiler builds this, 0.5 s; loading the kernel then finds it on disk.
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
