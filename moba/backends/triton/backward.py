@@ -69,16 +69,16 @@ def _delta_kernel(
     head = tl.program_id(1).to(tl.int64)
     query_rows = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     mask = query_rows < softmax.num_rows
-    place = query_rows.to(tl.int64) * num_heads + head
-    out = load_rows(out_ptr, place * VALUE_DIM, mask, VALUE_DIM).to(tl.float32)
+    out_row = query_rows.to(tl.int64) * num_heads + head
+    out = load_rows(out_ptr, out_row * VALUE_DIM, mask, VALUE_DIM).to(tl.float32)
     d_out = load_query_rows(d_outs, head, query_rows, num_queries, mask, VALUE_DIM, False).to(tl.float32)
     delta = tl.sum(out * d_out, 1)
     if d_lse_ptr is not None:
-        delta -= tl.load(d_lse_ptr + place, mask=mask, other=0.0)
-    lse = tl.load(lse_ptr + place, mask=mask, other=0.0)
-    place = head * softmax.num_rows + query_rows
-    tl.store(softmax.delta_ptr + place, delta, mask=mask)
-    tl.store(softmax.lse2_ptr + place, lse / LN_2, mask=mask)
+        delta -= tl.load(d_lse_ptr + out_row, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + out_row, mask=mask, other=0.0)
+    head_row = head * softmax.num_rows + query_rows
+    tl.store(softmax.delta_ptr + head_row, delta, mask=mask)
+    tl.store(softmax.lse2_ptr + head_row, lse / LN_2, mask=mask)
 
 
 def plan_backward(

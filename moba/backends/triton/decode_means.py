@@ -19,7 +19,7 @@ def _append_means_kernel(
     TILE_BLOCKS: tl.constexpr, TILE_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of blocks, kv head, row), from the first block that the last num_queries keys may have finished."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
     row = tl.program_id(2)
     head = tl.program_id(1).to(tl.int64)
     start, end = row_bounds(row, step)
@@ -28,9 +28,9 @@ def _append_means_kernel(
     if first_block < num_finished:
         blocks = first_block + tl.arange(0, TILE_BLOCKS)
         is_finished = blocks < num_finished
-        dims = tl.arange(0, BLOCK_D)
+        dims = tl.arange(0, PADDED_DIM)
         is_dim = dims < HEAD_DIM
-        total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, BLOCK_D], tl.float32)
+        total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, PADDED_DIM], tl.float32)
         for first in range(0, BLOCK_SIZE, TILE_TOKENS):
             tokens = first + tl.arange(0, TILE_TOKENS)
             mask = is_finished[:, None] & (tokens < BLOCK_SIZE)[None, :]
@@ -38,7 +38,7 @@ def _append_means_kernel(
             offsets = key_offsets(row, start, positions, mask, k, table, PAGE_SIZE)
             pointers = k.ptr + head * k.stride_h + offsets[:, :, None] + dims[None, None, :]
             total += tl.load(pointers, mask=mask[:, :, None] & is_dim[None, None, :], other=0.0).to(tl.float32)
-        size = tl.full([TILE_BLOCKS, BLOCK_D], 1.0, tl.float32) * BLOCK_SIZE
+        size = tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * BLOCK_SIZE
         mean = tl.div_rn(sum_tokens(total, TILE_TOKENS), size)
         offsets = mean_offsets(row, blocks, is_finished, means, table, BLOCK_SIZE, PAGE_SIZE)
         pointers = means.ptr + head * means.stride_h + offsets[:, None] + dims[None, :]

@@ -235,21 +235,26 @@ def query_tile_span(tile, layout, tiles_per_row, TILE_M: tl.constexpr):
 
 @triton.jit
 def tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M: tl.constexpr, BLOCK_COST: tl.constexpr):
-    """The tiles of a block's entries that begin in a window: the first one, where they stop, and the entries' end."""
-    place = chunk_head.to(tl.int64) * bounds.stride_h + block
-    first = tl.load(bounds.first + place)
-    last = tl.load(bounds.last + place)
-    first_tile = first + tl.cdiv(tl.maximum(begin - block * BLOCK_COST - first, 0), TILE_M) * TILE_M
-    return first_tile, tl.minimum(last, end - block * BLOCK_COST), last
+    """The tiles of a block's entries that begin in the window begin … end - 1.
+
+    Returns:
+        first_entry: first entry of the first such tile. stop_entry: tiles from this entry on are another window's.
+        entry_end: one past the block's last entry.
+    """
+    index = chunk_head.to(tl.int64) * bounds.stride_h + block
+    entry_begin = tl.load(bounds.begin + index)
+    entry_end = tl.load(bounds.end + index)
+    first_entry = entry_begin + tl.cdiv(tl.maximum(begin - block * BLOCK_COST - entry_begin, 0), TILE_M) * TILE_M
+    return first_entry, tl.minimum(entry_end, end - block * BLOCK_COST), entry_end
 
 
 @triton.jit
 def load_rows(ptr, offsets, mask, HEAD_DIM: tl.constexpr):
     """Rows [len(offsets), padded D] that begin at `offsets`; zeros where masked and beyond HEAD_DIM."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
-    columns = tl.arange(0, BLOCK_D)
+    PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
+    columns = tl.arange(0, PADDED_DIM)
     pointers = ptr + offsets[:, None] + columns[None, :]
-    if HEAD_DIM == BLOCK_D:
+    if HEAD_DIM == PADDED_DIM:
         return tl.load(pointers, mask=mask[:, None], other=0.0)
     return tl.load(pointers, mask=mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
@@ -257,10 +262,10 @@ def load_rows(ptr, offsets, mask, HEAD_DIM: tl.constexpr):
 @triton.jit
 def store_rows(ptr, offsets, values, mask, HEAD_DIM: tl.constexpr, IS_PARTIAL: tl.constexpr = False):
     """The inverse of `load_rows`, in the dtype of `ptr`. Partials are read once, much later: they need no cache."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
-    columns = tl.arange(0, BLOCK_D)
+    PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
+    columns = tl.arange(0, PADDED_DIM)
     pointers = ptr + offsets[:, None] + columns[None, :]
-    mask = mask[:, None] if HEAD_DIM == BLOCK_D else mask[:, None] & (columns < HEAD_DIM)[None, :]
+    mask = mask[:, None] if HEAD_DIM == PADDED_DIM else mask[:, None] & (columns < HEAD_DIM)[None, :]
     if IS_PARTIAL:
         tl.store(pointers, values.to(ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
     else:
@@ -271,8 +276,8 @@ def store_rows(ptr, offsets, values, mask, HEAD_DIM: tl.constexpr, IS_PARTIAL: t
 def load_keys(keys, tiles, row, kv_head, first_key, mask, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr):
     """Keys or values first_key … first_key + TILE_N - 1 of one tensor row and key/value head: [TILE_N, padded D].
 
-    `keys` are Rows. Where there is a descriptor of `tiles` (see `workspace.key_tiles`), it is read instead: `keys` then
-    say how many of the matrix's rows and columns lie between tensor rows and heads, and the mask is ignored.
+    `keys` are Rows. Where there is a descriptor of `tiles` (see `workspace.key_matrix`), it is read instead: `keys`
+    then say how many of the matrix's rows and columns lie between tensor rows and heads, and the mask is ignored.
     """
     if tiles is not None:
         matrix_row = tl.cast(row * keys.stride_r, tl.int32) + first_key

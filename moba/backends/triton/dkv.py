@@ -154,13 +154,13 @@ def _dkv_kernel(
 
         if TOPK > 1:
             offsets_ptr = view.offsets + head * (layout.num_blocks + 1)
-            first = tl.load(offsets_ptr + block)
-            count = tl.load(offsets_ptr + block + 1) - first
+            block_entry = tl.load(offsets_ptr + block)
+            count = tl.load(offsets_ptr + block + 1) - block_entry
             entries_ptr = view.entries + head * num_entries
-            last = first + tl.minimum(tl.maximum(end - seen, 0), count)
-            for start in tl.range(first + tl.minimum(tl.maximum(begin - seen, 0), count), last, TILE_M,
-                                  num_stages=NUM_STAGES):  # fmt: skip
-                query_rows, slots, mask = load_entries(entries_ptr, start, last, TOPK, TILE_M)
+            first_entry = block_entry + tl.minimum(tl.maximum(begin - seen, 0), count)
+            entry_end = block_entry + tl.minimum(tl.maximum(end - seen, 0), count)
+            for tile_entry in tl.range(first_entry, entry_end, TILE_M, num_stages=NUM_STAGES):
+                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
                 d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT)
                 lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
@@ -172,19 +172,19 @@ def _dkv_kernel(
                 if partial_ptr is not None:
                     d_q = tl.dot(tl.trans(d_logits), k_tile, input_precision="ieee")
                     local_head = local_kv_head.to(tl.int64) * GROUP + member
-                    partial_place = (local_head * (TOPK - 1) + slots) * softmax.num_rows + query_rows
-                    store_rows(partial_ptr, partial_place * HEAD_DIM, d_q, mask, HEAD_DIM, True)
+                    partial_row = (local_head * (TOPK - 1) + slots) * softmax.num_rows + query_rows
+                    store_rows(partial_ptr, partial_row * HEAD_DIM, d_q, mask, HEAD_DIM, True)
             seen += count
 
     d_k *= scale
-    sums_place = (local_kv_head.to(tl.int64) * 2 * segments.count + place) * 2 * BLOCK_SIZE + key_in_block
+    sums_row = (local_kv_head.to(tl.int64) * 2 * segments.count + place) * 2 * BLOCK_SIZE + key_in_block
     sums_mask = (key_in_block < BLOCK_SIZE) & (place >= 0)
-    store_rows(segments.sums_ptr, sums_place * SUMS_DIM, d_k, sums_mask, HEAD_DIM)
-    store_rows(segments.sums_ptr, (sums_place + BLOCK_SIZE) * SUMS_DIM, d_v, sums_mask, VALUE_DIM)
+    store_rows(segments.sums_ptr, sums_row * SUMS_DIM, d_k, sums_mask, HEAD_DIM)
+    store_rows(segments.sums_ptr, (sums_row + BLOCK_SIZE) * SUMS_DIM, d_v, sums_mask, VALUE_DIM)
     is_whole = is_key & (place < 0)
-    out_place = (long_row * layout.num_keys + key) * num_kv_heads + kv_head
-    store_rows(d_k_ptr, out_place * HEAD_DIM, d_k, is_whole, HEAD_DIM)
-    store_rows(d_v_ptr, out_place * VALUE_DIM, d_v, is_whole, VALUE_DIM)
+    out_row = (long_row * layout.num_keys + key) * num_kv_heads + kv_head
+    store_rows(d_k_ptr, out_row * HEAD_DIM, d_k, is_whole, HEAD_DIM)
+    store_rows(d_v_ptr, out_row * VALUE_DIM, d_v, is_whole, VALUE_DIM)
 
 
 @triton.jit
@@ -227,15 +227,15 @@ def _reduce_segments_kernel(
     key_in_block = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     mask = key_in_block < BLOCK_SIZE
     sums_ptr = segments.sums_ptr + local_kv_head.to(tl.int64) * 4 * segments.count * BLOCK_SIZE * SUMS_DIM
-    place = (segments.count + item).to(tl.int64) * 2 * BLOCK_SIZE + key_in_block
-    d_k = load_rows(sums_ptr, place * SUMS_DIM, mask, HEAD_DIM)
-    d_v = load_rows(sums_ptr, (place + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
+    sums_row = (segments.count + item).to(tl.int64) * 2 * BLOCK_SIZE + key_in_block
+    d_k = load_rows(sums_ptr, sums_row * SUMS_DIM, mask, HEAD_DIM)
+    d_v = load_rows(sums_ptr, (sums_row + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
     for segment in range(item, tl.load(extra_ptr + block + 1)):
-        place = tl.full([], segment, tl.int64) * 2 * BLOCK_SIZE + key_in_block
-        d_k += load_rows(sums_ptr, place * SUMS_DIM, mask, HEAD_DIM)
-        d_v += load_rows(sums_ptr, (place + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
+        sums_row = tl.full([], segment, tl.int64) * 2 * BLOCK_SIZE + key_in_block
+        d_k += load_rows(sums_ptr, sums_row * SUMS_DIM, mask, HEAD_DIM)
+        d_v += load_rows(sums_ptr, (sums_row + BLOCK_SIZE) * SUMS_DIM, mask, VALUE_DIM)
     key = first_key + key_in_block
     mask = key_in_block < size
-    place = (tl.full([], row, tl.int64) * layout.num_keys + key) * num_kv_heads + first_kv_head + local_kv_head
-    store_rows(d_k_ptr, place * HEAD_DIM, d_k, mask, HEAD_DIM)
-    store_rows(d_v_ptr, place * VALUE_DIM, d_v, mask, VALUE_DIM)
+    out_row = (tl.full([], row, tl.int64) * layout.num_keys + key) * num_kv_heads + first_kv_head + local_kv_head
+    store_rows(d_k_ptr, out_row * HEAD_DIM, d_k, mask, HEAD_DIM)
+    store_rows(d_v_ptr, out_row * VALUE_DIM, d_v, mask, VALUE_DIM)

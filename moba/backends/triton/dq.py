@@ -44,7 +44,7 @@ def _dq_past_kernel(
     NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """dQ partials: a tile of gathered queries stays on chip while their block's K and V stream past."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
     chunk_head = tl.program_id(1)
     head = chunk_head + partials.first_head
     kv_head = head // GROUP
@@ -58,15 +58,15 @@ def _dq_past_kernel(
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
     while (block < layout.num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        first_tile, stop, last = tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M, BLOCK_COST)
+        first_entry, stop_entry, entry_end = tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M, BLOCK_COST)
         row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
-        for tile in tl.range(first_tile, stop, TILE_M, num_stages=1):
-            query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
+        for tile_entry in tl.range(first_entry, stop_entry, TILE_M, num_stages=1):
+            query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M)
             q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
             d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT)
             lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
-            d_q = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+            d_q = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
             for start in tl.range(0, BLOCK_SIZE, TILE_N, num_stages=NUM_STAGES):
                 keys = start + tl.arange(0, TILE_N)
                 is_key = keys < BLOCK_SIZE
@@ -74,9 +74,9 @@ def _dq_past_kernel(
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[None, :]
                 d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
-            place = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows
-            place += query_rows - partials.row_begin
-            store_rows(partials.ptr, place * HEAD_DIM, d_q, mask, HEAD_DIM, True)
+            partial_row = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows
+            partial_row += query_rows - partials.row_begin
+            store_rows(partials.ptr, partial_row * HEAD_DIM, d_q, mask, HEAD_DIM, True)
         block += 1
 
 
@@ -87,7 +87,7 @@ def _dq_own_kernel(
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries: their partials in the order of slots, then their own blocks."""
+    """dQ of a tile of queries: add up their past blocks' partials in the order of slots, then add their own blocks'."""
     chunk_head = tl.program_id(1)
     kv_head = (chunk_head + partials.first_head) // GROUP
     head = (chunk_head + partials.first_head).to(tl.int64)
@@ -96,8 +96,8 @@ def _dq_own_kernel(
     )
     query = first_query + tl.arange(0, TILE_M)
     query_row = row * layout.num_queries + query
-    place = query_row.to(tl.int64) - partials.row_begin
-    writes = (query >= query_begin) & (query < query_end) & (place >= 0) & (place < partials.num_rows)
+    chunk_row = query_row.to(tl.int64) - partials.row_begin
+    writes = (query >= query_begin) & (query < query_end) & (chunk_row >= 0) & (chunk_row < partials.num_rows)
     position = query + offset
     is_real = writes & (position >= 0)
 
@@ -113,13 +113,13 @@ def _dq_own_kernel(
     if TOPK > 1:
         indices_ptr = indices.ptr + long_row * indices.stride_r + head * indices.stride_h
         bits = past_slots(indices_ptr, query, indices.stride_t, position, is_real, TOPK, BLOCK_SIZE)
-        place += chunk_head.to(tl.int64) * (TOPK - 1) * partials.num_rows
+        partial_row = chunk_row + chunk_head.to(tl.int64) * (TOPK - 1) * partials.num_rows
         slot_rows = tl.full([], partials.num_rows, tl.int64)
         for slot in tl.range(0, TOPK - 1, num_stages=MERGE_STAGES):
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
             )  # fmt: skip
-            offsets = (place + slot * slot_rows) * HEAD_DIM
+            offsets = (partial_row + slot * slot_rows) * HEAD_DIM
             d_q += load_rows(partials.ptr, offsets, exists, HEAD_DIM).to(tl.float32)
 
     all_keys = tl.full([TILE_N], True, tl.int1)
@@ -134,5 +134,5 @@ def _dq_own_kernel(
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         visible = own_keys_visible(key, position, BLOCK_SIZE, TILE_M)
         d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
-    place = query_row.to(tl.int64) * num_heads + head
-    store_rows(d_q_ptr, place * HEAD_DIM, d_q * scale, writes, HEAD_DIM)
+    out_row = query_row.to(tl.int64) * num_heads + head
+    store_rows(d_q_ptr, out_row * HEAD_DIM, d_q * scale, writes, HEAD_DIM)

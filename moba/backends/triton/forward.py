@@ -69,9 +69,9 @@ class Partials(NamedTuple):
 def store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK: tl.constexpr,
                    VALUE_DIM: tl.constexpr):  # fmt: skip
     """Partials of one tile of entries, of a head of the chunk."""
-    place = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows + (query_rows - partials.row_begin)
-    store_rows(partials.ptr, place * VALUE_DIM, outputs, mask, VALUE_DIM, True)
-    tl.store(partials.lse_ptr + place, lse, mask=mask)
+    partial_row = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows + (query_rows - partials.row_begin)
+    store_rows(partials.ptr, partial_row * VALUE_DIM, outputs, mask, VALUE_DIM, True)
+    tl.store(partials.lse_ptr + partial_row, lse, mask=mask)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _attend_past_kernel(
     With KEEPS_KEYS a block's K and V stay on chip while its queries stream past, TILE_N >= BLOCK_SIZE. Otherwise a tile
     of queries stays on chip while the block's K and V stream past.
     """
-    BLOCK_V: tl.constexpr = padded_head_dim(VALUE_DIM)
+    PADDED_VALUE_DIM: tl.constexpr = padded_head_dim(VALUE_DIM)
     QUERY_STAGES: tl.constexpr = NUM_STAGES if KEEPS_KEYS else 1
     chunk_head = tl.program_id(1)
     head = chunk_head + partials.first_head
@@ -99,9 +99,9 @@ def _attend_past_kernel(
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
     while (block < layout.num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        first_tile, stop, last = tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M, BLOCK_COST)
+        first_entry, stop_entry, entry_end = tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M, BLOCK_COST)
         # A block that nobody chose is not read: it may be a short one, with nothing behind its keys.
-        if first_tile < stop:
+        if first_entry < stop_entry:
             row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
             # 1. The block's keys and values, if they stay on chip.
             if KEEPS_KEYS:
@@ -109,9 +109,9 @@ def _attend_past_kernel(
                 is_key = keys < BLOCK_SIZE
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key, is_key, HEAD_DIM, TILE_N)
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key, is_key, VALUE_DIM, TILE_N)
-            for tile in tl.range(first_tile, stop, TILE_M, num_stages=QUERY_STAGES):
+            for tile_entry in tl.range(first_entry, stop_entry, TILE_M, num_stages=QUERY_STAGES):
                 # 2. The queries that chose the block, and the slot of `indices` in which each has it.
-                query_rows, slots, mask = load_entries(entries_ptr, tile, last, TOPK, TILE_M)
+                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
                 # 3. The softmax over this block alone; its keys all lie in the past, so causality masks none.
                 if KEEPS_KEYS:
@@ -125,7 +125,7 @@ def _attend_past_kernel(
                 else:
                     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
                     total = tl.zeros([TILE_M], tl.float32)
-                    acc = tl.zeros([TILE_M, BLOCK_V], tl.float32)
+                    acc = tl.zeros([TILE_M, PADDED_VALUE_DIM], tl.float32)
                     for start in tl.range(0, BLOCK_SIZE, TILE_N, num_stages=NUM_STAGES):
                         keys = start + tl.arange(0, TILE_N)
                         is_key = keys < BLOCK_SIZE
@@ -135,7 +135,7 @@ def _attend_past_kernel(
                         if BLOCK_SIZE % TILE_N != 0:
                             logits = tl.where(is_key[None, :], logits, float("-inf"))
                         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
-                # 4. Its result and log-sum-exp (base 2), where `_attend_own_kernel` finds them by query and slot.
+                # 4. Its result and log-sum-exp (base 2), where `_attend_own_and_merge_kernel` reads them.
                 outputs = acc * (1.0 / total)[:, None]
                 lse = maximum + tl.log2(total)
                 store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, VALUE_DIM)
@@ -143,13 +143,13 @@ def _attend_past_kernel(
 
 
 @triton.jit
-def _attend_own_kernel(
+def _attend_own_and_merge_kernel(
     q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, rule, num_heads, layout, tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partials of a tile of queries in the order of slots, then add causal attention to their own blocks."""
-    BLOCK_V: tl.constexpr = padded_head_dim(VALUE_DIM)
+    """out and lse of a tile of queries: merge their past blocks' partials, then attend causally to their own blocks."""
+    PADDED_VALUE_DIM: tl.constexpr = padded_head_dim(VALUE_DIM)
     chunk_head = tl.program_id(1)
     kv_head = (chunk_head + partials.first_head) // GROUP
     head = (chunk_head + partials.first_head).to(tl.int64)
@@ -159,8 +159,8 @@ def _attend_own_kernel(
     )
     query = first_query + tl.arange(0, TILE_M)
     query_row = row * layout.num_queries + query
-    place = query_row.to(tl.int64) - partials.row_begin
-    writes = (query >= query_begin) & (query < query_end) & (place >= 0) & (place < partials.num_rows)
+    chunk_row = query_row.to(tl.int64) - partials.row_begin
+    writes = (query >= query_begin) & (query < query_end) & (chunk_row >= 0) & (chunk_row < partials.num_rows)
     position = query + offset
     is_real = writes & (position >= 0)
 
@@ -172,27 +172,27 @@ def _attend_own_kernel(
     # found first, so the sum runs in the order of slots and is never rescaled.
     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, BLOCK_V], tl.float32)
+    acc = tl.zeros([TILE_M, PADDED_VALUE_DIM], tl.float32)
     if TOPK > 1:
         indices_ptr = indices.ptr + long_row * indices.stride_r + head * indices.stride_h
         bits = past_slots(indices_ptr, query, indices.stride_t, position, is_real, TOPK, BLOCK_SIZE)
-        place += chunk_head.to(tl.int64) * (TOPK - 1) * partials.num_rows
+        partial_row = chunk_row + chunk_head.to(tl.int64) * (TOPK - 1) * partials.num_rows
         slot_rows = tl.full([], partials.num_rows, tl.int64)
         for slot in tl.static_range(TOPK - 1):
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
             )  # fmt: skip
-            partial_lse = tl.load(partials.lse_ptr + place + slot * slot_rows, mask=exists, other=LOWEST_LOGIT)
+            partial_lse = tl.load(partials.lse_ptr + partial_row + slot * slot_rows, mask=exists, other=LOWEST_LOGIT)
             maximum = tl.maximum(maximum, partial_lse)
         for slot in tl.range(0, TOPK - 1, num_stages=MERGE_STAGES):
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
             )  # fmt: skip
-            index = place + slot * slot_rows
-            partial_lse = tl.load(partials.lse_ptr + index, mask=exists, other=LOWEST_LOGIT)
+            slot_row = partial_row + slot * slot_rows
+            partial_lse = tl.load(partials.lse_ptr + slot_row, mask=exists, other=LOWEST_LOGIT)
             weight = tl.where(exists, tl.exp2(partial_lse - maximum), 0.0)
             total += weight
-            acc += weight[:, None] * load_rows(partials.ptr, index * VALUE_DIM, exists, VALUE_DIM).to(tl.float32)
+            acc += weight[:, None] * load_rows(partials.ptr, slot_row * VALUE_DIM, exists, VALUE_DIM).to(tl.float32)
 
     # 3. The own blocks, on top: keys that every query of the tile sees, from begin to middle; then those that a mask
     # decides on, up to the last query's own position.
@@ -214,9 +214,9 @@ def _attend_own_kernel(
     # 4. The merged softmax, divided once; padded query rows are zeros.
     out = tl.where(is_real[:, None], acc * (1.0 / total)[:, None], 0.0)
     lse = tl.where(is_real, (maximum + tl.log2(total)) * LN_2, float("-inf"))
-    place = query_row.to(tl.int64) * num_heads + head
-    store_rows(out_ptr, place * VALUE_DIM, out, writes, VALUE_DIM)
-    tl.store(lse_ptr + place, lse, mask=writes)
+    out_row = query_row.to(tl.int64) * num_heads + head
+    store_rows(out_ptr, out_row * VALUE_DIM, out, writes, VALUE_DIM)
+    tl.store(lse_ptr + out_row, lse, mask=writes)
 
 
 def plan_forward(
@@ -253,7 +253,7 @@ def plan_forward(
     past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, v, block_size)
     if keeps:
         past["TILE_N"] = max(16, next_power_of_2(block_size))
-    own = tile_sizes("attend_own", arch, q, v, block_size)
+    own = tile_sizes("attend_own_and_merge", arch, q, v, block_size)
     shape = {
         "GROUP": num_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -271,6 +271,8 @@ def plan_forward(
     partial = plan.buffer(topk - 1, size * value_dim, dtype=q.dtype)
     partial_lse = plan.buffer(topk - 1, size, dtype=torch.float32)
     bounds_memory = plan.buffer(2, parts[0].num_heads, num_blocks, dtype=torch.int32)
+    # `flats` and `own_keys` begin with what fits this call, which is launched. Calls of other lengths and batch sizes
+    # need the rest: it is compiled together with this, so that a new length never compiles.
     for chunk in parts:
         partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows)
         if topk > 1:
@@ -281,8 +283,7 @@ def plan_forward(
             for is_flat in flats[1:]:
                 plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
         outputs = (rows_of(indices), partials, out, lse, rule, num_heads, layout, tiles_per_row)
-        plan.launch(
-            _attend_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *outputs, **shape, **own
-        )
+        grid = (num_tiles, chunk.num_heads)
+        plan.launch(_attend_own_and_merge_kernel, grid, rows_of(q), *own_keys[0], *outputs, **shape, **own)
         for keys in own_keys[1:]:
-            plan.foresee(_attend_own_kernel, rows_of(q), *keys, *outputs, **shape, **own)
+            plan.foresee(_attend_own_and_merge_kernel, rows_of(q), *keys, *outputs, **shape, **own)

@@ -43,23 +43,23 @@ def _block_means_kernel(
     k, means, layout, block_size, HEAD_DIM: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_TOKENS: tl.constexpr
 ):  # fmt: skip
     """Program (i, g): TILE_BLOCKS blocks of kv head g."""
-    BLOCK_D: tl.constexpr = padded_head_dim(HEAD_DIM)
+    PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
     blocks = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     head = tl.program_id(1).to(tl.int64)
     row, _, first_key, _, size = block_places(blocks, layout, block_size)
     is_finished = size == block_size
-    columns = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, PADDED_DIM)
     base = k.ptr + row.to(tl.int64) * k.stride_r + head * k.stride_h
-    total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, BLOCK_D], tl.float32)
+    total = tl.zeros([TILE_BLOCKS, TILE_TOKENS, PADDED_DIM], tl.float32)
     for start in range(0, block_size, TILE_TOKENS):
         tokens = start + tl.arange(0, TILE_TOKENS)
         keys = (first_key[:, None] + tokens[None, :]).to(tl.int64)
         pointers = base[:, None, None] + keys[:, :, None] * k.stride_t + columns[None, None, :]
         mask = (is_finished[:, None] & (tokens < block_size)[None, :])[:, :, None]
-        if HEAD_DIM != BLOCK_D:
+        if HEAD_DIM != PADDED_DIM:
             mask = mask & (columns < HEAD_DIM)[None, None, :]
         total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.div_rn(sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, BLOCK_D], 1.0, tl.float32) * block_size)
+    mean = tl.div_rn(sum_tokens(total, TILE_TOKENS), tl.full([TILE_BLOCKS, PADDED_DIM], 1.0, tl.float32) * block_size)
     pointers = means.ptr + head * means.stride_g + blocks.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
     mask = is_finished[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(pointers, mean.to(means.ptr.dtype.element_ty), mask=mask)

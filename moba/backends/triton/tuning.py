@@ -77,7 +77,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row({"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 8}),
     ),
-    "attend_own": (
+    "attend_own_and_merge": (
         Row(
             {"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4, "maxnreg": 168},
             arch=(90,),

@@ -156,10 +156,10 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
 
 
 class Bounds(NamedTuple):
-    """First and last entry of every block among a chunk's query rows, and how far apart the chunk's heads lie."""
+    """First entry of every block among a chunk's query rows, one past the last, and how far apart its heads lie."""
 
-    first: Any
-    last: Any
+    begin: Any
+    end: Any
     stride_h: Any
 
 
@@ -196,5 +196,5 @@ def _chunk_bounds_kernel(view, bounds_ptr, begin, length, num_entries, num_block
         is_before = tl.load(entries_ptr + middle, mask=searching, other=0) < value
         low = tl.where(searching & is_before, middle + 1, low)
         high = tl.where(searching & (is_before == 0), middle, high)
-    place = tl.program_id(2).to(tl.int64) * stride + head.to(tl.int64) * num_blocks + block
-    tl.store(bounds_ptr + place, low, mask=mask)
+    index = tl.program_id(2).to(tl.int64) * stride + head.to(tl.int64) * num_blocks + block
+    tl.store(bounds_ptr + index, low, mask=mask)
