@@ -7,7 +7,7 @@ from moba.block_means import append_block_means, moba_attention_paged, moba_rout
 from moba.compat import moba_attn_varlen, moba_attn_varlen_naive
 from moba.compilation import warmup
 from moba.config import MoBAConfig
-from moba.merge import combine
+from moba.merge import merge_partials
 from moba.module import MoBAttention
 from moba.routing import Routing
 
@@ -16,7 +16,7 @@ __all__ = [
     "MoBAttention",
     "Routing",
     "append_block_means",
-    "combine",
+    "merge_partials",
     "moba_attention",
     "moba_attention_paged",
     "moba_attention_varlen",

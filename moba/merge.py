@@ -9,7 +9,7 @@ from torch import Tensor
 from moba.numerics import accumulation_dtype
 
 
-def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge P partial attentions of the same queries over disjoint sets of keys.
 
     lse = log Σ_p exp(lse_p);  out = Σ_p exp(lse_p − lse) · out_p

@@ -9,7 +9,7 @@ from oracle import attend_batch
 from test_decode import Pages, means_of
 from test_semantics import needs_dtype
 
-from moba import combine, moba_attention, moba_attention_paged, moba_attention_varlen
+from moba import merge_partials, moba_attention, moba_attention_paged, moba_attention_varlen
 
 # Batch, queries, keys, heads, kv heads, head dims of keys and values, block size, topk.
 CASES = {
@@ -100,7 +100,7 @@ def test_parts_of_which_one_was_given_the_sinks_make_the_whole(backend, device):
     logits = torch.einsum("bthd,bshd->bths", q[:, 30:], k[:, :30]) / 4
     before_out = torch.einsum("bths,bshd->bthd", logits.softmax(-1), v[:, :30])
     outs, lses = torch.stack([own_out[:, 30:], before_out]), torch.stack([own_lse[:, 30:], logits.logsumexp(-1)])
-    for actual, wanted in zip(combine(outs, lses), expected, strict=True):
+    for actual, wanted in zip(merge_partials(outs, lses), expected, strict=True):
         assert_close(actual, wanted[:, 30:], 2e-6)
 
 

@@ -1,7 +1,7 @@
 """Attention over a routing in plain torch: for each block, gather the queries that chose it; attend; merge.
 
 A pass takes the query heads of one kv head over a range of queries. Its past blocks become tiles: up to M of the rows
-(query, head) that chose one block, beside that block's keys. Every row's results land in parts, which `combine`
+(query, head) that chose one block, beside that block's keys. Every row's results land in parts, which `merge_partials`
 merges: K - 1 for the past blocks, one for the own block up to the query, and where the pass begins inside a block, one
 for that block's keys before the pass.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moba.backends.pytorch import dense
-from moba.merge import combine
+from moba.merge import merge_partials
 from moba.numerics import accumulation_dtype, all_finite, positive_scale
 from moba.routing import by_block, outside_graphs
 from moba.sequences import Sequences, Span
@@ -359,7 +359,7 @@ def _forward_pass(part: _Pass, is_careful: bool) -> tuple[Tensor, Tensor]:
             lse = lse.masked_fill(~own.take(reads_own), -torch.inf)
         own.take(outs[own.part]).copy_(out)
         own.take(lses[own.part]).copy_(lse)
-    return combine(outs, lses)
+    return merge_partials(outs, lses)
 
 
 def _backward_pass(part: _Pass, results: _Results, d_k: Tensor, d_v: Tensor, is_careful: bool) -> Tensor:

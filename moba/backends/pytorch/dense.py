@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moba.merge import combine
+from moba.merge import merge_partials
 from moba.numerics import accumulation_dtype, padded_to
 
 
@@ -91,7 +91,7 @@ def _forward_by_halves(q: Tensor, k: Tensor, v: Tensor, *, logits: Logits) -> tu
     first = _forward_by_halves(*(x[:, :, :half] for x in (q, k, v)), logits=logits)
     own = _forward_by_halves(*(x[:, :, half:] for x in (q, k, v)), logits=logits)
     before = forward(q[:, :, half:], k[:, :, :half], v[:, :, :half], logits, is_causal=False)
-    second = combine(*map(torch.stack, zip(before, own, strict=True)))
+    second = merge_partials(*map(torch.stack, zip(before, own, strict=True)))
     out, lse = (torch.cat(parts, dim=2) for parts in zip(first, second, strict=True))
     return out, lse
 
