@@ -19,6 +19,7 @@ from moba.validate import (
     check_attention,
     check_block_indices,
     check_bounds,
+    check_choice,
     check_cu_seqlens,
     check_means,
     check_route_by,
@@ -107,6 +108,10 @@ def moba_attention(
 
     Numerics: softmax and sums in fp32 (fp64 for fp64 inputs); block means accumulated in fp32 and rounded once to k's
         dtype; routing scores in fp32, never TF32. Same inputs, same outputs, bit for bit, on one device and version.
+        NaN and inf in keys and values that a query does not attend to never reach it, with two exceptions: the Triton
+        kernels let those of later values near the query through; on a GPU or under torch.compile, torch's dense
+        kernels, which "auto" takes where MoBA is full attention and no gradient is asked for, may let those of any
+        later key or value through.
     Source: MoBA (arXiv 2502.13189), section 2.
     """
     require_tensors(q=q, k=k, v=v)
@@ -248,33 +253,29 @@ def route_and_attend(
 
     Args:
         q: [R, T, H, D]. k: [R, S, G, D] and v: [R, S, G, Dv], or pages, where the sequences say so.
-        sequences: that lie in them.
-        call: checked here.
+        sequences: where the sequences lie in q, k and v.
+        call: the other arguments of the public function; they are checked here.
         routing, block_indices, block_means, route_by: as in `moba_attention`.
     """
     block_size = call.block_size
     topk = require_int("topk", call.topk, 1)
     validate_selection(block_size, topk, call.keep_first, call.keep_recent, call.router)
     require_one_of("backend", call.backend, BACKENDS)
-    given = "routing says" if routing is not None else "block_indices say" if block_indices is not None else None
-    if given and (call.router != "mean" or call.keep_first or call.keep_recent):
-        raise ValueError(
-            f"{given} which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
-            f"got {call.router!r}, {call.keep_first} and {call.keep_recent}"
-        )
-    if block_indices is None and call.own_block is not True:
-        raise ValueError(f"own_block says how block_indices are read, and there are none: got {call.own_block!r}")
-    if route_by is not None and call.router in ("recent", "sink"):
-        raise ValueError(f"route_by serves to score blocks, and router={call.router!r} scores none")
+    check_choice(
+        call.router, call.keep_first, call.keep_recent, call.own_block, routing=routing, block_indices=block_indices,
+        route_by=route_by,
+    )  # fmt: skip
     scale = check_scale(call.scale, q.shape[-1])
     softcap = check_softcap(call.softcap)
     check_sinks(call.sinks, q)
     fitting_size = sequences.fitting_block_size(block_size)
     selection = Selection.of(fitting_size, topk, call.keep_first, call.keep_recent, call.router)
-    # A routing that is given may have fewer blocks than there are.
-    if call.backend == "auto" and not given and _dense_serves(q, k, v, sequences, selection, call):
+    # A selection that is given may list fewer blocks than topk.
+    is_given = routing is not None or block_indices is not None
+    if call.backend == "auto" and not is_given and _dense_serves(q, k, v, sequences, selection, call):
         out = _dense(q, k, v, scale)
-        # Torch's kernels let NaN and inf through the mask.
+        # Torch's kernels may let a NaN or inf of a later key or value through the mask. A single query has no mask. On
+        # a GPU or in a traced graph the result cannot be read, so it is returned unchecked.
         if q.shape[1] == 1 or not is_readable(out) or all_finite(out):
             return out
 

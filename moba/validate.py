@@ -149,6 +149,23 @@ def check_block_indices(
     return places
 
 
+def check_choice(
+    router: object, keep_first: int, keep_recent: int, own_block: object, *, routing: object, block_indices: object,
+    route_by: object,
+) -> None:  # fmt: skip
+    """Check that blocks are chosen in one way: by a router, or by a routing or block_indices that are given."""
+    for name, given in (("routing", routing), ("block_indices", block_indices)):
+        if given is not None and (router != "mean" or keep_first or keep_recent):
+            raise ValueError(
+                f"router, keep_first and keep_recent choose blocks, so they cannot be combined with {name}, "
+                f"got {router!r}, {keep_first} and {keep_recent}"
+            )
+    if block_indices is None and own_block is not True:
+        raise ValueError(f"own_block says how block_indices are read, and there are none: got {own_block!r}")
+    if route_by is not None and router in ("recent", "sink"):
+        raise ValueError(f"route_by serves to score blocks, and router={router!r} scores none")
+
+
 def check_sinks(sinks: object, q: Tensor) -> None:
     """Check one sink a head of q [.., H, D], None for none."""
     if sinks is None:

@@ -60,12 +60,11 @@ def int32(*values):
         ),
         (
             {"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4), "router": "recent"},
-            "routing says which blocks to attend to, so it cannot be combined with router, keep_first and keep_recent, "
-            "got 'recent', 0 and 0",
+            "router, keep_first and keep_recent choose blocks, so they cannot be combined with routing, got 'recent'",
         ),
         (
             {"routing": Routing(torch.zeros(2, 12, 4, 2, dtype=torch.int32), 4), "keep_first": 1},
-            "cannot be combined with router, keep_first and keep_recent, got 'mean', 1 and 0",
+            "cannot be combined with routing, got 'mean', 1 and 0",
         ),
         ({"softcap": 0.0}, "softcap must be a finite number > 0 or None, got 0.0"),
         ({"softcap": float("inf")}, "softcap must be a finite number > 0 or None, got inf"),
@@ -88,7 +87,10 @@ def int32(*values):
         ({"block_indices": CHOSEN.float()}, "got torch.float32 (2, 12, 2, 2)"),
         ({"block_indices": [[0]]}, "got [[0]]"),
         ({"block_indices": CHOSEN.to("meta")}, "block_indices must be on cpu like q, got meta"),
-        ({"block_indices": CHOSEN, "router": "sink"}, "block_indices say which blocks to attend to, so it cannot be"),
+        (
+            {"block_indices": CHOSEN, "router": "sink"},
+            "blocks, so they cannot be combined with block_indices, got 'sink'",
+        ),
         ({"block_indices": CHOSEN, "route_by": (Q, K)}, "so they cannot be combined with route_by"),
         ({"block_indices": CHOSEN, "block_means": K[:, ::4]}, "so they cannot be combined with block_means"),
         (
