@@ -19,7 +19,7 @@ from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import Case, attention_suite, fixed_blocks_suite
 from moba_lab.bench.check import find_error
 from moba_lab.bench.dense import Dense, dense_baselines, flex_attention_of, masked_sdpa
-from moba_lab.bench.measure import Measurement, measure
+from moba_lab.bench.measure import Measurement, measure_call
 from moba_lab.bench.report import Growth, Records, require_writable
 
 # Operations of a forward that take seconds: from there on one run is measured, not the median of several.
@@ -145,7 +145,7 @@ def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) ->
     sequences = Sequences(1, case.tokens, case.tokens)
     selection = Selection.of(sequences.fitting_block_size(case.block_size), case.topk, 0, 0, case.router)
     with torch.no_grad():
-        return measure(lambda: route(q, k, sequences, selection), q.device, warmups=1, repeats=repeats).ms
+        return measure_call(lambda: route(q, k, sequences, selection), q.device, warmups=1, repeats=repeats).ms
 
 
 def _measure(
@@ -169,9 +169,9 @@ def _measure(
 
     warmups = 1 if q.device.type == "cpu" or repeats == 1 else 2
     try:
-        result = _named("forward", measure(forward, q.device, warmups=warmups, repeats=repeats))
+        result = _named("forward", measure_call(forward, q.device, warmups=warmups, repeats=repeats))
         if backward:
-            result |= _named("train", measure(train, q.device, warmups=warmups, repeats=repeats))
+            result |= _named("train", measure_call(train, q.device, warmups=warmups, repeats=repeats))
     except (RuntimeError, torch.OutOfMemoryError) as error:
         return {"failed": str(error).splitlines()[0][:200]}
     return result

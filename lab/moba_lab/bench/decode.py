@@ -17,7 +17,7 @@ from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import DecodeCase, decode_suite, free_bytes
 from moba_lab.bench.check import check_dense, check_means, find_error
 from moba_lab.bench.dense import decode_baselines
-from moba_lab.bench.measure import measure
+from moba_lab.bench.measure import measure_call
 from moba_lab.bench.report import Growth, Records, require_writable
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -162,7 +162,7 @@ def _step_ms(steps: Sequence[Callable[[], object]], device: torch.device, repeat
                 step()
 
     if device.type != "cuda":
-        return measure(run, device, warmups=1, repeats=repeats).ms / len(steps)
+        return measure_call(run, device, warmups=1, repeats=repeats).ms / len(steps)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         run()  # what compiles or fails does so before the recording
@@ -170,14 +170,14 @@ def _step_ms(steps: Sequence[Callable[[], object]], device: torch.device, repeat
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return measure(graph.replay, device, warmups=2, repeats=repeats).ms / len(steps)
+    return measure_call(graph.replay, device, warmups=2, repeats=repeats).ms / len(steps)
 
 
 def _copy_rate(device: torch.device) -> float:
     """Bytes that a large copy reads and writes in a second."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    ms = measure(lambda: target.copy_(source), device, warmups=2, repeats=5).ms
+    ms = measure_call(lambda: target.copy_(source), device, warmups=2, repeats=5).ms
     return 2 * COPY_BYTES[device.type] / ms * 1e3
 
 

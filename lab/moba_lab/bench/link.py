@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moba_lab.bench.measure import measure
+from moba_lab.bench.measure import measure_call
 
 # What a rank waits for one that measures alone.
 PATIENCE = timedelta(days=1)
@@ -80,7 +80,7 @@ def _pass_on(mine: torch.Tensor, other: torch.Tensor, ways: list[Callable[..., A
 
 
 def _slowest(run: Callable[[], object], device: torch.device) -> float:
-    ms = torch.tensor(measure(run, device, warmups=1, repeats=5).ms, device=device)
+    ms = torch.tensor(measure_call(run, device, warmups=1, repeats=5).ms, device=device)
     dist.all_reduce(ms, dist.ReduceOp.MAX)
     return float(ms)
 

@@ -26,7 +26,7 @@ class Measurement(NamedTuple):
     peak_bytes: int | None
 
 
-def measure(function: Callable[[], object], device: torch.device, *, warmups: int, repeats: int) -> Measurement:
+def measure_call(function: Callable[[], object], device: torch.device, *, warmups: int, repeats: int) -> Measurement:
     """Run `function` and report its median time and peak memory.
 
     Args:

@@ -32,7 +32,7 @@ from moba.routing import Routing
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import ParallelCase, parallel_suite
 from moba_lab.bench.link import free, gathered, measure_link, on_first, rate
-from moba_lab.bench.measure import measure
+from moba_lab.bench.measure import measure_call
 from moba_lab.bench.report import Records, earlier_records, require_writable, write
 
 # How far, as ‖difference‖ / ‖result‖, ranks may be from one device: both round partial results to the inputs' dtype.
@@ -242,7 +242,7 @@ def _routing_times(
     times = {}
     for name, lends in (("own", False), ("lending", True)):
         run = partial(_route, q, k, shards, selection, lends)
-        times[name] = gathered(measure(run, device, warmups=1, repeats=repeats).ms)
+        times[name] = gathered(measure_call(run, device, warmups=1, repeats=repeats).ms)
     free(device)
     return times
 
@@ -295,17 +295,17 @@ def _measure(
         return torch.autograd.grad(attend(*leaves), leaves, tensors[3])
 
     repeats = repeats if case.backward else 1  # the longest cases
-    # One warm-up in `measure`, so that every rank runs the same number of times, and one before it, in which kernels
-    # are compiled and the allocator finds its blocks.
+    # One warm-up in `measure_call`, so that every rank runs the same number of times, and one before it, in which
+    # kernels are compiled and the allocator finds its blocks.
     if case.backward:
         forward()
-    first = measure(forward, device, warmups=1, repeats=repeats)
+    first = measure_call(forward, device, warmups=1, repeats=repeats)
     result: dict[str, Any] = {"forward_ms": first.ms, "forward_peak_bytes": first.peak_bytes}
     if first.peak_bytes is not None:
         result["forward_bytes"] = first.peak_bytes + sum(x.numel() * x.element_size() for x in leaves)
     if case.backward:
         train()
-        both = measure(train, device, warmups=1, repeats=repeats)
+        both = measure_call(train, device, warmups=1, repeats=repeats)
         result |= {"train_ms": both.ms, "train_peak_bytes": both.peak_bytes}
     return result
 

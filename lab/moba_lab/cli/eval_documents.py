@@ -81,7 +81,7 @@ def sparsity(
 
         moba eval sparsity --settings "128x4, 128x8, 128x8 router=shared, 512x3" --length 8192
     """
-    from moba_lab.evals.sparsity import sparsity
+    from moba_lab.evals.sparsity import evaluate_sparsity
     from moba_lab.pictures.evaluations import plot_sparsity
 
     attentions = {"full": None, **setup.attentions("128x4, 128x6, 128x8, 128x16, 512x3, 512x8")}
@@ -92,7 +92,7 @@ def sparsity(
     tokens = run.documents(length - copied, documents, data, text)
 
     def measure(reader: Reader, document: str) -> Record:
-        return sparsity(reader, tokens[document], num_copied=copied, distance=3 * length // 8)
+        return evaluate_sparsity(reader, tokens[document], num_copied=copied, distance=3 * length // 8)
 
     def told(row: Record) -> str:
         return f"perplexity {row['perplexity']:.2f}, copy {row['perplexity_second']:.2f}"

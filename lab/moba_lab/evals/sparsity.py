@@ -15,7 +15,7 @@ from moba_lab.evals.reader import Reader
 from moba_lab.models.generation import num_keys_read
 
 
-def sparsity(reader: Reader, text: Tensor, *, num_copied: int, distance: int) -> dict[str, Any]:
+def evaluate_sparsity(reader: Reader, text: Tensor, *, num_copied: int, distance: int) -> dict[str, Any]:
     """Perplexity of a text, of a passage's second copy behind it, and the keys that reading both takes.
 
     Args:

@@ -59,7 +59,7 @@ def watch_projections(model: PreTrainedModel) -> None:
         if hasattr(attention, "moba_projections"):
             continue
         attention.moba_projections = Projections()
-        provide_route_by(attention, "unrotated", unrotated)
+        provide_route_by(attention, "unrotated", unrotated_rows)
         attention.register_forward_pre_hook(_begin, with_kwargs=True)
         attention.register_forward_hook(_end)
         for name, (source, module) in _sources(attention).items():
@@ -75,7 +75,7 @@ def apply_config(model: PreTrainedModel, config: MoBAConfig | None) -> None:
     set_moba_config(model, config)
 
 
-def unrotated(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def unrotated_rows(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Queries [B, T, H, D] and keys [B, S, G, D] from before the rotary embedding, of the call that is running.
 
     Args:

@@ -35,7 +35,7 @@ def route(
     if selection.score is None or selection.topk >= sequences.num_blocks(selection.block_size):
         indices = routing.kept_indices(sequences.positions(q.device), selection)
         return indices[:, :, None].expand(-1, -1, q.shape[2], -1)
-    return select(
+    return _route_by_means(
         q, k if means is None else None,
         None if means is None else global_means(means, sequences, selection.block_size),
         sequences.num_keys, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
@@ -44,7 +44,7 @@ def route(
 
 
 @operator("triton_route")
-def select(
+def _route_by_means(
     q: Tensor,
     k: Tensor | None,
     means: Tensor | None,
@@ -109,7 +109,7 @@ def plan_select(
     )  # fmt: skip
 
 
-@fake(select)
+@fake(_route_by_means)
 def _(
     q: Tensor,
     k: Tensor | None,
