@@ -32,7 +32,7 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     wide = accumulation_dtype(outs.dtype)
     lses = lses.to(wide)
     has_key = lses != -torch.inf
-    # Rows without a key are computed as if there were one, as the gradient of log 0 is not a number.
+    # Rows without a key sum zeros in place of -inf, because the gradient of log 0 is NaN; their lse is set below.
     is_empty = ~has_key.any(dim=0)
     lse = torch.logsumexp(lses.masked_fill(is_empty, 0.0), dim=0)
     weights = torch.exp(lses - lse)

@@ -1,4 +1,6 @@
-"""The mask-based oracle: MoBA as the paper's equations 2-6 read. Slow and large on purpose; every dtype, fp64 included.
+"""MoBA by masks, as in the paper's equations 2-6: what every other backend is checked against.
+
+Written to be read, not to be fast: it sorts all scores and makes T × S masks. Every dtype works, fp64 included.
 
 Letters: T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk.
 """
@@ -44,9 +46,10 @@ def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) 
         score = torch.zeros(q.shape[0], q.shape[1], means.shape[0], device=q.device)
     else:
         score = selection.scores(q, means, selection.first_of_equals(means))  # [T, H, N]
-        score = score.nan_to_num(nan=torch.finfo(score.dtype).min)  # as -inf becomes, so that the two tie
+        score = score.nan_to_num(nan=torch.finfo(score.dtype).min)  # NaN and -inf become the same lowest number
     kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
-    # Most significant last: of a query's candidates, kept ones first, then by score, then by lower index.
+    # The order: past blocks first, among them kept ones, then higher scores, then lower indices. Each sort is stable,
+    # so the most important one comes last.
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
     order = order.gather(-1, _stable_first(kept.expand_as(score).gather(-1, order)))
     order = order.gather(-1, _stable_first((block < own).expand_as(score).gather(-1, order)))
@@ -104,17 +107,20 @@ def attend(
     softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract."""
+    """Equation 2: softmax(scale · q Kᵀ) V over the selected keys, by masking. See `moba.backends` for the contract.
+
+    `own_block` changes nothing here: `indices` hold the own block wherever it is read.
+    """
     group = q.shape[2] // k.shape[2]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     for span in sequences.spans():
         all_rows = torch.arange(span.q_start, span.q_start + span.q_len, device=q.device)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
-        hidden_from_all = attention_mask(indices[span.row, all_rows], span, block_size).logical_not_()
+        hidden_by_head = attention_mask(indices[span.row, all_rows], span, block_size).logical_not_()
         for head in range(q.shape[2]):
-            sees_any = ~hidden_from_all[head].all(dim=-1)
-            q_rows, hidden = all_rows[sees_any], hidden_from_all[head, sees_any]
+            sees_any = ~hidden_by_head[head].all(dim=-1)
+            q_rows, hidden = all_rows[sees_any], hidden_by_head[head, sees_any]
             queries, keys, values = q[span.row, q_rows, head], *(x[span.row, k_rows, head // group] for x in (k, v))
             is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (queries, keys, values))
             head_out, head_lse = _softmax_attention(
@@ -125,7 +131,8 @@ def attend(
                 scale,
                 softcap,
             )
-            # 0 · NaN is NaN, so that each row that NaN or inf belongs to is computed from the keys that it sees alone.
+            # NaN and inf were zeros so far, because 0 · NaN would pass through the mask. A row that sees one is
+            # computed again, from the keys that it sees alone.
             sees_bad = is_bad_query | (~hidden & (is_bad_key | is_bad_value)).any(dim=-1)
             for row in sees_bad.nonzero()[:, 0].tolist():
                 seen = ~hidden[row]

@@ -45,7 +45,7 @@ def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int
     is_new = (end <= position + 1) & (end > position + 1 - num_new)
     if k.device.type == "cpu" and not is_new.any():
         return
-    # Where there is nothing to write, the first real entry is written once more: there is no order among equals.
+    # Entries with nothing to write repeat the first one that has: equal values, so the order of writes is no matter.
     entry = torch.arange(is_new.numel(), device=k.device)
     entry = torch.where(is_new.flatten(), entry, is_new.flatten().int().argmax())
     row, block = torch.div(entry, num_blocks, rounding_mode="floor"), block.flatten()[entry]

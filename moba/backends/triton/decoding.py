@@ -68,7 +68,7 @@ def attend_step(
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
     """Write the means of the blocks that each row's last keys finished. See `moba.backends` for the contract.
 
-    Numerics: the bits of `means.mean_keys`.
+    Numerics: bit for bit the means of `means.mean_keys`.
     """
     _append_means(
         means, k, sequences.key_start, sequences.key_end, sequences.page_table, sequences.num_queries, block_size
