@@ -89,25 +89,30 @@ def main(
 
 def measure(model: Any, arm: Arm, lengths: list[int], steps: int) -> Iterator[dict[str, Any]]:
     """One record a length."""
-    step = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+    num_new = steps + WARM_UPS + 1
+    # A static cache of MoBA costs what is in it, so one serves all lengths; one of sdpa costs what it could hold.
+    static = MoBACache(model.config, max_cache_len=max(lengths) + num_new) if arm.attention == "moba" else None
     for length in lengths:
-        # What the last length kept is gone.
+        if static is None:
+            # What was compiled for the last length holds its cache.
+            torch.compiler.reset()
+        step = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        yield {"tokens": length, "attention": arm.name, **measure_length(model, arm, step, length, max(lengths), steps)}
+        record = measure_length(model, arm, step, static, length, steps)
+        yield {"tokens": length, "attention": arm.name, **record}
 
 
 @torch.no_grad()
 def measure_length(
-    model: Any, arm: Arm, step: Callable[..., Tensor], length: int, longest: int, steps: int
+    model: Any, arm: Arm, step: Callable[..., Tensor], static: MoBACache | None, length: int, steps: int
 ) -> dict[str, Any]:
     """Seconds of the first token, ms of a step, and peak memory."""
-    num_new = steps + WARM_UPS + 1
     tokens = torch.randint(SHAPE["vocab_size"], (1, length), device="cuda")
     record: dict[str, Any] = {}
     for name in ("first call: first token, s", "first token, s"):
         cache = None
-        cache = new_cache(model, arm, length + num_new, longest + num_new)
+        cache = emptied(static) if static else new_cache(model, arm, length + steps + WARM_UPS + 1)
         record[name] = round(read(model, arm, cache, tokens), 3)
     record["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     token = tokens[:, :1].clone()
@@ -120,10 +125,14 @@ def measure_length(
     return record
 
 
-def new_cache(model: Any, arm: Arm, room: int, most_room: int) -> Any:
-    """An empty cache. A static one of MoBA costs what is in it, one of sdpa what it could hold."""
-    if arm.attention == "moba":
-        return MoBACache(model.config, max_cache_len=most_room)
+def emptied(cache: MoBACache) -> MoBACache:
+    """The cache without what the last prompt left in it."""
+    cache.reset()
+    return cache
+
+
+def new_cache(model: Any, arm: Arm, room: int) -> Any:
+    """An empty cache for full attention."""
     return StaticCache(model.config, max_cache_len=room) if arm.is_compiled else MoBACache(model.config)
 
 

@@ -48,6 +48,16 @@ class Matrix:
     tile: tuple[int, int]
 
 
+class _Source(ASTSource):
+    """A kernel whose first stage, all of it Python, waits for other threads': together each would take their sum."""
+
+    _is_python = Lock()
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        with self._is_python:
+            return super().make_ir(*args, **kwargs)
+
+
 class Variant(NamedTuple):
     """What a kernel is compiled for: Triton's signature, constants and hints by parameter, and launch options."""
 
@@ -59,7 +69,7 @@ class Variant(NamedTuple):
 
     def compile(self, target: Any = None) -> Any:
         """Compile it, or load it from Triton's cache on disk; for another chip than this machine's, name the target."""
-        source = ASTSource(
+        source = _Source(
             self.kernel,
             dict(zip(self.kernel.arg_names, self.signature, strict=True)),
             dict(self.constants),
@@ -133,7 +143,7 @@ def _nothing_kernel():
 
 
 # Triton hashes its own files, 0.3 s, before it first looks for a kernel on disk: done while ours are imported.
-_first = _threads.submit(lambda: triton.compile(ASTSource(_nothing_kernel, {}), GPUTarget("cuda", 80, 32)))
+_first = _threads.submit(lambda: triton.compile(_Source(_nothing_kernel, {}), GPUTarget("cuda", 80, 32)))
 
 
 def compiled(
@@ -148,9 +158,9 @@ def compiled(
     variants = list(variants)
     missing = [v for v in dict.fromkeys(variants) if (index, v) not in _kernels]
     if missing:
-        wait([_first])
         with torch.cuda.device(index):
             target = driver.active.get_current_target()
+            wait([_first])
             started = [_begin(v, target) for v in missing]
             for v in following() if following is not None else ():
                 if (index, v) not in _kernels:
