@@ -50,6 +50,8 @@ CASES = {
     "first token": (1, 1, 1, 2, 1, 16, 8, 3),
     "many blocks": (1, 2, 130, 2, 1, 16, 4, 5),
     "no query": (1, 0, 9, 2, 1, 16, 8, 3),
+    "one query, narrower values": (2, 1, 45, 4, 2, 24, 16, 8, 3),
+    "thirteen queries, narrower values": (1, 13, 45, 4, 2, 24, 16, 8, 3),
 }
 
 
@@ -59,7 +61,7 @@ OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.float32) for case in CASES]
-    + [(case, dtype) for case in ("groups of three", "head dim 80") for dtype in OTHER_DTYPES],
+    + [(case, dtype) for case in ("groups of three", "head dim 80", *tuple(CASES)[-2:]) for dtype in OTHER_DTYPES],
     ids=str,
 )
 def test_matches_the_definition(backend, device, case, dtype):
@@ -290,11 +292,12 @@ class Pages:
 
 
 @pytest.mark.parametrize(
-    ("page_size", "block_size", "queries"),
-    [(8, 8, 1), (16, 4, 4), (4, 8, 1), (2, 8, 16), (6, 6, 20), (3, 6, 1), (32, 8, 1)],
-)
-def test_pages(backend, device, page_size, block_size, queries):
-    q, k, v = make_qkv(3, queries, 45, 2, 1, 16, device=device, exact_for=block_size)
+    ("page_size", "block_size", "queries", "value_dim"),
+    [(8, 8, 1, 16), (16, 4, 4, 16), (4, 8, 1, 16), (2, 8, 16, 16), (6, 6, 20, 16), (3, 6, 1, 16), (32, 8, 1, 16),
+     (16, 8, 3, 8), (16, 8, 3, 40), (16, 8, 20, 8), (16, 8, 20, 40)],
+)  # fmt: skip
+def test_pages(backend, device, page_size, block_size, queries, value_dim):
+    q, k, v = make_qkv(3, queries, 45, 2, 1, 16, value_dim, device=device, exact_for=block_size)
     lengths = [45, 32, 7]
     pages = Pages(k, v, lengths, page_size, block_size)
     options = {"block_size": block_size, "topk": 3, **BOTH}

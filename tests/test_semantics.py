@@ -20,7 +20,7 @@ def dense(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-# Batch, queries, keys, heads, kv heads, head dim, block size, topk.
+# Batch, queries, keys, heads, kv heads, head dim, that of values where it differs, block size, topk.
 CASES = {
     "plain": (1, 37, 37, 2, 2, 16, 8, 3),
     "batch of two": (2, 33, 33, 2, 1, 16, 16, 2),
@@ -38,9 +38,17 @@ CASES = {
     "one query": (2, 1, 37, 4, 2, 16, 8, 3),
     "one key": (1, 1, 1, 4, 2, 16, 8, 3),
     "many blocks": (1, 130, 130, 1, 1, 16, 4, 5),
+    "values as MLA": (1, 20, 20, 1, 1, 192, 128, 8, 2),
+    "wider values": (1, 37, 37, 4, 2, 16, 40, 8, 3),
+    "values of one": (2, 20, 20, 2, 1, 5, 1, 7, 2),
+    "chunk, narrower values": (1, 13, 45, 4, 2, 24, 16, 8, 3),
+    "own block only, wider values": (1, 40, 40, 2, 1, 16, 32, 16, 1),
+    "one query, narrower values": (2, 1, 45, 4, 2, 24, 16, 8, 3),
 }
+OTHER_VALUES = tuple(CASES)[-6:]
 OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
-IN_EVERY_DTYPE = ("plain", "six heads of two", "head dim 80", "head dim 1", "own block only", "chunk of a prefill")
+IN_EVERY_DTYPE = ("plain", "six heads of two", "head dim 80", "head dim 1", "own block only", "chunk of a prefill",
+                  *OTHER_VALUES)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -62,10 +70,18 @@ def test_matches_the_definition(backend, device, case, dtype):
     assert_close(lse, expected_lse, LSE_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(32, 32), (24, 16), (16, 40)])
+def test_enough_blocks_are_dense_attention(backend, device, head_dim, value_dim):
+    q, k, v = make_qkv(2, 40, 40, 4, 2, head_dim, value_dim, device=device)
+    expected = dense(q, k, v)
+    for backend_or_auto in (backend, "auto"):
+        options = {"block_size": 8, "topk": 5, "backend": backend_or_auto}
+        assert_close(moba_attention(q, k, v, **options), expected, 2e-5)
+        assert_close(moba_attention(q[:, -1:], k, v, **options), expected[:, -1:], 2e-5)
+
+
 def test_auto_takes_dense_only_where_it_is_the_same_function(device):
     q, k, v = make_qkv(1, 40, 40, 4, 2, 32, device=device)
-    assert_close(moba_attention(q, k, v, block_size=8, topk=5), dense(q, k, v), 2e-5)
-    assert_close(moba_attention(q[:, -1:], k, v, block_size=8, topk=5), dense(q[:, -1:], k, v), 2e-5)
     sparse = moba_attention(q, k, v, block_size=8, topk=4)
     assert_close(sparse, moba_attention(q, k, v, block_size=8, topk=4, backend="reference"), 2e-5)
     q.requires_grad_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close, gradients, make_qkv
 from oracle import attend_batch
-from test_semantics import CASES
+from test_semantics import CASES, OTHER_VALUES
 
 from moba import moba_attention, moba_attention_varlen
 
@@ -26,22 +26,25 @@ GRADIENT_CASES = ("plain", "chunk of a prefill", "six heads of two", "head dim 8
 
 
 @pytest.mark.parametrize(
-    ("case", "with_lse"), [(case, True) for case in GRADIENT_CASES] + [(case, False) for case in GRADIENT_CASES[:3]]
+    ("case", "with_lse"),
+    [(case, True) for case in (*GRADIENT_CASES, *OTHER_VALUES)]
+    + [(case, False) for case in (*GRADIENT_CASES[:3], *OTHER_VALUES)],
 )
 def test_gradients_match_the_definition(backend, device, case, with_lse):
     *shape, block_size, topk = CASES[case]
     q, k, v = make_qkv(*shape, device=device, exact_for=block_size)
     options = {"block_size": block_size, "topk": topk, "scale": 0.1}
-    d_out = torch.randn_like(q)
+    d_out = torch.randn(*q.shape[:3], v.shape[3], device=device)
     d_lse = torch.randn(q.shape[:3], device=device) if with_lse else None
     expected = expected_gradients(q, k, v, d_out, d_lse, **options)
     for actual, wanted in zip(gradients(q, k, v, d_out, d_lse, **options, backend=backend), expected, strict=True):
         assert_close(actual, wanted, 5e-5)
 
 
-def test_gradients_of_padded_and_packed_sequences(backend, device):
-    q, k, v = make_qkv(2, 30, 30, 2, 1, 16, device=device, exact_for=8)
-    d_out = torch.randn_like(q)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (24, 16)])
+def test_gradients_of_padded_and_packed_sequences(backend, device, head_dim, value_dim):
+    q, k, v = make_qkv(2, 30, 30, 2, 1, head_dim, value_dim, device=device, exact_for=8)
+    d_out = torch.randn(2, 30, 2, value_dim, device=device)
     pad = torch.tensor([0, 11], dtype=torch.int32, device=device)
     for x in (q, k, v):
         x[1, :11] = torch.nan
