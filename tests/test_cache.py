@@ -122,16 +122,6 @@ def test_left_padded_rows_decode_like_the_rows_alone(model, any_cache, decode, f
             check_means(cache, starts=pads)
 
 
-def test_full_decode_keeps_the_means_current(model, new_cache):
-    """A second question after an answer: the answer was written with full attention, the question reads with MoBA."""
-    register_moba(MoBAConfig(**{**SPARSE, "decode": "full"}))
-    tokens = random_tokens(1, PROMPT)
-    cache = new_cache(model)
-    generate(model, tokens, past_key_values=cache)
-    read(model, random_tokens(1, 9), cache)
-    check_means(cache)
-
-
 @pytest.mark.parametrize("decode", ["moba", "full"])
 def test_beam_search_matches_the_reference(model, any_cache, decode):
     register_moba(MoBAConfig(**{**SPARSE, "decode": decode}))
@@ -191,17 +181,6 @@ def test_rows_may_be_reordered_repeated_and_selected(model, kind, pads):
     check_means(cache, starts=None if pads is None else [pads[row] for row in rows])
 
 
-def test_static_rows_may_be_reordered(llama):
-    cache = MoBACache(llama.config, max_cache_len=64)
-    tokens = random_tokens(3, PROMPT)
-    read(llama, tokens, cache)
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    check_means(cache)
-    logits = read(llama, tokens[[2, 2, 2], :3], cache)
-    assert_close(logits[1], logits[2], CLOSE)
-    assert (logits[0] - logits[1]).abs().max() > 0.05
-
-
 def test_reset_starts_anew(model, new_cache):
     cache = new_cache(model)
     mask = torch.ones(2, PROMPT, dtype=torch.long)
@@ -234,15 +213,6 @@ def test_a_prefix_is_reused(model, new_cache, way, tmp_path):
         assert torch.equal(generate(model, text, past_key_values=cache), greedy_without_cache(model, text))
         check_means(cache)
         assert int(prefix.get_seq_length()) == PROMPT
-
-
-def test_a_prefix_read_once_serves_a_batch(llama):
-    prefix = MoBACache(llama.config)
-    tokens = random_tokens(1, 30)
-    read(llama, tokens, prefix)
-    prefix.batch_repeat_interleave(3)
-    texts = torch.cat([tokens.expand(3, -1), random_tokens(3, 7)], dim=1)
-    assert torch.equal(generate(llama, texts, past_key_values=prefix), greedy_without_cache(llama, texts))
 
 
 def test_keys_that_other_attention_read_get_means(model, new_cache):

@@ -96,16 +96,6 @@ def test_no_packed_sequence():
     assert (backend.route(q, k, packed(q, k, [], []), Selection.of(1, 2, 0, 0, "mean")) == -1).all()
 
 
-def test_padded_rows():
-    q, k = inputs(3, 60, 60, 2, 1, 16, 4)
-    starts, ends = [3, 0, 30], [60, 50, 30]
-    for row in range(3):
-        k[row, : starts[row]] = torch.nan
-        k[row, ends[row] :] = torch.nan
-        q[row, : 60 - (ends[row] - starts[row])] = torch.nan
-    assert_same_routing(q, k, padded(q, k, starts, ends), 4, 4)
-
-
 @pytest.mark.parametrize("topk", [4, 8, 12, 20])
 @pytest.mark.parametrize("keys", ["constant", "two values", "zeros of both signs"])
 def test_ties_go_to_the_lower_block(keys, topk):

@@ -55,6 +55,15 @@ def logits(model, tokens, attention="moba", **inputs):
         return model(tokens, **inputs).logits
 
 
+def gradients_of(model, tokens, attention):
+    """The gradients of the model's own loss under an attention, in one vector, the largest of which is 1."""
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return found / found.abs().max()
+
+
 def positions_of(lengths):
     """position_ids [1, sum] of sequences packed into one row."""
     return torch.cat([torch.arange(n) for n in lengths])[None]
