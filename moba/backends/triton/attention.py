@@ -133,23 +133,10 @@ def plan_attend(
 
 
 @fake(_attend)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *bounds, block_size, _scale, _softcap = rest
     num_rows, num_queries, num_heads, _ = q.shape
-    num_blocks = num_global_blocks(
-        Sequences(num_rows, num_queries, k.shape[1], key_start, key_end, cu_q, cu_k), block_size
-    )
+    num_blocks = num_global_blocks(Sequences(num_rows, num_queries, k.shape[1], *bounds), block_size)
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
         q.new_empty(q.shape[:3], dtype=torch.float32),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -110,18 +112,6 @@ def plan_select(
 
 
 @fake(_route_by_means)
-def _(
-    q: Tensor,
-    k: Tensor | None,
-    means: Tensor | None,
-    num_keys: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    topk: int,
-    keep_first: int,
-    keep_recent: int,
-) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
+    *_, topk, _keep_first, _keep_recent = rest
     return q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
