@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
-from tiny_models import FAMILIES, logits, positions_of, random_tokens, tiny_model
+from tiny_models import FAMILIES, logits, positions_of, random_tokens, read_in_parts, tiny_model
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from moba import MoBAConfig, moba_attention, register_moba
@@ -69,19 +69,13 @@ def test_the_models_scaling_is_honoured_on_every_path(how, full_layers):
         out, expected = logits(model, tokens, **inputs), logits(model, tokens, "sdpa", **positions)
     else:
         lengths = [30, 1, LENGTH - 31] if how == "chunks" else [LENGTH - 2, 1, 1]
-        out, expected = (in_parts(model, tokens, lengths, name, mask if "padded" in how else None) for name in PAIR)
+        inputs, real = ({"attention_mask": mask}, mask[0].bool()) if "padded" in how else ({}, slice(None))
+        caches = [DynamicCache(config=model.config) for _ in PAIR]
+        out, expected = (
+            read_in_parts(model, tokens, lengths, cache, name, **inputs)[:, real]
+            for cache, name in zip(caches, PAIR, strict=True)
+        )
     assert_close(out, expected, CLOSE)
-
-
-def in_parts(model, tokens, lengths, attention, mask):
-    """Logits of the tokens read in parts against a cache; of the real ones under a mask."""
-    cache, parts, end = DynamicCache(config=model.config), [], 0
-    for part in tokens.split(lengths, dim=1):
-        end += part.shape[1]
-        inputs = {} if mask is None else {"attention_mask": mask[:, :end]}
-        parts.append(logits(model, part, attention, past_key_values=cache, **inputs))
-    out = torch.cat(parts, dim=1)
-    return out if mask is None else out[:, mask[0].bool()]
 
 
 @pytest.mark.parametrize(("name", "runs"), [("moba", "pytorch"), ("moba_naive", "reference")])

@@ -96,24 +96,6 @@ def test_full_decode_reads_the_cache_that_moba_filled(model):
     assert (sparse - full["dynamic"]).abs().max() > 0.05
 
 
-def test_sampling_matches_the_reference(model):
-    tokens = random_tokens(1, PROMPT)
-    outputs = []
-    for attention in ("moba", "moba_naive"):
-        torch.manual_seed(3)
-        outputs.append(generate(model, tokens, attention, do_sample=True))
-    assert torch.equal(*outputs)
-
-
-def test_static_cache_larger_than_needed_without_a_mask(model):
-    tokens = random_tokens(2, PROMPT)
-    use(model)
-    with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
-        cache = StaticCache(config=model.config, max_cache_len=200)
-        assert_close(model(tokens, past_key_values=cache).logits, expected, CLOSE)
-
-
 def test_right_padding_cannot_be_continued(model):
     tokens = random_tokens(2, PROMPT)
     mask = torch.ones_like(tokens)

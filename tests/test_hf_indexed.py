@@ -6,7 +6,7 @@ import pytest
 import torch
 from all_decoders import tiny_decoder
 from helpers import assert_close
-from tiny_models import gradients_of, logits, positions_of, random_tokens
+from tiny_models import gradients_of, logits, positions_of, random_tokens, read_in_parts
 from transformers import DynamicCache
 
 from moba import MoBAConfig, register_moba
@@ -69,11 +69,8 @@ def test_a_padded_row_reads_what_it_reads_alone(model, side, has_positions):
 def test_a_text_read_in_parts(model, make_cache, room):
     tokens, mask = random_tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :PADDING] = 0
-    cache, parts, end = make_cache(config=model.config, **room), [], 0
-    for part in tokens.split([50, 1, 1, 30, 1, 17], dim=1):
-        end += part.shape[1]
-        parts.append(logits(model, part, past_key_values=cache, attention_mask=mask[:, :end]))
-    read = torch.cat(parts, dim=1)
+    cache = make_cache(config=model.config, **room)
+    read = read_in_parts(model, tokens, [50, 1, 1, 30, 1, 17], cache, attention_mask=mask)
     assert_close(read[:1], logits(model, tokens[:1]), CLOSE)
     assert_close(read[1:, PADDING:], logits(model, tokens[1:, PADDING:]), CLOSE)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from all_decoders import tiny_decoder
 from helpers import LargestNewTensor, assert_close
-from tiny_models import logits, positions_of, random_tokens, tiny_model
+from tiny_models import logits, positions_of, random_tokens, read_in_parts, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from moba import MoBAConfig, register_moba
@@ -144,7 +144,7 @@ def test_a_padded_row_reads_what_it_reads_alone(pool, side):
     real = slice(9, None) if side == "left" else slice(0, -9)
     mask[1] = 0
     mask[1, real] = 1
-    padded = logits(model, tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    padded = logits(model, tokens, **by_token(mask))
     assert_close(padded[:1], logits(model, tokens[:1]), CLOSE)
     assert_close(padded[1:, real], logits(model, tokens[1:, real]), CLOSE)
 
@@ -176,14 +176,8 @@ def test_selecting_keeps_no_scores_of_all_tokens():
     assert largest.num_elements < 3000 * 3000 / 4
 
 
-def read_in_parts(model, tokens, mask, cache, lengths):
-    parts, end = [], int(cache.get_seq_length())
-    for part in tokens.split(lengths, dim=1):
-        end += part.shape[1]
-        positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, -part.shape[1] :]
-        inputs = {"attention_mask": mask[:, :end], "position_ids": positions}
-        parts.append(logits(model, part, past_key_values=cache, **inputs))
-    return torch.cat(parts, dim=1)
+def by_token(mask):
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -192,14 +186,14 @@ def test_a_text_read_in_parts(pool, room):
     model, tokens, mask = indexed_model(pool), random_tokens(2, 50), torch.ones(2, 50, dtype=torch.long)
     mask[1, :9] = 0
     cache = MoBACache(model.config, **room)
-    read = read_in_parts(model, tokens, mask, cache, [20, 1, 1, 16, 1, 11])
+    read = read_in_parts(model, tokens, [20, 1, 1, 16, 1, 11], cache, **by_token(mask))
     assert_close(read[:1], logits(model, tokens[:1]), CLOSE)
     assert_close(read[1:, 9:], logits(model, tokens[1:, 9:]), CLOSE)
     cache.crop(-13)
-    assert_close(read_in_parts(model, tokens[:, 37:], mask, cache, [12, 1]), read[:, 37:], CLOSE)
+    assert_close(read_in_parts(model, tokens[:, 37:], [12, 1], cache, **by_token(mask)), read[:, 37:], CLOSE)
     cache.crop(-3)
     cache.reorder_cache(torch.tensor([1, 0]))
-    turned = read_in_parts(model, tokens.flip(0)[:, 47:], mask.flip(0), cache, [1, 2])
+    turned = read_in_parts(model, tokens.flip(0)[:, 47:], [1, 2], cache, **by_token(mask.flip(0)))
     assert_close(turned.flip(0), read[:, 47:], CLOSE)
 
 
@@ -210,7 +204,7 @@ def test_a_layer_that_makes_other_keys_of_the_cached_ones(room):
     add_indexer(model, head_dim=8)
     set_moba_config(model, CONFIG)
     cache = MoBACache(model.config, **room)
-    read = read_in_parts(model, tokens, torch.ones_like(tokens), cache, [20, 1, 28, 1])
+    read = read_in_parts(model, tokens, [20, 1, 28, 1], cache)
     assert_close(read, logits(model, tokens), CLOSE)
 
 
@@ -219,8 +213,7 @@ def test_a_cache_moved_to_a_fixed_room():
     cache = MoBACache(model.config)
     logits(model, tokens[:, :40], past_key_values=cache)
     fixed = with_room(cache, model, 10)
-    steps = [logits(model, token, past_key_values=fixed) for token in tokens[:, 40:].split(1, dim=1)]
-    assert_close(torch.cat(steps, dim=1), logits(model, tokens)[:, 40:], CLOSE)
+    assert_close(read_in_parts(model, tokens[:, 40:], 1, fixed), logits(model, tokens)[:, 40:], CLOSE)
 
 
 @pytest.mark.parametrize("room", [{}, {"max_cache_len": 64}])

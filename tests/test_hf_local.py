@@ -8,7 +8,7 @@ import pytest
 import torch
 from all_decoders import tiny_decoder
 from helpers import LargestNewTensor, assert_close
-from tiny_models import gradients_of, logits, positions_of, random_tokens
+from tiny_models import gradients_of, logits, positions_of, random_tokens, read_in_parts
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -87,14 +87,10 @@ ROOM = {"max_cache_len": 80}
 def test_a_cache_has_the_models_own_layers_for_them(model, make, room):
     tokens, (mask, positions) = random_tokens(2, 60), padded(60)
     cache = make(config=model.config, **room)
-    parts, end = [], 0
+    inputs = {"attention_mask": mask, "position_ids": positions}
     # Up to the window's edge, over it, by single tokens, and by a chunk once it is full.
-    for part in tokens.split([7, 30, 1, 1, 20, 1], dim=1):
-        begin, end = end, end + part.shape[1]
-        inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        parts.append(logits(model, part, past_key_values=cache, **inputs))
-    expected = logits(model, tokens, "eager", attention_mask=mask, position_ids=positions)
-    assert_close(torch.cat(parts, dim=1)[mask.bool()], expected[mask.bool()], CLOSE)
+    actual = read_in_parts(model, tokens, [7, 30, 1, 1, 20, 1], cache, **inputs)
+    assert_close(actual[mask.bool()], logits(model, tokens, "eager", **inputs)[mask.bool()], CLOSE)
 
 
 def test_generation(model):

@@ -55,6 +55,19 @@ def logits(model, tokens, attention="moba", **inputs):
         return model(tokens, **inputs).logits
 
 
+def read_in_parts(model, tokens, lengths, cache, attention="moba", **by_token):
+    """Logits of tokens that are read in parts of these lengths, behind those that the cache holds.
+
+    `by_token`: attention_mask and position_ids of all tokens, the cached ones included.
+    """
+    parts, end = [], int(cache.get_seq_length())
+    for part in tokens.split(lengths, dim=1):
+        begin, end = end, end + part.shape[1]
+        inputs = {name: x[:, 0 if name == "attention_mask" else begin : end] for name, x in by_token.items()}
+        parts.append(logits(model, part, attention, past_key_values=cache, **inputs))
+    return torch.cat(parts, dim=1)
+
+
 def gradients_of(model, tokens, attention):
     """The gradients of the model's own loss under an attention, in one vector, the largest of which is 1."""
     model.set_attn_implementation(attention)

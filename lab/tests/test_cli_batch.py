@@ -10,16 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny_folder import save_tiny_model, words
+from test_cli import folder as folder
+from tiny_folder import words
 
 OPTIONS = ("--block-size", "8", "--topk", "3", "--decode", "moba", "--max-new-tokens", "5")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(path)
-    return str(path)
 
 
 def write_lines(path, values):

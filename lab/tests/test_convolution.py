@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import logits, positions_of, random_tokens, tiny_model
+from tiny_models import logits, positions_of, random_tokens, read_in_parts, tiny_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 
 from moba import MoBAConfig, register_moba
@@ -107,12 +106,8 @@ def test_decoding_is_prefill(family, width, kind):
         "MoBA static": lambda: MoBACache(model.config, max_cache_len=32),
     }[kind]()
     # A prompt of one token, a chunk shorter than the convolution, a longer one, then single tokens.
-    bounds = [0, 1, 3, 11, *range(12, 25)]
-    with torch.no_grad():
-        parts = [
-            model(tokens[:, start:stop], past_key_values=cache).logits for start, stop in itertools.pairwise(bounds)
-        ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=2e-4, atol=2e-4)
+    actual = read_in_parts(model, tokens, [1, 2, 8, *[1] * 13], cache)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -121,19 +116,8 @@ def test_left_padding(kind):
     tokens, lengths = random_tokens(2, 24), (24, 17)
     mask = (torch.arange(24) >= 24 - torch.tensor(lengths)[:, None]).long()
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=32)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    parts = []
-    with torch.no_grad():
-        for start, stop in ((0, 9), (9, 20), *((i, i + 1) for i in range(20, 24))):
-            parts.append(
-                model(
-                    tokens[:, start:stop],
-                    attention_mask=mask[:, :stop],
-                    position_ids=position_ids[:, start:stop],
-                    past_key_values=cache,
-                ).logits
-            )
-    actual = torch.cat(parts, dim=1)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    actual = read_in_parts(model, tokens, [9, 11, 1, 1, 1, 1], cache, **inputs)
     for row, length in enumerate(lengths):
         alone = logits(model, tokens[row : row + 1, 24 - length :])
         torch.testing.assert_close(actual[row : row + 1, 24 - length :], alone, rtol=2e-4, atol=2e-4)

