@@ -83,16 +83,18 @@ def test_drawn_tokens_repeat_with_their_seed(moba, folder):
     assert moba(*args, "--seed", 1)[1] == moba(*args, "--seed", 1)[1] != moba(*args, "--seed", 2)[1]
 
 
-def test_both_attentions_are_warm_when_they_are_compared(moba, folder, monkeypatch):
-    events = []
-    monkeypatch.setattr(Session, "use", lambda self, attention: events.append(attention.value))
-    read = generation.prefill
+@pytest.fixture
+def events(monkeypatch):
+    """What is done, in order: the attentions switched to and the numbers of tokens read."""
+    events, use, read = [], Session.use, generation.prefill
+    monkeypatch.setattr(Session, "use", lambda self, attention: events.append(attention.value) or use(self, attention))
+    monkeypatch.setattr(
+        generation, "prefill", lambda model, ids, **options: events.append(ids.numel()) or read(model, ids, **options)
+    )
+    return events
 
-    def watched(model, ids, **options):
-        events.append(ids.numel())
-        return read(model, ids, **options)
 
-    monkeypatch.setattr(generation, "prefill", watched)
+def test_both_attentions_are_warm_when_they_are_compared(moba, folder, monkeypatch, events):
     monkeypatch.setattr(sys.modules["moba_lab.cli.generate"], "WARM_TOKENS", 40)
     moba("generate", "-m", folder, "-p", words(100), "-n", 2, "--block-size", 16, "--topk", 3, "--compare")
     assert events == ["sdpa", 40, "moba", 40, "moba", 100, "sdpa", 100]
@@ -101,20 +103,12 @@ def test_both_attentions_are_warm_when_they_are_compared(moba, folder, monkeypat
     assert events == ["moba", 100]
 
 
-def test_the_demo_reads_with_both_attentions_in_turns(moba, folder, tmp_path, monkeypatch):
+def test_the_demo_reads_with_both_attentions_in_turns(moba, folder, tmp_path, monkeypatch, events):
     monkeypatch.chdir(tmp_path)
     settings = ("-m", folder, "-n", 5, "--block-size", 16, "--topk", 3, "--prefill-chunk", 40)
     texts = [moba("generate", *settings, "-p", words(100), "--attn", name)[1] for name in ("moba", "sdpa")]
     monkeypatch.setattr(sys.modules["moba_lab.cli.generate"], "demo_prompt", lambda: words(100))
-    events = []
-    use, read = Session.use, generation.prefill
-    monkeypatch.setattr(Session, "use", lambda self, attention: events.append(attention.value) or use(self, attention))
-
-    def watched(model, ids, **options):
-        events.append(ids.numel())
-        return read(model, ids, **options)
-
-    monkeypatch.setattr(generation, "prefill", watched)
+    events.clear()
     code, out, err = moba("generate", *settings, "--demo")
     assert code == 0, err
     turns = [("moba", length, "sdpa", length) for length in (40, 40, 19)]

@@ -178,16 +178,6 @@ def test_a_file_system_without_locks_can_be_trained_on(tmp_path, monkeypatch, nu
         pass
 
 
-def test_rows_at_once_do_not_change_the_losses(file, tmp_path):
-    losses = []
-    for rows in (1, 2):
-        train(
-            read_recipe(file, [f"training.rows_at_once={rows}", f"out={tmp_path / str(rows)}"]), say=lambda text: None
-        )
-        losses.append([loss for (loss,) in log_of(tmp_path / str(rows), "loss")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 @pytest.mark.parametrize("change", ["model.key_convolution=3", "attention.router=unrotated"])
 def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -208,7 +198,10 @@ def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
         assert any("key_convolution" in name for name in safetensors.torch.load_file(whole / "model/model.safetensors"))
 
 
-@pytest.mark.parametrize("change", ["training.precision=bf16", "training.compile=true", "training.loss=logits"])
+@pytest.mark.parametrize(
+    "change",
+    ["training.precision=bf16", "training.compile=true", "training.loss=logits", "training.rows_at_once=2"],
+)
 def test_ways_of_computing_a_step_agree(file, tmp_path, change):
     losses = []
     for name, changes in (("plain", ["training.checkpoint_activations=false"]), ("changed", [change])):
