@@ -63,7 +63,7 @@ def warmup(
     probe = torch.empty(1, 1, heads, head_dim, dtype=dtype, device=device)
     if not backends.resolve(config.backend, probe, probe).__name__.endswith("triton"):
         return 0
-    from moba.backends.triton.ahead import variants_of
+    from moba.backends.triton.ahead import index_variants_of, variants_of
     from moba.backends.triton.tuning import arch_of
     from moba.backends.triton.variants import compiled
 
@@ -72,7 +72,14 @@ def warmup(
         (heads, kv_heads, head_dim, value_dim or head_dim), softcap=softcap, training=training,
         max_tokens=max_tokens,
     )  # fmt: skip
-    return len(compiled(variants, device))
+    index = None if model is None else _indexer_of(model, config)
+    if index is not None:
+        head_dim, by_tokens = index
+        variants += index_variants_of(
+            arch_of(device), dtype, config.block_size, config.topk, config.keep_first + config.keep_recent,
+            (kv_heads, head_dim), by_tokens=by_tokens,
+        )  # fmt: skip
+    return len(compiled(list(dict.fromkeys(variants)), device))
 
 
 def _of_model(model: Any, config: MoBAConfig | None) -> tuple[MoBAConfig | None, int, int, int, float | None]:
@@ -86,3 +93,9 @@ def _of_model(model: Any, config: MoBAConfig | None) -> tuple[MoBAConfig | None,
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     softcap = getattr(text, "attn_logit_softcapping", None)
     return (MoBAConfig.from_dict(own) if own else config), heads, kv_heads, head_dim, softcap
+
+
+def _indexer_of(model: Any, config: MoBAConfig) -> tuple[int, bool] | None:
+    """Head dim of a model's learned router and whether it scores tokens, not means; None if it is not in use."""
+    said = getattr(model.config.get_text_config(decoder=True), "moba_indexer", None)
+    return (said["head_dim"], said["pool"] == "max") if config.router == "indexer" and said else None

@@ -26,6 +26,9 @@ from moba.numerics import accumulation_dtype, full_fp32_matmul
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
+# Inner products that `max_token_scores` holds at once.
+_PRODUCTS_PER_CHUNK = 1 << 20
+
 
 def mean_key_scores(q: Tensor, means: Tensor) -> Tensor:
     """Score(t, j) = ⟨q_t, mean(K_j)⟩ for every query head against the means of its kv head.
@@ -57,6 +60,38 @@ def shared_scores(q: Tensor, means: Tensor) -> Tensor:
     """
     scores = mean_key_scores(q, means).unflatten(1, (means.shape[1], -1))
     return scores.mean(dim=2, keepdim=True).expand_as(scores).flatten(1, 2)
+
+
+def max_token_scores(q: Tensor, blocks: Tensor) -> Tensor:
+    """Score(t, j) = max over tokens i of block j of ⟨q_t, k_i⟩ for every query head against the keys of its kv head.
+
+    It scores keys, not means, so it serves where all keys are at hand: router="indexer" routes by it.
+
+    Args:
+        q: [rows, H, D].
+        blocks: [N, tokens of a block, G, D].
+
+    Returns:
+        [rows, H, N].
+
+    Raises:
+        ValueError: if given block means.
+
+    Numerics: fp32 products and sums (fp64 for fp64 inputs), never TF32. Products of a few blocks exist at once.
+    """
+    if blocks.ndim != 4:
+        raise ValueError(f"router=max_token_scores scores keys, and here are only block means {tuple(blocks.shape)}")
+    (num_rows, num_heads, _), (num_blocks, size, num_kv_heads, _) = q.shape, blocks.shape
+    wide = accumulation_dtype(q.dtype)
+    by_kv_head = q.to(wide).unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).transpose(0, 1).flatten(1, 2)
+    scores = by_kv_head.new_empty(*by_kv_head.shape[:2], num_blocks)
+    step = max(1, _PRODUCTS_PER_CHUNK // max(1, num_rows * num_heads * size))
+    for start in range(0, num_blocks, step):
+        keys = blocks[start : start + step].to(wide).permute(2, 3, 0, 1)
+        with full_fp32_matmul():
+            products = by_kv_head @ keys.flatten(2)
+        scores[..., start : start + step] = products.unflatten(-1, keys.shape[2:]).amax(-1)
+    return scores.unflatten(1, (num_rows, -1)).transpose(0, 1).flatten(1, 2)
 
 
 @dataclass(frozen=True)

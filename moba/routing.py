@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba.config import Router
 from moba.numerics import accumulation_dtype
-from moba.routers import ScoreFunction, TopP, ranks_by_means, score_function
+from moba.routers import ScoreFunction, TopP, max_token_scores, ranks_by_means, score_function
 from moba.sequences import Sequences, Span
 from moba.threads import for_each
 from moba.validate import describe, is_readable
@@ -65,7 +65,7 @@ class Selection:
         return first_of_equals(means) if ranks_by_means(self.score) else None
 
     def scores(self, q: Tensor, means: Tensor, first: Tensor | None = None) -> Tensor:
-        """`score` of query rows [rows, H, D] against block means [N, G, D]: floating [rows, H, N].
+        """`score` of query rows [rows, H, D] against what `span_blocks` gives: floating [rows, H, N].
 
         Args:
             first: `first_of_equals` of these means and perhaps more.
@@ -324,19 +324,27 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait
     return chosen.masked_fill(chosen > num_blocks, -1).to(torch.int32)
 
 
-def span_means(k: Tensor | None, means: Tensor | None, span: Span, block_size: int) -> Tensor:
-    """Means [N, G, D] of one sequence's finished blocks: those of means [R, N, G, D] if given, else of k's keys."""
+def span_blocks(k: Tensor | None, means: Tensor | None, span: Span, selection: Selection) -> Tensor:
+    """What a rule scores of one sequence's finished blocks: their means [N, G, D], or keys [N, block_size, G, D].
+
+    Args:
+        k: [R, S, G, D]. means: [R, N, G, D] if known; k is then not read.
+    """
+    num_blocks = span.k_len // selection.block_size
     if means is not None:
-        return means[span.row, : span.k_len // block_size]
+        return means[span.row, :num_blocks]
     assert k is not None
-    return mean_keys(k[span.row, span.k_start : span.k_start + span.k_len], block_size)
+    keys = k[span.row, span.k_start : span.k_start + span.k_len]
+    if selection.score is max_token_scores:
+        return keys[: num_blocks * selection.block_size].unflatten(0, (num_blocks, selection.block_size))
+    return mean_keys(keys, selection.block_size)
 
 
 def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Tensor:
     """Route one sequence in chunks of query rows, so that scores of all rows are never in memory at once.
 
     Args:
-        q: [T, H, D] the sequence's queries. means: [N, G, D] of its finished blocks.
+        q: [T, H, D] the sequence's queries. means: as `span_blocks` gives them.
 
     Returns:
         int32 [T, H, K].
@@ -384,6 +392,6 @@ def route(
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
     for span in sequences.spans():
         rows = slice(span.q_start, span.q_start + span.q_len)
-        finished = span_means(k, means, span, selection.block_size)
+        finished = span_blocks(k, means, span, selection)
         indices[span.row, rows] = route_span(q[span.row, rows], finished, span, selection)
     return indices

@@ -14,9 +14,10 @@ from tiny_models import tiny_model
 from moba import MoBAConfig, backends, moba_attention, moba_attention_varlen, warmup
 from moba.backends import triton
 from moba.backends.triton import ahead, attention, decoding, launch, routing, variants
-from moba.compilation import _of_model
+from moba.compilation import _indexer_of, _of_model
 from moba.hf import register_moba, set_moba_config
 from moba.hf.cache import MoBACache
+from moba.hf.indexer import add_indexer
 
 CONFIG = MoBAConfig(block_size=16, topk=3)
 
@@ -184,3 +185,26 @@ def test_a_kernel_that_does_not_compile_is_tried_again(monkeypatch, card):
         with pytest.raises(OSError, match="no C compiler"):
             variants.compiled(["one"], torch.device("cuda", 0))
     assert tries == ["one", "one"]
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_warming_up_knows_what_a_learned_router_launches(launched, pool):
+    register_moba(None)
+    model, tokens = tiny_model("Llama", head_dim=128).bfloat16().eval(), torch.randint(3, 64, (2, 600))
+    add_indexer(model, 64, pool)
+    config = MoBAConfig(64, 4, keep_first=1, decode="moba", router="indexer")
+    set_moba_config(model, config)
+    model.set_attn_implementation("moba")
+    mask = torch.ones_like(tokens)
+    mask[1, :100] = 0
+    cache = MoBACache(model.config)
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        model(tokens[:, :1], attention_mask=torch.cat([mask, mask[:, :1] | 1], dim=1), past_key_values=cache)
+        model(tokens[:1], position_ids=torch.arange(600)[None] % 300, use_cache=False)
+    head_dim, by_tokens = _indexer_of(model, config)
+    index = ahead.index_variants_of(90, torch.bfloat16, 64, 4, 1, (2, head_dim), by_tokens=by_tokens)
+    routing_kernels = {v for v in launched if "select" in v.kernel.__name__ or "block_" in v.kernel.__name__}
+    assert {v.kernel.__name__ for v in routing_kernels} >= {v.kernel.__name__ for v in index}
+    assert routing_kernels <= set(index)
+    assert launched <= {*index, *warmed_up(config, (4, 2, 128, 128))}

@@ -36,7 +36,8 @@ def test_representative_kernels_compile():
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failed" in result.stdout
     for arch in (86, 90):
-        assert re.search(rf"_select_kernel bfloat16 D128 128/8 +{arch} ", result.stdout)
+        for kernel in ("_select_kernel bfloat16 D128 128/8", "_block_scores_kernel bfloat16 D128 128/16 indexer"):
+            assert re.search(rf"{kernel} +{arch} ", result.stdout)
 
 
 def test_a_kernel_that_needs_too_much_shared_memory_fails(monkeypatch, capsys):
@@ -94,6 +95,20 @@ def test_another_context_compiles_nothing_in_a_step(layout):
     known = variants(aot_cases.step_plans(*step, num_keys=100_000 // 256 * 256))
     for num_keys in (256 * 260, 256 * 512):
         assert variants(aot_cases.step_plans(*step, num_keys=num_keys, num_rows=5)) <= known
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_another_length_compiles_nothing_in_a_learned_router(by_tokens, layout):
+    """One query, and chunks of scores, which only a long text needs."""
+    options = {"num_heads": 8, "by_tokens": by_tokens}
+    known = set(ahead.index_variants_of(90, torch.bfloat16, 128, 8, 0, (8, 64), by_tokens=by_tokens))
+    assert {v.kernel.__name__ for v in known} == {
+        "_select_kernel", "_block_scores_kernel" if by_tokens else "_block_means_kernel"
+    }  # fmt: skip
+    for num_tokens in (1, 9 * 128, 9 * 128 + 1, 32768, 200_000):
+        plans = ahead.index_plans(90, torch.bfloat16, 64, 128, 8, layout, num_tokens=num_tokens, **options)
+        assert variants(plans) <= known
 
 
 def test_warming_up_knows_what_calls_and_steps_of_any_length_launch():

@@ -10,8 +10,10 @@ from helpers import assert_is_rounded, make_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moba import routing
 from moba.backends import reference
-from moba.routing import Selection, mean_keys
+from moba.routers import max_token_scores
+from moba.routing import Routing, Selection, mean_keys
 from moba.sequences import Sequences
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
@@ -19,7 +21,8 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends import triton as backend  # noqa: E402
-from moba.backends.triton import device, means, route  # noqa: E402, F401
+from moba.backends.triton import launch, means  # noqa: E402
+from moba.backends.triton import routing as triton_routing  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 
@@ -135,16 +138,97 @@ def test_a_block_mean_is_the_same_wherever_the_block_lies():
     assert torch.equal(both[begin : begin + 5], alone)
 
 
+def by_tokens(q, k, sequences, block_size, topk, first=0, recent=0):
+    """The routing by max_token_scores in plain torch and by kernels."""
+    selection = Selection.of(block_size, topk, first, recent, max_token_scores)
+    return [module.route(q, k, sequences, selection) for module in (routing, backend)]
+
+
+BY_TOKENS = {
+    "groups of three": (1, 50, 50, 6, 2, 32, 8, 3),
+    "head dim 80": (1, 80, 80, 1, 1, 80, 16, 2),
+    "block of one": (1, 100, 100, 1, 1, 16, 1, 8),
+    "block of seven": (1, 100, 100, 1, 1, 16, 7, 5),
+    "block of several tiles": (1, 500, 500, 1, 1, 16, 130, 2),
+    "places for a list of 16": (1, 150, 150, 1, 1, 16, 4, 14),
+    "places beyond every list": (1, 120, 120, 1, 1, 16, 4, 20),
+    "one query": (2, 1, 145, 2, 2, 16, 8, 3),
+    "more blocks than a program takes": (1, 9, 1150, 1, 1, 16, 1, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BY_TOKENS)
+def test_routing_by_tokens(case, dtype):
+    """Small integers: scores are exact, and many are equal."""
+    *shape, block_size, topk = BY_TOKENS[case]
+    q, k = inputs(*shape, 1, dtype)
+    if block_size == 7:
+        q, k = q.abs(), -k.abs()  # no score is above that of what is not there
+    expected, actual = by_tokens(q, k, plain(q, k), block_size, topk, *((1, 1) if topk > 3 else ()))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("bytes_of_scores", [None, 1])
+def test_routing_by_tokens_of_padded_and_packed_sequences(monkeypatch, bytes_of_scores):
+    if bytes_of_scores:
+        monkeypatch.setattr(triton_routing, "SCORE_BYTES", bytes_of_scores)
+        monkeypatch.setattr(triton_routing, "ROW_MULTIPLE", 32)
+        monkeypatch.setattr(launch, "_plans", {})
+    q, k = inputs(3, 75, 80, 2, 2, 16, 1)
+    starts, ends = [3, 0, 30], [80, 60, 30]
+    for row in range(3):
+        k[row, : starts[row]] = torch.nan
+        k[row, ends[row] :] = torch.nan
+        q[row, : max(0, 75 - (ends[row] - starts[row]))] = torch.nan
+    expected, actual = by_tokens(q, k, padded(q, k, starts, ends), 4, 4)
+    assert torch.equal(actual, expected)
+    lengths = [0, 1, 3, 4, 5, 12, 41]
+    q, k = inputs(1, 75, 80, 2, 2, 16, 1)
+    q[:, sum(lengths) :] = torch.nan
+    k[:, sum(lengths) + 8 :] = torch.nan
+    expected, actual = by_tokens(q, k, packed(q, k, lengths, [0, 1, 3, 4, 9, 16, 41]), 4, 4)
+    assert torch.equal(actual, expected)
+
+
+def test_a_block_with_a_token_that_is_not_a_number_counts_least():
+    q, k = inputs(1, 90, 90, 2, 2, 16, 1)
+    k[0, [5, 17, 33], 0] = torch.nan
+    expected, actual = by_tokens(q, k, plain(q, k), 4, 5)
+    assert torch.equal(actual, expected)
+    assert not any((actual[0, 80:, 0] == block).any() for block in (1, 4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_real_tokens_are_routed_as_fp64_scores_say(dtype):
+    q, k = make_qkv(1, 150, 150, 2, 2, 48, dtype=dtype, device=DEVICE)[:2]
+    actual = by_tokens(q, k, plain(q, k), 5, 6)[1][0]
+    scores = max_token_scores(q[0].double(), k[0].double().unflatten(0, (30, 5)))
+    own = (torch.arange(150, device=DEVICE) // 5)[:, None, None]
+    block = torch.arange(30, device=DEVICE)
+    past = (block < own).expand_as(scores)
+    chosen = Routing(actual, 5).block_mask(30) & past
+    assert torch.equal(chosen.sum(-1), own[..., 0].clamp(max=5).expand(-1, 2))
+    least = scores.masked_fill(~chosen, torch.inf).amin(-1)
+    most = scores.masked_fill(chosen | ~past, -torch.inf).amax(-1)
+    # Products of 16-bit numbers are exact, and sums of 48 of them are rounded 47 times at most.
+    bound = 48 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(q[0].double(), dim=-1) * k.norm(dim=-1).max()
+    assert (least >= most - bound).all()
+
+
 def test_operator_under_torch_compile():
     q, k = inputs(1, 40, 40, 2, 1, 16, 8)
     cu = torch.tensor([0, 13, 40], dtype=torch.int32, device=DEVICE)
     for bounds in ((None, None, None, None), (cu[:1], None, None, None), (None, None, cu, cu)):
-        torch.library.opcheck(torch.ops.moba.triton_route, (q, k, None, 40, *bounds, 8, 3, 0, 0))
+        for by_tokens in (False, True):
+            torch.library.opcheck(torch.ops.moba.triton_route, (q, k, None, 40, *bounds, 8, 3, 0, 0, by_tokens))
+    for router in ("mean", max_token_scores):
+        selection = Selection.of(8, 3, 0, 0, router)
 
-    def routed(q, k):
-        return backend.route(q, k, plain(q, k), Selection.of(8, 3, 0, 0, "mean"))
+        def routed(q, k, selection=selection):
+            return backend.route(q, k, plain(q, k), selection)
 
-    assert torch.equal(torch.compile(routed, fullgraph=True, backend="aot_eager")(q, k), routed(q, k))
+        assert torch.equal(torch.compile(routed, fullgraph=True, backend="aot_eager")(q, k), routed(q, k))
 
 
 shapes = st.fixed_dictionaries(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moba.backends.triton.ahead import call_plans, step_plans
+from moba.backends.triton.ahead import call_plans, index_plans, step_plans
 from moba.backends.triton.launch import Plan
 from moba.backends.triton.variants import Variant
 
@@ -23,6 +23,7 @@ LAYOUTS = ("plain", "padded", "packed", "one query")
 # counted.
 RULES = ((80, 3), (128, 8), (512, 4), (16, 64))
 DECODE_RULES = ((128, 16), (4096, 12), (16, 64))
+INDEX_RULES = ((128, 16), (512, 4), (80, 3), (16, 64), (1, 8))
 # The least and the most shared memory.
 REPRESENTATIVE_ARCHITECTURES = (86, 90)
 
@@ -59,6 +60,12 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} decode"
                 yield name, step_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
+            for block_size, topk in INDEX_RULES:
+                is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
+                name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} indexer"
+                yield name, index_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
+    for layout in ("padded", "packed"):
+        yield f"indexer {layout}", index_plans(arch, torch.bfloat16, 64, 128, 16, layout), arch == 90
     for head_dim, value_dim in UNEQUAL_HEAD_DIMS:
         for dtype in (torch.bfloat16, torch.float32):
             name, dims = f"{str(dtype)[6:]} D{head_dim}/{value_dim}", (arch, dtype, head_dim)

@@ -31,7 +31,7 @@ def route(
     indices = q.new_full((*q.shape[:3], selection.topk), -1, dtype=torch.int32)
     for span in sequences.spans():
         q_rows = slice(span.q_start, span.q_start + span.q_len)
-        finished = routing.span_means(k, means, span, selection.block_size)
+        finished = routing.span_blocks(k, means, span, selection)
         indices[span.row, q_rows] = _route_sequence(q[span.row, q_rows], finished, span, selection)
     return indices
 

@@ -25,12 +25,11 @@ from moba import backends
 from moba.config import MoBAConfig, require_int, require_one_of
 from moba.hf.extensions import read_weights
 from moba.hf.layout import PackedRows, PaddedRows
-from moba.numerics import accumulation_dtype, full_fp32_matmul
-from moba.routing import Selection, outside_graphs, route_span
+from moba.routers import max_token_scores
+from moba.routing import Selection
 from moba.sequences import Sequences
 
 POOLS = ("max", "mean")
-_SCORES_PER_CHUNK = 1 << 20
 
 Layout = PaddedRows | PackedRows | tuple[Tensor, Tensor] | None
 
@@ -192,7 +191,6 @@ def choose_by_index(
     return _choose(module.moba_indexer.pool, by_q, by_k, layout, config, backend)
 
 
-@outside_graphs
 @torch.no_grad()
 def _choose(pool: str, by_q: Tensor, by_k: Tensor, layout: Layout, config: MoBAConfig, backend: str) -> Tensor:
     where: dict[str, Any] = {}
@@ -202,43 +200,11 @@ def _choose(pool: str, by_q: Tensor, by_k: Tensor, layout: Layout, config: MoBAC
         where = {"cu_q": layout[0], "cu_k": layout[1]}
     sequences = Sequences(by_q.shape[0], by_q.shape[1], by_k.shape[1], **where)
     block_size = sequences.fitting_block_size(config.block_size)
-    score = "mean" if pool == "mean" else max_scores
-    selection = Selection.of(block_size, config.topk, config.keep_first, config.keep_recent, score)
+    router = max_token_scores if pool == "max" else "mean"
+    selection = Selection.of(block_size, config.topk, config.keep_first, config.keep_recent, router)
     with torch.autocast(by_q.device.type, enabled=False):
-        if pool == "mean" or selection.score is None:
-            indices: Tensor = backends.resolve(backend, by_q, by_k).route(by_q, by_k, sequences, selection)
-            return indices
-        indices = by_q.new_full((*by_q.shape[:3], config.topk), -1, dtype=torch.int32)
-        for span in sequences.spans():
-            keys = by_k[span.row, span.k_start :][: span.k_len // block_size * block_size]
-            rows = slice(span.q_start, span.q_start + span.q_len)
-            blocks = keys.unflatten(0, (span.k_len // block_size, block_size))
-            indices[span.row, rows] = route_span(by_q[span.row, rows], blocks, span, selection)
+        indices: Tensor = backends.resolve(backend, by_q, by_k).route(by_q, by_k, sequences, selection)
     return indices
-
-
-def max_scores(q: Tensor, blocks: Tensor) -> Tensor:
-    """Score(t, j) = max over tokens i of block j of ⟨q_t, k_i⟩, for every head by itself.
-
-    Args:
-        q: [rows, G, d]. blocks: [N, tokens of a block, G, d].
-
-    Returns:
-        [rows, G, N].
-
-    Numerics: products in fp32 (fp64 for fp64), never TF32. Inner products of a few blocks exist at once.
-    """
-    num_blocks, size = blocks.shape[:2]
-    wide = accumulation_dtype(q.dtype)
-    scores = q.new_empty(*q.shape[:2], num_blocks, dtype=wide)
-    by_head = q.to(wide).transpose(0, 1)
-    step = max(1, _SCORES_PER_CHUNK // max(1, q.shape[0] * q.shape[1] * size))
-    for start in range(0, num_blocks, step):
-        keys = blocks[start : start + step].to(wide).permute(2, 3, 0, 1)
-        with full_fp32_matmul():
-            products = by_head @ keys.flatten(2)
-        scores[:, :, start : start + step] = products.unflatten(-1, keys.shape[2:]).amax(-1).transpose(0, 1)
-    return scores
 
 
 def _no_indexer(what: nn.Module) -> str:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from moba.hf.indexer import Layout, max_scores
+from moba.hf.indexer import Layout
 from moba.hf.layout import row_spans
 from moba.numerics import accumulation_dtype
+from moba.routers import max_token_scores
 
 # Elements of the largest intermediate results, by the device's type.
 _PRODUCTS = {"cpu": 1 << 20}
@@ -161,7 +162,7 @@ def _add_span(
         # The last block is nobody's past.
         past = past[..., :-1]
         log_p = (log_mass - whole)[..., :-1].logsumexp(1).masked_fill(~past, -torch.inf).log_softmax(-1)
-        scores = max_scores(by_q[start:stop], tokens[: len(block) - 1]).transpose(0, 1) * factor
+        scores = max_token_scores(by_q[start:stop], tokens[: len(block) - 1]).transpose(0, 1) * factor
         log_q = scores.masked_fill(~past, -torch.inf).log_softmax(-1)
         p = log_p.exp()
         total += torch.where(past & (p > 0), p * (log_p - log_q), 0.0).sum()

@@ -59,6 +59,28 @@ def variants_of(
     return list(dict.fromkeys(variant for plan in plans for variant in plan.variants()))
 
 
+def index_variants_of(
+    arch: int,
+    dtype: torch.dtype,
+    block_size: int,
+    topk: int,
+    num_kept: int,
+    heads: tuple[int, int],
+    *,
+    by_tokens: bool,
+) -> list[Variant]:
+    """What a learned router launches beside `variants_of`. `heads`: its heads and their dim."""
+    num_heads, head_dim = heads
+    options: Any = {"num_heads": num_heads, "num_kept": num_kept, "by_tokens": by_tokens}
+    num_tokens = max(NUM_TOKENS, (topk + 1) * block_size)
+    plans = [
+        plan
+        for layout in ("plain", "padded", "packed")
+        for plan in index_plans(arch, dtype, head_dim, block_size, topk, layout, num_tokens=num_tokens, **options)
+    ]
+    return list(dict.fromkeys(variant for plan in plans for variant in plan.variants()))
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -128,6 +150,33 @@ def call_plans(
         for d_lse in (lse, None) if training else ():
             plans.append(make_plan(plan_attend_backward, d_out, d_lse, *backward, **options))
     return plans
+
+
+def index_plans(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    layout: str = "plain",
+    *,
+    num_heads: int = 2,
+    num_kept: int = 0,
+    num_tokens: int = NUM_TOKENS,
+    num_rows: int | None = None,
+    by_tokens: bool = True,
+) -> list[Plan]:
+    """The plans of a learned router, which has as many query heads as key heads. Arguments as in `call_plans`."""
+    num_rows = num_rows or (2 if layout == "padded" else 1)
+    bound = _empty(num_rows) if layout == "padded" else None
+    cu = _empty(5) if layout == "packed" else None
+    q, k = (_empty(num_rows, length, num_heads, head_dim, dtype=dtype) for length in (num_tokens, num_tokens))
+    return [
+        make_plan(
+            plan_select, q, k, None, _empty(*q.shape[:3], topk), bound, bound, cu, cu, num_keys=num_tokens,
+            block_size=block_size, topk=topk, keep_first=num_kept, keep_recent=0, by_tokens=by_tokens, arch=arch,
+        )
+    ]  # fmt: skip
 
 
 def _queries(shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool) -> Tensor:

@@ -19,7 +19,7 @@ def repair() -> None:
     - A loop bound read from memory is a one-element array, which NumPy >= 2.4 does not turn into an int.
     - fp32 to bf16 is truncated, where a GPU rounds to nearest even.
     - A matrix product of bf16 takes the bits as integers.
-    - An exclusive or along an axis, as sorting needs it, is a loop over elements.
+    - A reduction by any function but the commonest is a loop over elements.
     - The maximum or minimum of NaN and a number is NaN, where a GPU returns the number.
     - A scan by the kernel's own function is a loop over elements, too.
     - More than half of a kernel's time goes into what nobody asked for: every call of a function within it looks for
@@ -86,13 +86,16 @@ def repair() -> None:
     builder.create_dot = dot_of_values
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
-    reduce = interpreter.ReduceOps.apply_impl
 
-    def reduce_xor_at_once(self, input):
-        if self.combine_fn != tl.standard._xor_combine:
-            return reduce(self, input)
-        data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
-        return self.to_tensor(data, input[0].dtype)
+    def reduce_in_steps(self, input):
+        values = [x.handle.data for x in input]
+        while values[0].shape[self.axis] > 1:
+            first, last = zip(*(np.split(x, 2, self.axis) for x in values), strict=True)
+            found = self.combine_fn.fn(*map(self.to_tensor, first + last, [x.dtype for x in input] * 2))
+            values = [x.handle.data for x in (found if isinstance(found, tuple) else (found,))]
+        if not self.keep_dims:
+            values = [x.squeeze(self.axis) for x in values]
+        return [self.to_tensor(x, y.dtype) for x, y in zip(values, input, strict=True)]
 
     def scan_in_steps(self, input):
         values = [x.handle.data for x in input]
@@ -115,4 +118,4 @@ def repair() -> None:
     type_when_asked.__set_name__(tl.core.tuple, "type")
     tl.core.tuple.__init__, tl.core.tuple.type = keep_values, type_when_asked
     interpreter.ScanOps.generic_scan = scan_in_steps
-    interpreter.ReduceOps.apply_impl = reduce_xor_at_once
+    interpreter.ReduceOps.generic_reduce = reduce_in_steps

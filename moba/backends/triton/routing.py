@@ -1,4 +1,9 @@
-"""Routing in Triton: block means, then scores and the selection in one kernel. No step waits for the host."""
+"""Routing in Triton. No step waits for the host.
+
+By means: the means, then scores and the selection in one kernel, which computes scores again and again. By tokens, the
+scores of a chunk of queries, then their selection: a pass is T · S · D multiplications instead of T · N · D, while to
+write T · N scores and to read them twice takes a tenth of a pass.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ from torch import Tensor
 
 from moba import routers, routing
 from moba.backends.triton.attention import variants_after_routing
-from moba.backends.triton.device import layout_of, padded_head_dim, rows_of
+from moba.backends.triton.block_scores import ROW_MULTIPLE, Scores, plan_block_scores, scores_shape
+from moba.backends.triton.device import Rows, layout_of, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, run_planned
 from moba.backends.triton.means import Means, global_means, plan_block_means
 from moba.backends.triton.registration import fake, operator
@@ -20,6 +26,8 @@ from moba.sequences import Sequences
 
 # Lengths of the sorted lists that the kernel is compiled for; a list holds one score more than there are places.
 LIST_LENGTHS = (4, 8, 16)
+# Memory for scores by tokens of a chunk of queries.
+SCORE_BYTES = 256 << 20
 
 
 def route(
@@ -32,21 +40,22 @@ def route(
     Numerics: block means summed in fp32 and rounded once to k's dtype; scores in fp32 from exact products of 16-bit
         inputs, in full fp32 for fp32 ones. Selections do not depend on tile sizes.
     """
-    if selection.score not in (None, routers.mean_key_scores):
+    by_tokens = selection.score is routers.max_token_scores
+    if selection.score not in (None, routers.mean_key_scores) and not (by_tokens and means is None):
         return routing.route(q, k, sequences, selection, means)
     if selection.score is None or selection.topk >= sequences.num_blocks(selection.block_size):
         indices = routing.kept_indices(sequences.positions(q.device), selection)
         return indices[:, :, None].expand(-1, -1, q.shape[2], -1)
-    return _route_by_means(
+    return _route_by_scores(
         q, k if means is None else None,
         None if means is None else global_means(means, sequences, selection.block_size),
         sequences.num_keys, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
-        selection.block_size, selection.topk, selection.keep_first, selection.keep_recent,
+        selection.block_size, selection.topk, selection.keep_first, selection.keep_recent, by_tokens,
     )  # fmt: skip
 
 
 @operator("triton_route")
-def _route_by_means(
+def _route_by_scores(
     q: Tensor,
     k: Tensor | None,
     means: Tensor | None,
@@ -59,10 +68,11 @@ def _route_by_means(
     topk: int,
     keep_first: int,
     keep_recent: int,
+    by_tokens: bool = False,
 ) -> Tensor:
     """The routing by mean-key scores: int32 [R, T, H, K], by means as `global_means` gives them, or by those of k.
 
-    Other arguments are as in `Sequences` and `Selection`.
+    Other arguments are as in `Sequences` and `Selection`. by_tokens: by `max_token_scores` instead.
     """
     indices = q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
     if cu_q is not None and cu_q.numel() == 1:
@@ -72,9 +82,11 @@ def _route_by_means(
         run_planned(
             plan_select, q, k, means, indices, key_start, key_end, cu_q, cu_k, device=q.device,
             # Values mostly have the shape of keys; where not, this compiles what is not needed.
-            following=None if k is None else lambda: variants_after_routing(q, k, k, topk, sequences, block_size),
+            following=None
+            if k is None or by_tokens
+            else lambda: variants_after_routing(q, k, k, topk, sequences, block_size),
             num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
-            arch=arch_of(q.device),
+            by_tokens=by_tokens, arch=arch_of(q.device),
         )  # fmt: skip
     return indices
 
@@ -91,27 +103,53 @@ def plan_select(
     topk: int,
     keep_first: int,
     keep_recent: int,
+    by_tokens: bool = False,
     arch: int,
 ) -> None:
     """The launches of `moba::triton_route`."""
-    sequences = Sequences(q.shape[0], q.shape[1], num_keys, *bounds)
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    sequences = Sequences(num_rows, num_queries, num_keys, *bounds)
+    padded_dim, element_bytes = padded_head_dim(head_dim), q.element_size()
+    table = "select_scored" if by_tokens else "select"
+    config = lookup(table, arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes)
+    places = topk - 1 - keep_first - keep_recent
+    length = next((length for length in LIST_LENGTHS if places < length), 0)
+    rule = (layout_of(sequences, block_size), block_size, topk, keep_first, keep_recent)
+
+    def select_chunk(rows: Rows, means: Means, scores: Scores, first: int, count: int, **dims: int) -> None:
+        num_tiles = cdiv(count, config["TILE_M"])
+        plan.launch(
+            _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *rule, first, num_tiles,
+            num_heads // num_kv_heads, **dims, LENGTH=length, **config,
+        )  # fmt: skip
+
+    if by_tokens:
+        assert k is not None
+        num_kv_heads = k.shape[2]
+        count = score_chunk(sequences, num_heads, block_size)
+        memory = plan.buffer(*scores_shape(sequences, num_heads, block_size, count), dtype=torch.float32)
+        for first in range(0, num_queries, count):
+            chunk = (first, min(count, num_queries - first))
+            scores = plan_block_scores(plan, q, k, memory, None, sequences, block_size, *chunk, arch)
+            select_chunk(Rows(None, None, None, None), Means(None, None), scores, *chunk, HEAD_DIM=0, TILE_D=0)
+        return
     if means is None:
         assert k is not None
         means = plan_block_means(plan, k, sequences, block_size)
-    padded_dim, element_bytes = padded_head_dim(q.shape[3]), q.element_size()
-    config = lookup("select", arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes)
-    num_tiles = cdiv(q.shape[1], config["TILE_M"])
-    places = topk - 1 - keep_first - keep_recent
-    plan.launch(
-        _select_kernel, (q.shape[0] * num_tiles, q.shape[2]),
-        rows_of(q), Means(means, means.stride(1)), indices, layout_of(sequences, block_size), block_size, topk,
-        keep_first, keep_recent, num_tiles, q.shape[2] // means.shape[1],
-        HEAD_DIM=q.shape[3], TILE_D=padded_dim if element_bytes == 2 else min(padded_dim, 32),
-        LENGTH=next((length for length in LIST_LENGTHS if places < length), 0), **config,
-    )  # fmt: skip
+    num_kv_heads = means.shape[1]
+    tile_d = padded_dim if element_bytes == 2 else min(padded_dim, 32)
+    given = (rows_of(q), Means(means, means.stride(1)), Scores(None, None, None))
+    select_chunk(*given, 0, num_queries, HEAD_DIM=head_dim, TILE_D=tile_d)
 
 
-@fake(_route_by_means)
+def score_chunk(sequences: Sequences, num_heads: int, block_size: int) -> int:
+    """Queries of a row whose scores by tokens are in memory at one time."""
+    row_heads, num_blocks, _ = scores_shape(sequences, num_heads, block_size, 1)
+    count = SCORE_BYTES // (4 * row_heads * max(1, num_blocks) * ROW_MULTIPLE) * ROW_MULTIPLE
+    return min(max(count, ROW_MULTIPLE), sequences.num_queries)
+
+
+@fake(_route_by_scores)
 def _(q: Tensor, *rest: Any) -> Tensor:
-    *_, topk, _keep_first, _keep_recent = rest
+    *_, topk, _keep_first, _keep_recent, _by_tokens = rest
     return q.new_empty((*q.shape[:3], topk), dtype=torch.int32)

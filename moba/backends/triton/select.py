@@ -1,6 +1,7 @@
 """The selection kernel: scores of a tile of queries against streamed block means, and the blocks that score highest.
 
-A row has `places` for scored blocks. The kernel streams the block means twice and keeps no scores:
+A row has `places` for scored blocks. The kernel streams the block means twice and keeps no scores. Scores that are not
+of means lie in memory (block_scores.py), as they cost a product a token: it then streams these twice instead.
 
 1. *Threshold.* The places-th largest score of every row. Columns of a tile fall into W classes; each class keeps its
    largest scores in sorting networks (top_values.py), and the classes are merged at the end. Rows with more places than
@@ -13,7 +14,8 @@ So a selection depends on the scores alone, never on tile sizes.
 
 Letters: M queries of a tile, W = COLUMNS; others in device.py. Two tuples are passed around:
 - `queries`: their tile [M, TILE_D], the pointers it was loaded from, and which rows exist [M, 1]. For fp32, TILE_D < D,
-  as products of all D dims would unroll into too much code; the other dims are loaded when needed.
+  as products of all D dims would unroll into too much code; the other dims are loaded when needed. With HEAD_DIM = 0,
+  of scores in memory: where those of global block 0 lie [M, 1], and elements from block to block.
 - `candidates`: low, high [M, 1], a row's candidates being blocks low … high - 1; begin, end, the blocks that any row
   needs; inner_low, inner_high, those that no row masks.
 """
@@ -42,8 +44,8 @@ def _tile_blocks():
 
 
 @triton.jit
-def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
-    """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
+def _mean_scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
+    """`_scores` by block means."""
     q, q_pointers, is_query = queries
     low, high, _, _, inner_low, inner_high = candidates
     blocks = _tile_blocks()
@@ -65,6 +67,22 @@ def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
     if (start < inner_low) | (start + TILE_N > inner_high):
         block = start + blocks[None, :]
         scores = tl.where((block >= low) & (block < high), scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
+    """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
+    if HEAD_DIM == 0:
+        pointers, stride, _ = queries
+        low, high, _, _, _, _ = candidates
+        blocks = _tile_blocks()[None, :]
+        is_candidate = (start + blocks >= low) & (start + blocks < high)
+        pointers += tl.cast(start, tl.int64) * stride + blocks * stride
+        scores = tl.maximum(tl.load(pointers, mask=is_candidate, other=0.0), LOWEST_SCORE)
+        scores = tl.where(is_candidate, scores, float("-inf"))
+    else:
+        scores = _mean_scores(queries, means_ptr, start, candidates, HEAD_DIM)
     return scores
 
 
@@ -189,15 +207,20 @@ def _blocks_at_ranks(
 
 @triton.jit
 def _select_kernel(
-    q, means, indices_ptr, layout, block_size, topk, keep_first, keep_recent, num_tiles, heads_per_kv_head,
+    q, means, scores, indices_ptr, layout, block_size, topk, keep_first, keep_recent, first_query, num_tiles,
+    heads_per_kv_head,
     HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, LENGTH: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of a row, head) routes TILE_M queries. LENGTH is that of the lists, 0 for bisection."""
+    """Program (tile of a row, head) routes TILE_M queries, `first_query` being the first tile's first.
+
+    LENGTH is that of the lists, 0 for bisection. Either q and means are given, or scores, and HEAD_DIM is 0.
+    """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = tl.program_id(1)
-    token = tile * TILE_M + tl.arange(0, TILE_M)
+    place = tile * TILE_M + tl.arange(0, TILE_M)
+    token = first_query + place
     num_heads = tl.num_programs(1)
     own, first_block = query_places(row, token, layout, block_size)
 
@@ -210,13 +233,19 @@ def _select_kernel(
     end = tl.max(tl.where(high > low, high, 0))
     candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
 
-    dims = tl.arange(0, TILE_D)
-    q_base = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
-    q_pointers = q_base + token.to(tl.int64)[:, None] * q.stride_t + dims[None, :]
     is_query = (token < layout.num_queries)[:, None]
-    q_tile = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
-    queries = (q_tile, q_pointers, is_query)
-    means_ptr = means.ptr + (head // heads_per_kv_head).to(tl.int64) * means.stride_g
+    if HEAD_DIM == 0:
+        scores_ptr = scores.ptr + (row * num_heads + head).to(tl.int64) * scores.stride_r
+        scores_ptr -= row.to(tl.int64) * layout.blocks_per_row * scores.stride_n
+        queries = (scores_ptr + place[:, None], scores.stride_n, is_query)
+        means_ptr = None
+    else:
+        dims = tl.arange(0, TILE_D)
+        q_base = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
+        q_pointers = q_base + token.to(tl.int64)[:, None] * q.stride_t + dims[None, :]
+        q_tile = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
+        queries = (q_tile, q_pointers, is_query)
+        means_ptr = means.ptr + (head // heads_per_kv_head).to(tl.int64) * means.stride_g
 
     threshold = tl.full([TILE_M, 1], LOWEST_SCORE, tl.float32)
     bound = tl.zeros([TILE_M, 1], tl.int32)

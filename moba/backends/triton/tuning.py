@@ -56,6 +56,24 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}, max_head_dim=128),
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168}),
     ),
+    "select_scored": (Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}),),
+    "block_scores": (
+        Row(
+            {"TILE_M": 128, "TILE_N": 128, "num_warps": 8, "num_stages": 3},
+            arch=LARGE_CHIPS,
+            max_head_dim=64,
+            element_bytes=2,
+        ),
+        Row(
+            {"TILE_M": 128, "TILE_N": 128, "num_warps": 8, "num_stages": 2},
+            arch=LARGE_CHIPS,
+            max_head_dim=128,
+            element_bytes=2,
+        ),
+        Row({"TILE_M": 64, "TILE_N": 64, "num_warps": 4, "num_stages": 2}, max_head_dim=128, element_bytes=2),
+        Row({"TILE_M": 64, "TILE_N": 32, "num_warps": 4, "num_stages": 2}, element_bytes=2),
+        Row({"TILE_M": 32, "TILE_N": 64, "num_warps": 4, "num_stages": 1}),
+    ),
     "attend_past_stationary": (
         Row(
             {"TILE_M": 64, "WINDOW": 1024, "BLOCK_COST": 192, "NUM_STAGES": 3, "num_warps": 4},
