@@ -13,7 +13,7 @@ from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.merge import add_sinks
 from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
-from moba.routing import Routing, Selection, given_indices
+from moba.routing import Routing, Selection, for_query_heads, given_indices
 from moba.sequences import Sequences
 from moba.validate import (
     check_attention,
@@ -293,8 +293,10 @@ def route_and_attend(
                     indices = implementation.route(*(route_by or (q, k)), sequences, selection, block_means)
             else:
                 own = torch.div(sequences.positions(q.device), fitting_size, rounding_mode="floor")
-                indices = given_indices(chosen, own, q.shape[2], own_block=call.own_block)
-            attend = implementation.attend_step if is_step and block_indices is not None else implementation.attend
+                indices = given_indices(chosen, own, own_block=call.own_block)
+            attend = implementation.attend
+            if is_step and block_indices is not None:
+                attend, indices = implementation.attend_step, for_query_heads(indices, q.shape[2])
             out, lse = attend(
                 q, k, v, indices, sequences, block_size=fitting_size, scale=scale, softcap=softcap,
                 own_block=call.own_block,
@@ -304,7 +306,7 @@ def route_and_attend(
 
     asked = [lse] if call.return_lse else []
     if call.return_routing:
-        asked.append(Routing(indices, block_size) if routing is None else routing)
+        asked.append(Routing(for_query_heads(indices, q.shape[2]), block_size) if routing is None else routing)
     return (out, *asked) if asked else out
 
 

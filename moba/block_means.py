@@ -16,7 +16,7 @@ from moba.attention import Call, route_and_attend
 from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.numerics import to_autocast_dtype
-from moba.routing import Routing, Selection
+from moba.routing import Routing, Selection, for_query_heads
 from moba.sequences import Sequences
 from moba.validate import (
     check_attention,
@@ -125,7 +125,7 @@ def moba_route(
     selection = Selection.of(sequences.fitting_block_size(block_size), topk, keep_first, keep_recent, router)
     with torch.autocast(q.device.type, enabled=False):
         indices = implementation.route(q, None, sequences, selection, block_means)
-    return Routing(indices, block_size)
+    return Routing(for_query_heads(indices, q.shape[2]), block_size)
 
 
 def moba_attention_paged(

@@ -69,8 +69,8 @@ def warmup(
 
     variants = variants_of(
         arch_of(device), dtype, config.block_size, config.topk, config.keep_first + config.keep_recent,
-        (heads, kv_heads, head_dim, value_dim or head_dim), softcap=softcap, training=training,
-        max_tokens=max_tokens,
+        (heads, kv_heads, head_dim, value_dim or head_dim), softcap=softcap, training=training, max_tokens=max_tokens,
+        is_shared=config.router in ("shared", "indexer"),
     )  # fmt: skip
     index = None if model is None else _indexer_of(model, config)
     if index is not None:

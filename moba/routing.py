@@ -136,19 +136,17 @@ def by_block(past: Tensor, own: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
     return entries[order], torch.bincount(blocks, minlength=num_blocks)
 
 
-def given_indices(indices: Tensor, own: Tensor, num_heads: int, *, own_block: bool = True) -> Tensor:
+def given_indices(indices: Tensor, own: Tensor, *, own_block: bool = True) -> Tensor:
     """A selection made by somebody else as a backend makes it: ascending, each block once, the own block last.
 
     Args:
-        indices: int32 or int64 [R, T, H or G, K] in any order; entries outside 0 … own block count for nothing. One of
-            G key/value heads serves its query heads.
+        indices: int32 or int64 [R, T, H or G, K] in any order; entries outside 0 … own block count for nothing.
         own: int [R, T], each query's own block, negative for padded rows.
-        num_heads: H.
         own_block: whether every query reads its own block; otherwise where it is listed.
 
     Returns:
-        int32 [R, T, H, K + 1], -1 behind the last block: the last place is never a past block's. Where the values can
-        be read, K places if these are enough.
+        int32 [R, T, H or G, K + 1], -1 behind the last block: the last place is never a past block's. Where the values
+        can be read, K places if these are enough.
     """
     own = own[..., None, None].expand(*indices.shape[:3], 1).to(indices.dtype)
     none = torch.iinfo(torch.int32).max
@@ -161,7 +159,13 @@ def given_indices(indices: Tensor, own: Tensor, num_heads: int, *, own_block: bo
         last, before = blocks[..., -1:], blocks[..., -2:-1]
         if not bool(((last >= 0) | ((before >= 0) & (before < own))).any()):
             blocks = blocks[..., :-1]
-    return blocks.repeat_interleave(num_heads // blocks.shape[2], dim=2) if blocks.shape[2] != num_heads else blocks
+    return blocks
+
+
+def for_query_heads(indices: Tensor, num_heads: int) -> Tensor:
+    """A routing [..., H or G, K] for every query head, [..., H, K]: one of a key/value head serves its query heads."""
+    group = num_heads // indices.shape[-2]
+    return indices if group == 1 else indices.repeat_interleave(group, dim=-2)
 
 
 def mean_keys(k: Tensor, block_size: int) -> Tensor:

@@ -210,8 +210,8 @@ def test_a_routing_made_by_hand_has_one_meaning(backend, device, packed):
                 blocks = attended_blocks(blocks, own[query])
                 widest[row, query, head, : len(blocks)] = torch.tensor(blocks)
     assert (widest[..., -1] >= 0).any(), "some rows list as many past blocks as there are places"
-    assert torch.equal(given_indices(indices, torch.tensor([own, own], device=device), indices.shape[2]).cpu(), widest)
-    assert torch.equal(given_indices(widest, torch.tensor([own, own]), widest.shape[2]), widest)
+    assert torch.equal(given_indices(indices, torch.tensor([own, own], device=device)).cpu(), widest)
+    assert torch.equal(given_indices(widest, torch.tensor([own, own])), widest)
     mask = Routing(widest, 8).block_mask(6).repeat_interleave(8, dim=-1)[..., :45]
     mask &= torch.arange(45) <= torch.arange(15, 45)[:, None, None]
     wide = [x.double().cpu().transpose(1, 2) for x in (q, k, v)]

@@ -112,21 +112,22 @@ def test_bounds_of_a_chunk_among_more_than_2_30_entries(memory):
     offsets = torch.tensor([[0, 5, FAR - 9, FAR - 2]], dtype=torch.int32, device=DEVICE)
     entries = memory.view(torch.int32)[: FAR - 1]
     entries[FAR - 9 : FAR - 2] = torch.arange(70, 140, 10, dtype=torch.int32, device=DEVICE)
-    view = device.View(offsets, entries[None])
+    found = [torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((2, 2, 1, 3), (2, 1, 4))]
 
-    def build(steps, offsets, entries, found):
-        chunk = workspace.Chunk(0, 1, 10, 10)
-        workspace.chunk_bounds(steps, device.View(offsets, entries), chunk, 1000, 9, found)
+    def build(steps, offsets, entries, bounds, starts):
+        view = device.view_of(offsets, entries)
+        steps.launch(workspace._row_chunks_kernel, (2, 1), view, bounds, starts, 90, 3, bounds.stride(0), 2)
 
-    found = torch.zeros(2, 1, 3, dtype=torch.int32, device=DEVICE)
-    run_planned(build, *view, found, device=DEVICE)
+    run_planned(build, offsets, entries[None], *found, device=DEVICE)
     entries[FAR - 9 : FAR - 2] = 0
     # Of the entries 70, 80 ..., the first at 90 or above, and at 180 or above.
-    assert found.tolist() == [[[5, FAR - 9, FAR - 7]], [[5, FAR - 9, FAR - 2]]]
+    begin, end, starts = *found[0][:, 1, 0].tolist(), found[1][1, 0].tolist()
+    assert begin == [5, FAR - 9, FAR - 7]
+    assert end == [5, FAR - 9, FAR - 2]
+    assert starts == [0, 0, 0, 5]
 
 
 def test_more_entries_and_blocks_than_kernels_count():
-    view = device.View(torch.empty(1, 10_000_001, device="meta"), torch.empty(1, 2**31 - 10**9, device="meta"))
-    assert workspace.windows(view, {"BLOCK_COST": 32, "WINDOW": 128})
+    assert workspace.windows(2**31 - 10**9, 10_000_000, {"BLOCK_COST": 32, "WINDOW": 128})
     with pytest.raises(ValueError, match=r"below 2\^31, got 1147483648 \+ 10000000 · 192: take a larger block_size"):
-        workspace.windows(view, {"BLOCK_COST": 192, "WINDOW": 1024})
+        workspace.windows(2**31 - 10**9, 10_000_000, {"BLOCK_COST": 192, "WINDOW": 1024})

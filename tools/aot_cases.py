@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -81,6 +82,11 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
     for block_size in (128, 512):
         plans = call_plans(arch, torch.bfloat16, 128, block_size, 4, softcap=50.0)
         yield f"softcap {block_size}", plans, common and block_size == 128
+    for num_heads, num_kv_heads in ((64, 4), (16, 2), (32, 8)):
+        heads: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "is_shared": True}
+        plans = call_plans(arch, torch.bfloat16, 128, 128, 16, **heads)
+        yield f"shared {num_heads}/{num_kv_heads}", plans, common and num_heads == 64
+    yield "shared 512", call_plans(arch, torch.bfloat16, 128, 512, 8, **heads), False
     yield "softcap float32", call_plans(arch, torch.float32, 64, 128, 4, softcap=50.0), False
     yield "softcap wide", call_plans(arch, torch.bfloat16, 256, 128, 4, softcap=50.0), False
     yield "decode softcap", step_plans(arch, torch.bfloat16, 128, 128, 16, softcap=50.0), common

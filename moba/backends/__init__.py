@@ -6,15 +6,16 @@ with a contiguous last dimension) and the `Sequences` that lie in them:
     unsupported(q, k, *, own_block=True) -> str | None
         Why this backend cannot run on these tensors and as asked (see `attend`), or None if it can.
     route(q, k, sequences, selection, means=None) -> indices
-        int32 [R, T, H, K]: ascending block numbers, own block included, then -1 (also where `selection.top_p` makes
-        do with fewer blocks than there are places for); -1 everywhere in padded rows. By the
-        given means of finished blocks (see below) if they are there; k is then not read and may be None.
+        int32 [R, T, H, K], or [R, T, G, K] where the query heads of a kv head choose together: ascending block numbers,
+        own block included, then -1 (also where `selection.top_p` makes do with fewer blocks than there are places for);
+        -1 everywhere in padded rows. By the given means of finished blocks (see below) if they are there; k is then not
+        read and may be None.
     attend(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
         out [R, T, H, Dv] in q's dtype, zeros in padded rows; lse fp32 (fp64 for fp64) [R, T, H], -inf there.
-        Differentiable in q, k and v through both results. Entries of `indices` outside 0 … own block are ignored;
-        the last of a query's K entries is its own block or -1. With own_block=False the own block is read only where
-        `indices` hold it; a query that then has no block gives what a padded row gives. With softcap c, the logits
-        are c · tanh(scale · q Kᵀ / c).
+        Differentiable in q, k and v through both results. `indices` have H heads, or G, each of which its query heads
+        share. Entries outside 0 … own block are ignored; the last of a query's K entries is its own block or -1. With
+        own_block=False the own block is read only where `indices` hold it; a query that then has no block gives what a
+        padded row gives. With softcap c, the logits are c · tanh(scale · q Kᵀ / c).
 
 Three of them serve the steps of decoding: no gradients, no value of the device read by the host, and nothing allocated
 or copied that grows with the context except scores of blocks and, where two means are the same, these. They read and
@@ -30,7 +31,7 @@ each where its keys lie; or [P, 1, G, D] where a block spans pages, each under t
         `route`, by the given means, and `attend` for at most MAX_DECODE_QUERIES queries a row; never packed sequences.
         Reads the selected keys only.
     attend_step(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
-        `attend` in the manner of `decode`. `indices` hold the own block where it is read.
+        `attend` in the manner of `decode`. `indices`, [R, T, H, K], hold the own block where it is read.
 """
 
 from __future__ import annotations

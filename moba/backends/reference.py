@@ -112,6 +112,7 @@ def attend(
     `own_block` changes nothing here: `indices` hold the own block wherever it is read.
     """
     group = q.shape[2] // k.shape[2]
+    indices = routing.for_query_heads(indices, q.shape[2])
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     for span in sequences.spans():

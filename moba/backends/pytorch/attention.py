@@ -22,7 +22,7 @@ from torch import Tensor
 from moba.backends.pytorch import dense
 from moba.merge import merge_partials
 from moba.numerics import accumulation_dtype, all_finite, positive_scale
-from moba.routing import by_block, outside_graphs
+from moba.routing import by_block, for_query_heads, outside_graphs
 from moba.sequences import Sequences, Span
 from moba.threads import for_each
 
@@ -48,6 +48,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the routing's blocks. See `moba.backends` for the contract."""
     q, scale = positive_scale(q, scale)
+    indices = for_query_heads(indices, q.shape[2])
     return _Attend.apply(q, k, v, indices, sequences, _Options(block_size, dense.Logits(scale, softcap), own_block))
 
 

@@ -14,6 +14,8 @@ from moba.backends.triton.device import bounds_of
 from moba.backends.triton.launch import Plan, make_plan
 from moba.backends.triton.routing import plan_select
 from moba.backends.triton.variants import Variant
+from moba.backends.triton.workspace import routing_heads
+from moba.routing import for_query_heads
 from moba.sequences import Sequences
 
 NUM_TOKENS = 16384
@@ -33,6 +35,7 @@ def variants_of(
     heads: tuple[int, int, int, int],
     *,
     softcap: float | None,
+    is_shared: bool = False,
     training: bool,
     max_tokens: int,
 ) -> list[Variant]:
@@ -40,6 +43,7 @@ def variants_of(
 
     Args:
         heads: query heads, key/value heads, head dim of keys and of values.
+        is_shared: whether the query heads of a key/value head choose together.
         training: whether the backward is among them.
         max_tokens: the longest context of a step.
     """
@@ -51,7 +55,9 @@ def variants_of(
     for layout in ("plain", "padded", "packed"):
         num_tokens = max(NUM_TOKENS, (topk + 1) * block_size)
         # Heads first, as models of transformers may have them: what evenly spaced query rows need is then foreseen.
-        plans += call_plans(*setting, layout, num_tokens=num_tokens, heads_first=True, training=training, **options)
+        plans += call_plans(
+            *setting, layout, num_tokens=num_tokens, heads_first=True, is_shared=is_shared, training=training, **options
+        )  # fmt: skip
     lengths = [min(1024 << i, max_tokens) for i in range(max(1, max_tokens.bit_length() - 9))]
     for layout in ("plain", "padded"):
         for num_keys in dict.fromkeys(lengths):
@@ -103,6 +109,7 @@ def call_plans(
     num_rows: int | None = None,
     workspaces: tuple[int, ...] = (),
     heads_first: bool = False,
+    is_shared: bool = False,
     training: bool = True,
 ) -> list[Plan]:
     """The plans of a forward and a backward: routing, by-block view and attention, with room to spare and without.
@@ -112,6 +119,7 @@ def call_plans(
         num_kept: blocks that are always selected, keep_first and keep_recent together.
         workspaces: bytes; by default ample ones and tight ones.
         heads_first: whether the queries of a head, and their gradients, lie one after another in memory.
+        is_shared: whether the query heads of a key/value head choose together.
         training: whether the backward is among them, with a gradient of the log-sum-exp and without.
     """
     num_rows = num_rows or (2 if layout == "padded" else 1)
@@ -136,6 +144,9 @@ def call_plans(
             keep_first=num_kept, keep_recent=0, arch=arch,
         )
     ]  # fmt: skip
+    if is_shared:
+        indices = indices[:, :, :: num_heads // num_kv_heads].contiguous()
+        indices = for_query_heads(indices, routing_heads(q, v, indices, block_size, arch))
     view = new_view(indices, sequences, block_size)
     d_q = _empty(*q.shape, dtype=dtype)
     lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from moba.backends.triton.backward import plan_backward
 from moba.backends.triton.by_block import new_view, plan_group_by_block
-from moba.backends.triton.device import View, num_global_blocks
+from moba.backends.triton.device import View, num_global_blocks, view_of
 from moba.backends.triton.forward import plan_forward
 from moba.backends.triton.launch import Plan, make_plan, run_planned
 from moba.backends.triton.registration import differentiable, fake, operator
 from moba.backends.triton.tuning import arch_of
 from moba.backends.triton.variants import Variant
-from moba.backends.triton.workspace import num_elements
+from moba.backends.triton.workspace import num_elements, routing_heads
+from moba.routing import for_query_heads
 from moba.sequences import Sequences
 
 # Workspace beyond inputs and outputs: this share of their bytes, but for small inputs MIN_WORKSPACE_BYTES, where memory
@@ -94,24 +95,35 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out, lse, and the by-block view (offsets, entries), which the backward reads again."""
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start, key_end, cu_q, cu_k)
-    view = View(*new_view(indices, sequences, block_size))
+    indices = for_query_heads(indices, routing_heads(q, v, indices, block_size, arch_of(q.device)))
+    view = new_view(indices, sequences, block_size)
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     run_planned(
         plan_attend, q, k, v, indices, *view, out, lse, key_start, key_end, cu_q, cu_k, device=q.device,
-        following=lambda: variants_after_routing(q, k, v, indices.shape[3], sequences, block_size, softcap),
-        **_options(q, k, v, view, block_size, scale, softcap),
+        following=lambda: variants_after_routing(q, k, v, indices.shape[2:], sequences, block_size, softcap),
+        **_options(q, k, v, view_of(*view), block_size, scale, softcap),
     )  # fmt: skip
     return out, lse, *view
 
 
 def variants_after_routing(
-    q: Tensor, k: Tensor, v: Tensor, topk: int, sequences: Sequences, block_size: int, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: tuple[int, ...],
+    sequences: Sequences,
+    block_size: int,
+    softcap: float | None = None,
 ) -> Iterator[Variant]:
-    """What attention with these tensors launches, then, if a gradient may be asked for, its backward."""
+    """What attention with these tensors launches, then, if a gradient may be asked for, its backward.
+
+    Args:
+        chosen: heads of the routing, and topk.
+    """
     bounds = (sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k)
-    indices = torch.empty(*q.shape[:3], topk, dtype=torch.int32, device="meta")
-    view = View(*new_view(indices, sequences, block_size))
-    options = _options(q, k, v, view, block_size, 1.0, softcap)
+    indices = torch.empty(*q.shape[:2], *chosen, dtype=torch.int32, device="meta")
+    view = new_view(indices, sequences, block_size)
+    options = _options(q, k, v, view_of(*view), block_size, 1.0, softcap)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device="meta")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="meta")
     yield from make_plan(plan_attend, q, k, v, indices, *view, out, lse, *bounds, **options).variants()
@@ -126,8 +138,8 @@ def plan_attend(
     lse: Tensor, *bounds: Tensor | None, **options: Any,
 ) -> None:  # fmt: skip
     """The launches of `moba::triton_attend`."""
-    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), View(offsets, entries)
-    plan_group_by_block(plan, indices, *view, sequences, options["block_size"], options["arch"])
+    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), view_of(offsets, entries)
+    plan_group_by_block(plan, indices, offsets, entries, sequences, options["block_size"], options["arch"])
     if q.numel():
         plan_forward(plan, q, k, v, indices, view, out, lse, sequences, **options)
 
@@ -135,7 +147,8 @@ def plan_attend(
 @fake(_attend)
 def _(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *bounds, block_size, _scale, _softcap = rest
-    num_rows, num_queries, num_heads, _ = q.shape
+    num_rows, num_queries = q.shape[:2]
+    num_heads = routing_heads(q, v, indices, block_size, arch_of(q.device))
     num_blocks = num_global_blocks(Sequences(num_rows, num_queries, k.shape[1], *bounds), block_size)
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
@@ -167,10 +180,12 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
+    indices = for_query_heads(indices, offsets.shape[0])
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     run_planned(
         plan_attend_backward, d_out, d_lse, q, k, v, out, lse, indices, offsets, entries, d_q, d_k, d_v, key_start,
-        key_end, cu_q, cu_k, device=q.device, **_options(q, k, v, View(offsets, entries), block_size, scale, softcap),
+        key_end, cu_q, cu_k, device=q.device,
+        **_options(q, k, v, view_of(offsets, entries), block_size, scale, softcap),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -181,7 +196,7 @@ def plan_attend_backward(
     **options: Any,
 ) -> None:  # fmt: skip
     """The launches of `moba::triton_attend_backward`."""
-    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), View(offsets, entries)
+    sequences, view = Sequences(q.shape[0], q.shape[1], k.shape[1], *bounds), view_of(offsets, entries)
     if q.numel() == 0:
         plan.zero(d_k)
         plan.zero(d_v)

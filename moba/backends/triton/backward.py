@@ -24,7 +24,6 @@ from moba.backends.triton.device import (
     LN_2,
     View,
     layout_of,
-    load_query_rows,
     load_rows,
     num_query_tiles,
     rows_of,
@@ -37,13 +36,15 @@ from moba.backends.triton.dkv import (
     plan_segments,
 )
 from moba.backends.triton.dq import _dq_own_kernel, _dq_past_kernel
+from moba.backends.triton.entries import load_query_rows, packed_rows, tile_queries
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
 from moba.backends.triton.logits import logit_rule
 from moba.backends.triton.workspace import (
+    Bounds,
     Chunk,
-    chunk_bounds,
-    chunks,
+    chunk_query_tiles,
+    chunks_with_bounds,
     keys_of,
     own_keys_of,
     spacings,
@@ -54,7 +55,7 @@ from moba.sequences import Sequences
 
 
 class Softmax(NamedTuple):
-    """What the backward knows of every query row's softmax: lse in log2 and delta, fp32 [H, query rows]."""
+    """What the backward knows of every query row's softmax: lse in log2 and delta, fp32 [heads, query rows, PACKED]."""
 
     lse2_ptr: Any
     delta_ptr: Any
@@ -63,20 +64,21 @@ class Softmax(NamedTuple):
 
 @triton.jit
 def _delta_kernel(
-    out_ptr, lse_ptr, d_outs, d_lse_ptr, softmax, num_queries, num_heads, VALUE_DIM: tl.constexpr, TILE_M: tl.constexpr
+    out_ptr, lse_ptr, d_outs, d_lse_ptr, softmax, num_queries, num_heads, VALUE_DIM: tl.constexpr, TILE_M: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in log2, both as [H, R · T]: what a gathered query needs lies together by head."""
+    """delta, and lse in log2, both as [heads, R · T, PACKED]: what a gathered query needs lies together by head."""
     head = tl.program_id(1).to(tl.int64)
-    query_rows = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    query_rows = tl.program_id(0) * (TILE_M // PACKED) + tile_queries(TILE_M, PACKED)
     mask = query_rows < softmax.num_rows
-    out_row = query_rows.to(tl.int64) * num_heads + head
+    out_row = packed_rows(query_rows.to(tl.int64) * (num_heads // PACKED) + head, PACKED)
     out = load_rows(out_ptr, out_row * VALUE_DIM, mask, VALUE_DIM).to(tl.float32)
-    d_out = load_query_rows(d_outs, head, query_rows, num_queries, mask, VALUE_DIM, False).to(tl.float32)
+    d_out = load_query_rows(d_outs, head, query_rows, num_queries, mask, VALUE_DIM, False, PACKED).to(tl.float32)
     delta = tl.sum(out * d_out, 1)
     if d_lse_ptr is not None:
         delta -= tl.load(d_lse_ptr + out_row, mask=mask, other=0.0)
     lse = tl.load(lse_ptr + out_row, mask=mask, other=0.0)
-    head_row = head * softmax.num_rows + query_rows
+    head_row = packed_rows(head * softmax.num_rows + query_rows, PACKED)
     tl.store(softmax.delta_ptr + head_row, delta, mask=mask)
     tl.store(softmax.lse2_ptr + head_row, lse / LN_2, mask=mask)
 
@@ -121,45 +123,46 @@ def plan_backward(
         plan.zero(d_k)
         plan.zero(d_v)
 
-    total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
+    total_rows, routing_heads = num_rows * num_queries, indices.shape[2]
     num_blocks = view.offsets.shape[1] - 1
-    group = num_heads // num_kv_heads
-    lse2, delta = (plan.buffer(num_heads, total_rows, dtype=torch.float32) for _ in range(2))
+    group, packed = routing_heads // num_kv_heads, num_heads // routing_heads
+    lse2, delta = (plan.buffer(routing_heads, total_rows * packed, dtype=torch.float32) for _ in range(2))
     softmax = Softmax(lse2, delta, total_rows)
     tile_m = 64
     plan.launch(
-        _delta_kernel, (cdiv(total_rows, tile_m), num_heads), out, lse, rows_of(d_out), d_lse, softmax, num_queries,
-        num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, num_warps=4,
+        _delta_kernel, (cdiv(total_rows, tile_m // packed), routing_heads), out, lse, rows_of(d_out), d_lse, softmax,
+        num_queries, num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, PACKED=packed, num_warps=4,
     )  # fmt: skip
 
     layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
     shape = {
-        "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim
+        "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
+        "PACKED": packed,
     }  # fmt: skip
     flats = spacings(q, d_out)
-    dkv = tile_sizes("dkv", arch, q, v, block_size)
+    dkv = tile_sizes("dkv", arch, q, v, block_size, packed)
     dkv["TILE_N"] = min(dkv["TILE_N"], max(16, next_power_of_2(block_size)))
-    past, own = (tile_sizes(name, arch, q, v, block_size) for name in ("dq_past", "dq_own"))
+    past, own = (tile_sizes(name, arch, q, v, block_size, packed) for name in ("dq_past", "dq_own"))
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
 
-    segment_length, num_segments = plan_segments(q, k, v, num_entries * group, block_size)
+    segment_length, num_segments = plan_segments(q, k, v, view.num_entries * group, packed, block_size)
     sums_dim = max(head_dim, value_dim)
     sums_bytes = 16 * num_segments * block_size * sums_dim
-    row_bytes = (topk - 1) * head_dim * q.element_size()
+    row_bytes = (topk - 1) * head_dim * q.element_size() * packed
     fits = group * total_rows * row_bytes + sums_bytes <= workspace_bytes
     can_fuse = block_size <= dkv["TILE_N"] and topk > 1
     is_fused = can_fuse and fits
     kv_head_bytes = sums_bytes + (group * total_rows * row_bytes if is_fused else 0)
-    num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
+    tiles_per_row = num_query_tiles(sequences, own["TILE_M"] // packed)[1]
 
     def add_own(partial: Tensor, chunk: Chunk) -> None:
-        partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
-        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scale, rule)
+        tiles, first_tile = chunk_query_tiles(sequences, own["TILE_M"], packed, chunk)
+        partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows, first_tile)
+        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, rule)
         sizes = (num_heads, layout, tiles_per_row)
-        plan.launch(
-            _dq_own_kernel, (num_tiles, chunk.num_heads), rows_of(q), *own_keys[0], *others, *sizes, **shape, **own
-        )
+        grid = (tiles, chunk.num_heads)
+        plan.launch(_dq_own_kernel, grid, rows_of(q), *own_keys[0], *others, *sizes, **shape, **own)
         for keys in own_keys[1:]:
             plan.foresee(_dq_own_kernel, rows_of(q), *keys, *others, *sizes, **shape, **own)
 
@@ -169,12 +172,10 @@ def plan_backward(
     sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
     segments = Segments(extra, sums, segment_length, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
-    heads_and_scales = (num_kv_heads, scale, rule, layout)
     for is_flat in flats:
         for partial in (None, d_q) if can_fuse else (None,):
-            arguments = (*by_key, partial, num_entries, 0, *heads_and_scales)
-            plan.foresee(_dkv_kernel, *arguments, **shape, **dkv, FLAT=is_flat)
-    partial = plan.buffer(at_once * group, topk - 1, total_rows, head_dim, dtype=q.dtype) if is_fused else None
+            plan.foresee(_dkv_kernel, *by_key, partial, 0, num_kv_heads, rule, layout, **shape, **dkv, FLAT=is_flat)
+    partial = plan.buffer(at_once * group, topk - 1, total_rows * packed, head_dim, dtype=q.dtype) if is_fused else None
     for first_kv_head in range(0, num_kv_heads, at_once):
         kv_heads = min(at_once, num_kv_heads - first_kv_head)
         plan.launch(
@@ -182,7 +183,7 @@ def plan_backward(
         )
         plan.launch(
             _dkv_kernel, ((num_segments + num_blocks) * cdiv(block_size, dkv["TILE_N"]), kv_heads),
-            *by_key, partial, num_entries, first_kv_head, *heads_and_scales, **shape, **dkv, FLAT=flats[0],
+            *by_key, partial, first_kv_head, num_kv_heads, rule, layout, **shape, **dkv, FLAT=flats[0],
         )  # fmt: skip
         plan.launch(
             _reduce_segments_kernel, (max(1, num_segments), cdiv(block_size, 32), kv_heads),
@@ -192,24 +193,25 @@ def plan_backward(
         if partial is not None:
             add_own(partial, Chunk(first_kv_head * group, kv_heads * group, 0, total_rows))
 
-    parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
-    bounds_memory = plan.buffer(2, parts[0].num_heads, num_blocks, dtype=torch.int32)
-
-    def past_arguments(partial: Tensor, chunk: Chunk) -> tuple[Any, ...]:
-        bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-        partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows)
-        queries = (rows_of(q), *past_keys, rows_of(d_out), softmax)
-        return *queries, view, bounds, partials, num_entries, rule, layout
+    def past_arguments(partial: Tensor, chunk: Chunk, bounds: Bounds) -> tuple[Any, ...]:
+        partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows, None)
+        return rows_of(q), *past_keys, rows_of(d_out), softmax, view, bounds, partials, rule, layout
 
     if topk > 1:
-        arguments = past_arguments(d_q, Chunk(0, 1, 0, total_rows))
+        offsets = view.offsets
+        bounds = Bounds(offsets, offsets[:, 1:], offsets.stride(0), None if packed == 1 else offsets)
+        arguments = past_arguments(d_q, Chunk(0, 1, 0, total_rows), bounds)
         for is_flat in flats:
             plan.foresee(_dq_past_kernel, *arguments, **shape, **past, FLAT=is_flat)
     if is_fused:
         return
-    partial = plan.buffer(topk - 1, parts[0].num_heads * parts[0].num_rows * head_dim, dtype=q.dtype)
-    for chunk in parts:
+    gathered_bytes = (head_dim + value_dim) * q.element_size()
+    parts = chunks_with_bounds(plan, view, total_rows, topk, packed, row_bytes, gathered_bytes, workspace_bytes)
+    size = parts[0][0].num_heads * parts[0][0].num_rows * packed
+    partial = plan.buffer(topk - 1, size * head_dim, dtype=q.dtype)
+    for chunk, bounds in parts:
         if topk > 1:
-            grid = (windows(view, past), chunk.num_heads)
-            plan.launch(_dq_past_kernel, grid, *past_arguments(partial, chunk), **shape, **past, FLAT=flats[0])
+            num_entries = view.num_entries if packed == 1 else chunk.num_rows * (topk - 1)
+            grid = (windows(num_entries, num_blocks, past), chunk.num_heads)
+            plan.launch(_dq_past_kernel, grid, *past_arguments(partial, chunk, bounds), **shape, **past, FLAT=flats[0])
         add_own(partial, chunk)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.device import View, bounds_of, layout_of, num_global_blocks, query_places, rows_of
+from moba.backends.triton.device import bounds_of, layout_of, num_global_blocks, query_places, rows_of, view_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.sequences import Sequences
@@ -105,7 +105,7 @@ def _run_length(last_a, count_a, last_b, count_b):
 
 @triton.jit
 def _place_kernel(
-    indices, places_ptr, view, num_entries, layout, tiles, block_size, topk,
+    indices, places_ptr, view, layout, tiles, block_size, topk,
     SLOTS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head): every entry to its place; places[head, row, tile, block] move past them."""
@@ -114,7 +114,7 @@ def _place_kernel(
     head = tl.program_id(1)
     places_base = places_ptr + ((head * tiles.num_rows + row).to(tl.int64) * tiles.num_tiles + tile) * tiles.num_blocks
     offsets_base = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1) + row * tiles.num_blocks
-    entries_base = view.entries + head.to(tl.int64) * num_entries
+    entries_base = view.entries + head.to(tl.int64) * view.num_entries
     entry = tl.arange(0, STEP)
     end = tl.minimum((tile + 1) * tiles.num_queries, layout.num_queries)
     for start in range(tile * tiles.num_queries, end, STEP // SLOTS):
@@ -202,7 +202,7 @@ def plan_group_by_block(
     plan.launch(_offsets_kernel, (num_heads,), totals, offsets, num_blocks, **OFFSETS_CONFIG)
     plan.launch(
         _place_kernel, (num_rows * tiles.num_tiles, num_heads),
-        rows_of(indices), counts, View(offsets, entries), entries.shape[1], layout, *shape, **place,
+        rows_of(indices), counts, view_of(offsets, entries), layout, *shape, **place,
     )  # fmt: skip
 
 

@@ -4,6 +4,10 @@ Letters, in all kernels: R tensor rows, T query tokens, S key tokens, H query he
 queries and keys, Dv that of values, K = topk. A *query row* is a query's index in the flattened R · T. A *slot* is a
 place in a query's row of the routing.
 
+A routing [R, T, H, K] has a row for every query head, or one for the PACKED query heads of a key/value head. These
+then fill adjacent rows of a tile: row i is *member* i % PACKED of the tile's query or entry i // PACKED. A kernel's
+`head` is one of the routing's, and GROUP says how many of these a key/value head has; so GROUP · PACKED = H / G.
+
 Blocks are numbered globally, over all sequences of a call. A padded row r holds `blocks_per_row` = ceil(S / block_size)
 numbers from r · blocks_per_row. Packed sequence i holds the numbers from cu_k[i] // block_size + i: enough for its
 blocks wherever it begins, and known without a sum over the sequences before it. Some numbers stand for no block.
@@ -55,12 +59,18 @@ class Layout(NamedTuple):
 class View(NamedTuple):
     """The by-block view of a routing: each block's entries, query row · K + slot, in ascending order.
 
-    `offsets`: int32 [H, blocks + 1]; `entries`: int32 [H, R · T · (K - 1)]. Head h's entries of block j are
-    offsets[h, j] … offsets[h, j + 1] - 1.
+    `offsets`: int32 [H, blocks + 1]; `entries`: int32 [H, num_entries = R · T · (K - 1)], H heads of the routing. Head
+    h's entries of block j are offsets[h, j] … offsets[h, j + 1] - 1.
     """
 
     offsets: Any
     entries: Any
+    num_entries: Any
+
+
+def view_of(offsets: Tensor, entries: Tensor) -> View:
+    """The by-block view as an argument of kernels."""
+    return View(offsets, entries, entries.shape[1])
 
 
 def rows_of(x: Tensor) -> Rows:
@@ -234,21 +244,6 @@ def query_tile_span(tile, layout, tiles_per_row, TILE_M: tl.constexpr):
 
 
 @triton.jit
-def tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M: tl.constexpr, BLOCK_COST: tl.constexpr):
-    """The tiles of a block's entries that begin in the window begin … end - 1.
-
-    Returns:
-        first_entry: first entry of the first such tile. stop_entry: tiles from this entry on are another window's.
-        entry_end: one past the block's last entry.
-    """
-    index = chunk_head.to(tl.int64) * bounds.stride_h + block
-    entry_begin = tl.load(bounds.begin + index)
-    entry_end = tl.load(bounds.end + index)
-    first_entry = entry_begin + tl.cdiv(tl.maximum(begin - block * BLOCK_COST - entry_begin, 0), TILE_M) * TILE_M
-    return first_entry, tl.minimum(entry_end, end - block * BLOCK_COST), entry_end
-
-
-@triton.jit
 def load_rows(ptr, offsets, mask, HEAD_DIM: tl.constexpr):
     """Rows [len(offsets), padded D] that begin at `offsets`; zeros where masked and beyond HEAD_DIM."""
     PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
@@ -287,32 +282,6 @@ def load_keys(keys, tiles, row, kv_head, first_key, mask, HEAD_DIM: tl.constexpr
         start += tl.full([], first_key, tl.int64) * keys.stride_t
         result = load_rows(keys.ptr + start, tl.arange(0, TILE_N).to(tl.int64) * keys.stride_t, mask, HEAD_DIM)
     return result
-
-
-@triton.jit
-def load_query_rows(x, head, query_rows, num_queries, mask, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr):
-    """Query rows [M], flattened over R · T, of one head of x [R, T, H, D]: [M, padded D]. FLAT: they are evenly spaced.
-
-    Otherwise a division by a run-time number finds each one's tensor row, which is 6 % of a backward.
-    """
-    if FLAT:
-        offsets = query_rows.to(tl.int64) * x.stride_t
-    else:
-        tensor_row = query_rows // num_queries
-        token = query_rows - tensor_row * num_queries
-        offsets = tensor_row.to(tl.int64) * x.stride_r + token.to(tl.int64) * x.stride_t
-    return load_rows(x.ptr + head.to(tl.int64) * x.stride_h, offsets, mask, HEAD_DIM)
-
-
-@triton.jit
-def load_entries(entries_ptr, begin, end, TOPK: tl.constexpr, TILE_M: tl.constexpr):
-    """Query rows and slots of the entries begin … begin + TILE_M - 1, and which of them lie before `end`."""
-    index = begin + tl.arange(0, TILE_M)
-    mask = index < end
-    entry = tl.load(entries_ptr + index, mask=mask, other=0)
-    query_rows = entry // TOPK
-    slots = entry - query_rows * TOPK
-    return query_rows, slots, mask & (slots < TOPK - 1)
 
 
 @triton.jit

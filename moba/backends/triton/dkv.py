@@ -11,12 +11,11 @@ from torch import Tensor
 from moba.backends.triton.device import (
     block_span,
     last_at_most,
-    load_entries,
-    load_query_rows,
     load_rows,
     padded_head_dim,
     store_rows,
 )
+from moba.backends.triton.entries import load_entries, load_query_rows, member_offsets, packed_rows, tile_queries
 from moba.backends.triton.launch import cdiv
 from moba.backends.triton.logits import scaled, through_cap
 from moba.backends.triton.workspace import num_elements
@@ -41,17 +40,18 @@ class Segments(NamedTuple):
     count: Any
 
 
-def plan_segments(q: Tensor, k: Tensor, v: Tensor, num_entries: int, block_size: int) -> tuple[int, int]:
+def plan_segments(q: Tensor, k: Tensor, v: Tensor, num_entries: int, packed: int, block_size: int) -> tuple[int, int]:
     """Length of a segment, and how many full segments a key/value head's `num_entries` can have in split blocks.
 
     The partial sums of split blocks take at most SEGMENT_SHARE of the inputs and outputs, or a share of
-    MIN_SEGMENT_BYTES. Depends on shapes alone, so that gradients do not depend on the memory at hand.
+    MIN_SEGMENT_BYTES. Depends on shapes alone, so that gradients do not depend on the memory at hand. An
+    entry stands for `packed` query heads.
     """
     num_kv_heads = k.shape[2]
     inputs_bytes = num_elements(q, k, v) * q.element_size() // num_kv_heads
     budget = max(int(SEGMENT_SHARE * inputs_bytes), MIN_SEGMENT_BYTES // num_kv_heads)
     bytes_per_extra = 16 * block_size * max(q.shape[-1], v.shape[-1])
-    length = max(MIN_SEGMENT_LENGTH, cdiv(num_entries * bytes_per_extra, max(budget, 1)))
+    length = max(cdiv(MIN_SEGMENT_LENGTH, packed), cdiv(num_entries * bytes_per_extra, max(budget, 1)))
     return length, num_entries // length
 
 
@@ -97,12 +97,13 @@ def segment_of_item(segments, extra_ptr, item, num_blocks):
 
 @triton.jit
 def _dkv_kernel(
-    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, num_entries, first_kv_head, num_kv_heads,
-    scale, rule, layout,
+    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, first_kv_head, num_kv_heads, rule, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys; with `partial_ptr`, where a block is one tile, also dQ partials, not yet scaled."""
+    TILE_QUERIES: tl.constexpr = TILE_M // PACKED
     SUMS_DIM: tl.constexpr = HEAD_DIM if HEAD_DIM > VALUE_DIM else VALUE_DIM
     KEY_TILES: tl.constexpr = (BLOCK_SIZE + TILE_N - 1) // TILE_N
     item = tl.program_id(0) // KEY_TILES
@@ -136,19 +137,21 @@ def _dkv_kernel(
     seen = 0
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_ptr = q.ptr + long_row * q.stride_r + head * q.stride_h
-        d_out_ptr = d_outs.ptr + long_row * d_outs.stride_r + head * d_outs.stride_h
-        lse2_ptr = softmax.lse2_ptr + head * softmax.num_rows
-        delta_ptr = softmax.delta_ptr + head * softmax.num_rows
+        q_ptr = q.ptr + long_row * q.stride_r + head * PACKED * q.stride_h
+        d_out_ptr = d_outs.ptr + long_row * d_outs.stride_r + head * PACKED * d_outs.stride_h
+        lse2_ptr = softmax.lse2_ptr + head * softmax.num_rows * PACKED
+        delta_ptr = softmax.delta_ptr + head * softmax.num_rows * PACKED
 
-        for start in tl.range(own_begin, own_end, TILE_M, num_stages=NUM_STAGES):
-            query = start + tl.arange(0, TILE_M)
+        for start in tl.range(own_begin, own_end, TILE_QUERIES, num_stages=NUM_STAGES):
+            query = start + tile_queries(TILE_M, PACKED)
             mask = query < own_end
-            query_rows = row * layout.num_queries + query
-            q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, mask, HEAD_DIM)
-            d_out = load_rows(d_out_ptr, query.to(tl.int64) * d_outs.stride_t, mask, VALUE_DIM)
-            lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
-            delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
+            softmax_rows = packed_rows(row * layout.num_queries + query, PACKED)
+            q_offsets = member_offsets(query.to(tl.int64) * q.stride_t, q.stride_h, PACKED)
+            d_out_offsets = member_offsets(query.to(tl.int64) * d_outs.stride_t, d_outs.stride_h, PACKED)
+            q_tile = load_rows(q_ptr, q_offsets, mask, HEAD_DIM)
+            d_out = load_rows(d_out_ptr, d_out_offsets, mask, VALUE_DIM)
+            lse2 = tl.load(lse2_ptr + softmax_rows, mask=mask, other=0.0)
+            delta = tl.load(delta_ptr + softmax_rows, mask=mask, other=0.0)
             visible = (key_in_block[:, None] <= (query - first_query)[None, :]) & is_key[:, None]
             d_k, d_v, _ = add_tile(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule)
 
@@ -156,15 +159,16 @@ def _dkv_kernel(
             offsets_ptr = view.offsets + head * (layout.num_blocks + 1)
             block_entry = tl.load(offsets_ptr + block)
             count = tl.load(offsets_ptr + block + 1) - block_entry
-            entries_ptr = view.entries + head * num_entries
+            entries_ptr = view.entries + head * view.num_entries
             first_entry = block_entry + tl.minimum(tl.maximum(begin - seen, 0), count)
             entry_end = block_entry + tl.minimum(tl.maximum(end - seen, 0), count)
-            for tile_entry in tl.range(first_entry, entry_end, TILE_M, num_stages=NUM_STAGES):
-                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M)
-                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
-                d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT)
-                lse2 = tl.load(lse2_ptr + query_rows, mask=mask, other=0.0)
-                delta = tl.load(delta_ptr + query_rows, mask=mask, other=0.0)
+            for tile_entry in tl.range(first_entry, entry_end, TILE_QUERIES, num_stages=NUM_STAGES):
+                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
+                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
+                d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT, PACKED)
+                softmax_rows = packed_rows(query_rows, PACKED)
+                lse2 = tl.load(lse2_ptr + softmax_rows, mask=mask, other=0.0)
+                delta = tl.load(delta_ptr + softmax_rows, mask=mask, other=0.0)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[:, None]
                 d_k, d_v, d_logits = add_tile(
                     q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule
@@ -173,10 +177,11 @@ def _dkv_kernel(
                     d_q = tl.dot(tl.trans(d_logits), k_tile, input_precision="ieee")
                     local_head = local_kv_head.to(tl.int64) * GROUP + member
                     partial_row = (local_head * (TOPK - 1) + slots) * softmax.num_rows + query_rows
+                    partial_row = packed_rows(partial_row, PACKED)
                     store_rows(partial_ptr, partial_row * HEAD_DIM, d_q, mask, HEAD_DIM, True)
             seen += count
 
-    d_k *= scale
+    d_k *= rule.product_scale
     sums_row = (local_kv_head.to(tl.int64) * 2 * segments.count + place) * 2 * BLOCK_SIZE + key_in_block
     sums_mask = (key_in_block < BLOCK_SIZE) & (place >= 0)
     store_rows(segments.sums_ptr, sums_row * SUMS_DIM, d_k, sums_mask, HEAD_DIM)

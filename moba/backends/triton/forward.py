@@ -25,9 +25,7 @@ from moba.backends.triton.device import (
     holds_past_block,
     last_at_most,
     layout_of,
-    load_entries,
     load_keys,
-    load_query_rows,
     load_rows,
     num_query_tiles,
     online_softmax,
@@ -38,13 +36,22 @@ from moba.backends.triton.device import (
     query_tile_span,
     rows_of,
     store_rows,
+)
+from moba.backends.triton.entries import (
+    chunk_tile,
+    load_entries,
+    load_query_rows,
+    member_offsets,
+    packed_rows,
+    tile_queries,
     tiles_in_window,
+    window_offsets,
 )
 from moba.backends.triton.launch import Plan, next_power_of_2
 from moba.backends.triton.logits import logit_rule, scaled
 from moba.backends.triton.workspace import (
-    chunk_bounds,
-    chunks,
+    chunk_query_tiles,
+    chunks_with_bounds,
     keeps_keys,
     keys_of,
     own_keys_of,
@@ -56,30 +63,35 @@ from moba.sequences import Sequences
 
 
 class Partials(NamedTuple):
-    """A chunk's partials, [heads, K - 1, query rows, Dv], and which heads and query rows these are."""
+    """A chunk's partials, [heads, K - 1, query rows, PACKED, Dv], and which heads and query rows these are.
+
+    `first_tile`: the first tile of queries that has some of these rows; None if all tiles are tried.
+    """
 
     ptr: Any
     lse_ptr: Any
     first_head: Any
     row_begin: Any
     num_rows: Any
+    first_tile: Any
 
 
 @triton.jit
 def store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK: tl.constexpr,
-                   VALUE_DIM: tl.constexpr):  # fmt: skip
+                   VALUE_DIM: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """Partials of one tile of entries, of a head of the chunk."""
     partial_row = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows + (query_rows - partials.row_begin)
+    partial_row = packed_rows(partial_row, PACKED)
     store_rows(partials.ptr, partial_row * VALUE_DIM, outputs, mask, VALUE_DIM, True)
     tl.store(partials.lse_ptr + partial_row, lse, mask=mask)
 
 
 @triton.jit
 def _attend_past_kernel(
-    q, k, v, k_matrix, v_matrix, view, bounds, partials, num_entries, rule, layout,
+    q, k, v, k_matrix, v_matrix, view, bounds, partials, rule, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
-    NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr,
+    NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Partials of past blocks: a program takes the tiles of queries that begin in its window.
 
@@ -88,18 +100,21 @@ def _attend_past_kernel(
     """
     PADDED_VALUE_DIM: tl.constexpr = padded_head_dim(VALUE_DIM)
     QUERY_STAGES: tl.constexpr = NUM_STAGES if KEEPS_KEYS else 1
+    TILE_ENTRIES: tl.constexpr = TILE_M // PACKED
     chunk_head = tl.program_id(1)
     head = chunk_head + partials.first_head
     kv_head = head // GROUP
-    offsets_ptr = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1)
-    entries_ptr = view.entries + head.to(tl.int64) * num_entries
+    offsets_ptr = window_offsets(view, bounds, head, chunk_head, layout.num_blocks)
+    entries_ptr = view.entries + head.to(tl.int64) * view.num_entries
 
     # The entries of a block begin at offsets[block].
     begin = tl.program_id(0) * WINDOW
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
     while (block < layout.num_blocks) & (tl.load(offsets_ptr + block) + block * BLOCK_COST < end):
-        first_entry, stop_entry, entry_end = tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M, BLOCK_COST)
+        first_entry, stop_entry, entry_end = tiles_in_window(
+            bounds, chunk_head, block, begin, end, TILE_ENTRIES, BLOCK_COST
+        )
         # A block that nobody chose is not read: it may be a short one, with nothing behind its keys.
         if first_entry < stop_entry:
             row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
@@ -109,10 +124,10 @@ def _attend_past_kernel(
                 is_key = keys < BLOCK_SIZE
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key, is_key, HEAD_DIM, TILE_N)
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key, is_key, VALUE_DIM, TILE_N)
-            for tile_entry in tl.range(first_entry, stop_entry, TILE_M, num_stages=QUERY_STAGES):
+            for tile_entry in tl.range(first_entry, stop_entry, TILE_ENTRIES, num_stages=QUERY_STAGES):
                 # 2. The queries that chose the block, and the slot of `indices` in which each has it.
-                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M)
-                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT)
+                query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
+                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
                 # 3. The softmax over this block alone; its keys all lie in the past, so causality masks none.
                 if KEEPS_KEYS:
                     logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
@@ -138,7 +153,9 @@ def _attend_past_kernel(
                 # 4. Its result and log-sum-exp (base 2), where `_attend_own_and_merge_kernel` reads them.
                 outputs = acc * (1.0 / total)[:, None]
                 lse = maximum + tl.log2(total)
-                store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, VALUE_DIM)
+                store_partials(
+                    partials, chunk_head, query_rows, slots, mask, outputs, lse, TOPK, VALUE_DIM, PACKED
+                )  # fmt: skip
         block += 1
 
 
@@ -147,17 +164,19 @@ def _attend_own_and_merge_kernel(
     q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, rule, num_heads, layout, tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries: merge their past blocks' partials, then attend causally to their own blocks."""
     PADDED_VALUE_DIM: tl.constexpr = padded_head_dim(VALUE_DIM)
+    TILE_QUERIES: tl.constexpr = TILE_M // PACKED
     chunk_head = tl.program_id(1)
     kv_head = (chunk_head + partials.first_head) // GROUP
     head = (chunk_head + partials.first_head).to(tl.int64)
     # 1. The tile's queries: where they lie, and which of them this chunk of heads and rows writes.
     row, first_query, query_begin, query_end, offset, sequence_start = query_tile_span(
-        tl.program_id(0), layout, tiles_per_row, TILE_M
+        chunk_tile(partials), layout, tiles_per_row, TILE_QUERIES
     )
-    query = first_query + tl.arange(0, TILE_M)
+    query = first_query + tile_queries(TILE_M, PACKED)
     query_row = row * layout.num_queries + query
     chunk_row = query_row.to(tl.int64) - partials.row_begin
     writes = (query >= query_begin) & (query < query_end) & (chunk_row >= 0) & (chunk_row < partials.num_rows)
@@ -165,8 +184,8 @@ def _attend_own_and_merge_kernel(
     is_real = writes & (position >= 0)
 
     long_row = tl.full([], row, tl.int64)
-    q_ptr = q.ptr + long_row * q.stride_r + head * q.stride_h
-    q_tile = load_rows(q_ptr, query.to(tl.int64) * q.stride_t, is_real, HEAD_DIM)
+    q_ptr = q.ptr + long_row * q.stride_r + head * PACKED * q.stride_h
+    q_tile = load_rows(q_ptr, member_offsets(query.to(tl.int64) * q.stride_t, q.stride_h, PACKED), is_real, HEAD_DIM)
 
     # 2. Past blocks: the sum of their partials, each weighed by exp2(its log-sum-exp - the largest one). The largest is
     # found first, so the sum runs in the order of slots and is never rescaled.
@@ -177,7 +196,8 @@ def _attend_own_and_merge_kernel(
         indices_ptr = indices.ptr + long_row * indices.stride_r + head * indices.stride_h
         bits = past_slots(indices_ptr, query, indices.stride_t, position, is_real, TOPK, BLOCK_SIZE)
         partial_row = chunk_row + chunk_head.to(tl.int64) * (TOPK - 1) * partials.num_rows
-        slot_rows = tl.full([], partials.num_rows, tl.int64)
+        partial_row = packed_rows(partial_row, PACKED)
+        slot_rows = tl.full([], partials.num_rows, tl.int64) * PACKED
         for slot in tl.static_range(TOPK - 1):
             exists = holds_past_block(
                 bits, indices_ptr, query, indices.stride_t, slot, position, is_real, TOPK, BLOCK_SIZE
@@ -197,7 +217,7 @@ def _attend_own_and_merge_kernel(
     # 3. The own blocks, on top: keys that every query of the tile sees, from begin to middle; then those that a mask
     # decides on, up to the last query's own position.
     all_keys = tl.full([TILE_N], True, tl.int1)
-    begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_M, TILE_N)
+    begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_QUERIES, TILE_N)
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
@@ -208,13 +228,13 @@ def _attend_own_and_merge_kernel(
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
-        logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_M), logits, float("-inf"))
+        logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_QUERIES), logits, float("-inf"))
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
 
     # 4. The merged softmax, divided once; padded query rows are zeros.
     out = tl.where(is_real[:, None], acc * (1.0 / total)[:, None], 0.0)
     lse = tl.where(is_real, (maximum + tl.log2(total)) * LN_2, float("-inf"))
-    out_row = query_row.to(tl.int64) * num_heads + head
+    out_row = packed_rows(query_row.to(tl.int64) * (num_heads // PACKED) + head, PACKED)
     store_rows(out_ptr, out_row * VALUE_DIM, out, writes, VALUE_DIM)
     tl.store(lse_ptr + out_row, lse, mask=writes)
 
@@ -239,7 +259,7 @@ def plan_forward(
     """Attention over a routing. See `moba.backends` for the contract.
 
     Args:
-        indices: int32 [R, T, H, K]. view: the same routing by block.
+        indices: int32 [R, T, H, K], or [R, T, G, K] as `routing_heads` allows. view: the same routing by block.
         out: [R, T, H, Dv] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
         workspace_bytes: bound on the memory of partials; more heads than fit are taken in turn.
         arch: compute capability whose row of the tuning table is taken.
@@ -248,42 +268,44 @@ def plan_forward(
         to q's dtype before the merge.
     """
     num_rows, num_queries, num_heads, head_dim = q.shape
-    topk, num_blocks, value_dim = indices.shape[3], view.offsets.shape[1] - 1, v.shape[3]
+    routing_heads, topk = indices.shape[2:]
+    num_blocks, value_dim, packed = view.offsets.shape[1] - 1, v.shape[3], num_heads // routing_heads
     keeps = keeps_keys(q, v, block_size)
-    past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, v, block_size)
+    past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, v, block_size, packed)
     if keeps:
         past["TILE_N"] = max(16, next_power_of_2(block_size))
-    own = tile_sizes("attend_own_and_merge", arch, q, v, block_size)
+    own = tile_sizes("attend_own_and_merge", arch, q, v, block_size, packed)
     shape = {
-        "GROUP": num_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
+        "GROUP": routing_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim, "PACKED": packed,
     }  # fmt: skip
-    num_tiles, tiles_per_row = num_query_tiles(sequences, own["TILE_M"])
+    tiles_per_row = num_query_tiles(sequences, own["TILE_M"] // packed)[1]
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
-    row_bytes = (topk - 1) * (value_dim * q.element_size() + 4)
-    total_rows, num_entries = num_rows * num_queries, view.entries.shape[1]
+    row_bytes = (topk - 1) * (value_dim * q.element_size() + 4) * packed
+    total_rows = num_rows * num_queries
     layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
 
     flats = spacings(q)
-    parts = chunks(num_heads, total_rows, row_bytes, workspace_bytes)
-    size = parts[0].num_heads * parts[0].num_rows
+    gathered_bytes = head_dim * q.element_size()
+    parts = chunks_with_bounds(plan, view, total_rows, topk, packed, row_bytes, gathered_bytes, workspace_bytes)
+    size = parts[0][0].num_heads * parts[0][0].num_rows * packed
     partial = plan.buffer(topk - 1, size * value_dim, dtype=q.dtype)
     partial_lse = plan.buffer(topk - 1, size, dtype=torch.float32)
-    bounds_memory = plan.buffer(2, parts[0].num_heads, num_blocks, dtype=torch.int32)
     # `flats` and `own_keys` begin with what fits this call, which is launched. Calls of other lengths and batch sizes
     # need the rest: it is compiled together with this, so that a new length never compiles.
-    for chunk in parts:
-        partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows)
+    for chunk, bounds in parts:
+        tiles, first_tile = chunk_query_tiles(sequences, own["TILE_M"], packed, chunk)
+        partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows, first_tile)
         if topk > 1:
-            bounds = chunk_bounds(plan, view, chunk, total_rows, topk, bounds_memory)
-            arguments = (rows_of(q), *past_keys, view, bounds, partials, num_entries, rule, layout)
-            grid = (windows(view, past), chunk.num_heads)
+            num_entries = view.num_entries if packed == 1 else chunk.num_rows * (topk - 1)
+            arguments = (rows_of(q), *past_keys, view, bounds, partials, rule, layout)
+            grid = (windows(num_entries, num_blocks, past), chunk.num_heads)
             plan.launch(_attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=flats[0])
             for is_flat in flats[1:]:
                 plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
         outputs = (rows_of(indices), partials, out, lse, rule, num_heads, layout, tiles_per_row)
-        grid = (num_tiles, chunk.num_heads)
+        grid = (tiles, chunk.num_heads)
         plan.launch(_attend_own_and_merge_kernel, grid, rows_of(q), *own_keys[0], *outputs, **shape, **own)
         for keys in own_keys[1:]:
             plan.foresee(_attend_own_and_merge_kernel, rows_of(q), *keys, *outputs, **shape, **own)

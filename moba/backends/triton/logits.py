@@ -11,15 +11,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class LogitRule(NamedTuple):
-    """How products of queries and keys become logits in log2: their scale, and their softcap or None."""
+    """How products of queries and keys become logits in log2: their scale, and their softcap or None.
+
+    `product_scale` is the scale of the logits themselves, as gradients of queries and keys are multiplied by it.
+    """
 
     scale: Any
     softcap: Any
+    product_scale: Any
 
 
 def logit_rule(scale: float, softcap: float | None) -> LogitRule:
     """Scale and softcap as an argument of kernels."""
-    return LogitRule(scale * LOG2_E.value, None if softcap is None else softcap * LOG2_E.value)
+    return LogitRule(scale * LOG2_E.value, None if softcap is None else softcap * LOG2_E.value, scale)
 
 
 @triton.jit

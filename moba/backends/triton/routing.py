@@ -84,7 +84,7 @@ def _route_by_scores(
             # Values mostly have the shape of keys; where not, this compiles what is not needed.
             following=None
             if k is None or by_tokens
-            else lambda: variants_after_routing(q, k, k, topk, sequences, block_size),
+            else lambda: variants_after_routing(q, k, k, indices.shape[2:], sequences, block_size),
             num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
             by_tokens=by_tokens, arch=arch_of(q.device),
         )  # fmt: skip

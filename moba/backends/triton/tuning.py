@@ -28,6 +28,7 @@ class Row:
         max_head_dim: largest head dim, of keys or values, padded to a power of two, it is for.
         max_block_size: largest block size it is for, None for all.
         element_bytes: sizes of q's elements it is for, None for all.
+        is_packed: whether it is for routings that query heads share alone, True, or for all, None.
     """
 
     config: Mapping[str, int]
@@ -35,14 +36,16 @@ class Row:
     max_head_dim: int = 256
     max_block_size: int | None = None
     element_bytes: int | None = None
+    is_packed: bool | None = None
 
-    def fits(self, arch: int, head_dim: int, block_size: int, element_bytes: int) -> bool:
+    def fits(self, arch: int, head_dim: int, block_size: int, element_bytes: int, is_packed: bool = False) -> bool:
         """Whether this row is for such a launch."""
         return (
             (self.arch is None or arch in self.arch)
             and head_dim <= self.max_head_dim
             and (self.max_block_size is None or block_size <= self.max_block_size)
             and (self.element_bytes is None or element_bytes == self.element_bytes)
+            and (self.is_packed is None or is_packed == self.is_packed)
         )
 
 
@@ -177,7 +180,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-def lookup(kernel: str, arch: int, *, head_dim: int, block_size: int, element_bytes: int) -> Mapping[str, int]:
+def lookup(
+    kernel: str, arch: int, *, head_dim: int, block_size: int, element_bytes: int, is_packed: bool = False
+) -> Mapping[str, int]:
     """The launch configuration of a kernel: the first row of its table that fits.
 
     Args:
@@ -185,9 +190,10 @@ def lookup(kernel: str, arch: int, *, head_dim: int, block_size: int, element_by
         arch: compute capability, major · 10 + minor. See `arch_of`.
         head_dim: as padded to a power of two, the larger one of keys and values.
         element_bytes: size of an element of q.
+        is_packed: whether query heads share the routing.
     """
     for row in TABLE[kernel]:
-        if row.fits(arch, head_dim, block_size, element_bytes):
+        if row.fits(arch, head_dim, block_size, element_bytes, is_packed):
             return row.config
     raise AssertionError(f"the last row of {kernel!r} must fit everything")
 

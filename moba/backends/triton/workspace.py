@@ -6,24 +6,32 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.device import Rows, View, padded_head_dim, rows_of
+from moba.backends.triton.device import Rows, View, num_query_tiles, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
 from moba.backends.triton.variants import Matrix
 from moba.sequences import Sequences
 
+# Whose tiles hold members side by side.
+PACKING_KERNELS = (
+    "attend_past_stationary", "attend_past_streaming", "attend_own_and_merge", "dkv", "dq_past", "dq_own"
+)  # fmt: skip
 # Most bytes of K, and of V, that a program keeps on chip.
 KEPT_BYTES = 32 << 10
 # Chunks of query rows are multiples of this.
 ROW_MULTIPLE = 128
+# Where members are packed, most bytes of a chunk's query rows of one head, which are gathered once for every block: few
+# enough that the second-level cache holds them.
+GATHERED_BYTES = 32 << 20
 
 
 class Chunk(NamedTuple):
-    """Heads and flattened query rows whose partials are in memory at one time."""
+    """Heads of the routing and flattened query rows whose partials are in memory at one time."""
 
     first_head: int
     num_heads: int
@@ -31,10 +39,24 @@ class Chunk(NamedTuple):
     num_rows: int
 
 
-def tile_sizes(kernel: str, arch: int, q: Tensor, v: Tensor, block_size: int) -> dict[str, int]:
-    """Launch configuration of a kernel for these tensors, from the table in tuning.py."""
+def tile_sizes(kernel: str, arch: int, q: Tensor, v: Tensor, block_size: int, packed: int = 1) -> dict[str, int]:
+    """Launch configuration of a kernel for these tensors, from the table in tuning.py.
+
+    Args:
+        packed: members of an entry; the table counts windows and the cost of a block in members.
+    """
     head_dim = padded_head_dim(max(q.shape[-1], v.shape[-1]))
-    return dict(lookup(kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size()))
+    sizes = lookup(
+        kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size(), is_packed=packed > 1
+    )
+    return {name: max(1, x // packed) if name in ("WINDOW", "BLOCK_COST") else x for name, x in sizes.items()}
+
+
+def routing_heads(q: Tensor, v: Tensor, indices: Tensor, block_size: int, arch: int) -> int:
+    """Heads of the routing that kernels are given: those of `indices`, or H where tiles do not hold whole groups."""
+    num_heads, group = q.shape[2], q.shape[2] // indices.shape[2]
+    tiles = (tile_sizes(kernel, arch, q, v, block_size, group)["TILE_M"] for kernel in PACKING_KERNELS)
+    return indices.shape[2] if group == 1 or all(tile % group == 0 for tile in tiles) else num_heads
 
 
 def num_elements(q: Tensor, k: Tensor, v: Tensor) -> int:
@@ -43,13 +65,12 @@ def num_elements(q: Tensor, k: Tensor, v: Tensor) -> int:
     return q.numel() + k.numel() + v.numel() + num_outputs
 
 
-def windows(view: View, sizes: dict[str, int]) -> int:
-    """How many windows cover every entry and the cost of every block.
+def windows(num_entries: int, num_blocks: int, sizes: dict[str, int]) -> int:
+    """How many windows cover so many entries of a head, and the cost of every block.
 
     Raises:
         ValueError: if kernels, which count both together in int32, could not.
     """
-    num_entries, num_blocks = view.entries.shape[1], view.offsets.shape[1] - 1
     cost, window = sizes["BLOCK_COST"], sizes["WINDOW"]
     count = cdiv(num_entries + num_blocks * cost, window)
     if count * window >= 2**31:
@@ -137,16 +158,19 @@ def own_keys_of(
     return (matrices, rows) if sequences.num_rows == 1 or ends_with_a_tile else (rows, matrices)
 
 
-def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> list[Chunk]:
+def chunks(
+    num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int, most_rows: int | None = None
+) -> list[Chunk]:
     """Cut heads, and where one head is too large query rows too, so that a chunk's partials fit the budget.
 
     Args:
-        row_bytes: bytes of partials of one query of one head.
+        row_bytes: bytes of partials of one query of one head of the routing.
+        most_rows: query rows of a chunk, whatever the budget.
     """
-    heads = min(num_heads, max(1, budget_bytes // max(1, num_rows * row_bytes)))
+    rows = num_rows if most_rows is None else min(num_rows, most_rows)
+    heads = min(num_heads, max(1, budget_bytes // max(1, rows * row_bytes)))
     heads = cdiv(num_heads, cdiv(num_heads, heads))
-    rows = num_rows
-    if num_rows * row_bytes > budget_bytes:
+    if rows * row_bytes > budget_bytes:
         rows = max(1, budget_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
     return [
         Chunk(head, min(heads, num_heads - head), row, min(rows, num_rows - row))
@@ -156,38 +180,84 @@ def chunks(num_heads: int, num_rows: int, row_bytes: int, budget_bytes: int) -> 
 
 
 class Bounds(NamedTuple):
-    """First entry of every block among a chunk's query rows, one past the last, and how far apart its heads lie."""
+    """First entry of every block among a chunk's query rows, one past the last, and how far apart its heads lie.
+
+    `starts`: int32 [heads, blocks + 1], how many entries the chunk has before each block; None if windows are cut from
+    all query rows.
+    """
 
     begin: Any
     end: Any
     stride_h: Any
+    starts: Any
 
 
-def chunk_bounds(plan: Plan, view: View, chunk: Chunk, total_rows: int, topk: int, memory: Tensor) -> Bounds:
-    """Find a chunk's bounds, where it has not all query rows in `memory` [2, heads, blocks]."""
-    heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
-    offsets, entries = view.offsets[heads], view.entries[heads]
-    num_blocks = offsets.shape[1] - 1
-    search = (
-        View(offsets, entries), memory, chunk.row_begin * topk, chunk.num_rows * topk, entries.shape[1], num_blocks,
-        memory.stride(0), 256,
-    )  # fmt: skip
-    if chunk.num_rows == total_rows:
-        plan.foresee(_chunk_bounds_kernel, *search)
-        return Bounds(offsets, offsets[:, 1:], offsets.stride(0))
-    plan.launch(_chunk_bounds_kernel, (cdiv(num_blocks, 256), chunk.num_heads, 2), *search)
-    return Bounds(memory[0], memory[1], num_blocks)
+def chunks_with_bounds(
+    plan: Plan,
+    view: View,
+    total_rows: int,
+    topk: int,
+    packed: int,
+    row_bytes: int,
+    gathered_bytes: int,
+    budget_bytes: int,
+) -> list[tuple[Chunk, Bounds]]:
+    """The chunks of an attention, and their bounds, found for all at once where a chunk has not all query rows.
+
+    Args:
+        packed: members of an entry. Where there are several, windows are cut from the entries of a chunk.
+        row_bytes: as `chunks` takes it. gathered_bytes: what a past kernel gathers of a query row of a query head.
+    """
+    num_heads, num_blocks = view.offsets.shape[0], view.offsets.shape[1] - 1
+    most_rows = None
+    if packed > 1:
+        most_rows = max(1, GATHERED_BYTES // (packed * gathered_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
+    parts = chunks(num_heads, total_rows, row_bytes, budget_bytes, most_rows)
+    length = parts[0].num_rows
+    is_cut = packed > 1 or length < total_rows
+    count = cdiv(total_rows, length) if is_cut else 1
+    bounds = plan.buffer(2, count, num_heads if is_cut else 1, num_blocks, dtype=torch.int32)
+    starts = plan.buffer(count, num_heads if is_cut else 1, num_blocks + 1, dtype=torch.int32)
+    search = (view, bounds, starts, length * topk, num_blocks, bounds.stride(0), 256)
+    if is_cut and topk > 1:
+        plan.launch(_row_chunks_kernel, (count, num_heads), *search)
+    else:
+        plan.foresee(_row_chunks_kernel, *search)
+
+    def bounds_of_chunk(chunk: Chunk) -> Bounds:
+        heads = slice(chunk.first_head, chunk.first_head + chunk.num_heads)
+        if not is_cut:
+            offsets = view.offsets[heads]
+            return Bounds(offsets, offsets[:, 1:], offsets.stride(0), None)
+        begin, end, of_chunk = (x[chunk.row_begin // length, heads] for x in (bounds[0], bounds[1], starts))
+        return Bounds(begin, end, num_blocks, of_chunk if packed > 1 else None)
+
+    return [(chunk, bounds_of_chunk(chunk)) for chunk in parts]
+
+
+def chunk_query_tiles(sequences: Sequences, tile_m: int, packed: int, chunk: Chunk) -> tuple[int, int | None]:
+    """How many tiles of queries may have query rows of a chunk, and the first; None if all tiles are taken."""
+    num_tiles, tiles_per_row = num_query_tiles(sequences, tile_m // packed)
+    if packed == 1:
+        return num_tiles, None
+    # A tile is aligned to positions, so that a query row is in the tile of its number or in the next one.
+    begin, last = chunk.row_begin, chunk.row_begin + chunk.num_rows - 1
+    if sequences.cu_q is not None:
+        first, end = begin // (tile_m // packed), last // (tile_m // packed) + 2 * sequences.cu_q.numel()
+    else:
+        first, end = (
+            row // sequences.num_queries * tiles_per_row + row % sequences.num_queries // (tile_m // packed)
+            for row in (begin, last)
+        )
+        end += 2
+    return min(end, num_tiles) - first, first
 
 
 @triton.jit
-def _chunk_bounds_kernel(view, bounds_ptr, begin, length, num_entries, num_blocks, stride, TILE: tl.constexpr):
-    """For every block, the first of its entries that is at least `begin`, and that is at least begin + length."""
-    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    head = tl.program_id(1)
-    mask = block < num_blocks
-    value = begin + tl.program_id(2) * length
+def _first_entry(view, head, block, mask, value, num_blocks):
+    """For blocks [TILE], the first of their entries that is at least `value`."""
     offsets_ptr = view.offsets + head.to(tl.int64) * (num_blocks + 1)
-    entries_ptr = view.entries + head.to(tl.int64) * num_entries
+    entries_ptr = view.entries + head.to(tl.int64) * view.num_entries
     low = tl.load(offsets_ptr + block, mask=mask, other=0)
     high = tl.load(offsets_ptr + block + 1, mask=mask, other=0)
     while tl.max(high - low, 0) > 0:
@@ -196,5 +266,26 @@ def _chunk_bounds_kernel(view, bounds_ptr, begin, length, num_entries, num_block
         is_before = tl.load(entries_ptr + middle, mask=searching, other=0) < value
         low = tl.where(searching & is_before, middle + 1, low)
         high = tl.where(searching & (is_before == 0), middle, high)
-    index = tl.program_id(2).to(tl.int64) * stride + head.to(tl.int64) * num_blocks + block
-    tl.store(bounds_ptr + index, low, mask=mask)
+    return low
+
+
+@triton.jit
+def _row_chunks_kernel(view, bounds_ptr, starts_ptr, length, num_blocks, stride, TILE: tl.constexpr):
+    """Program (chunk of query rows, head): the chunk's bounds, and the sums of its entries over the blocks before."""
+    head = tl.program_id(1)
+    chunk_head = tl.program_id(0) * tl.num_programs(1) + head
+    bounds_ptr += chunk_head.to(tl.int64) * num_blocks
+    starts_ptr += chunk_head.to(tl.int64) * (num_blocks + 1)
+    # The last chunk may end beyond what int32 holds.
+    value = tl.program_id(0).to(tl.int64) * length
+    total = 0
+    for first_block in range(0, num_blocks, TILE):
+        block = first_block + tl.arange(0, TILE)
+        mask = block < num_blocks
+        begin = _first_entry(view, head, block, mask, value, num_blocks)
+        end = _first_entry(view, head, block, mask, value + length, num_blocks)
+        tl.store(bounds_ptr + block, begin, mask=mask)
+        tl.store(bounds_ptr + stride + block, end, mask=mask)
+        tl.store(starts_ptr + block, total + tl.cumsum(end - begin, 0) - (end - begin), mask=mask)
+        total += tl.sum(end - begin, 0)
+    tl.store(starts_ptr + num_blocks, total)
