@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -47,11 +48,14 @@ def padded(q, k, starts=None, ends=None):
     return Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=starts, key_end=ends)
 
 
-def assert_same_routing(q, k, sequences, block_size, topk, keep_first=0, keep_recent=0):
-    selection = Selection.of(block_size, topk, keep_first, keep_recent, "mean")
+def assert_same_routing(q, k, sequences, block_size, topk, keep_first=0, keep_recent=0, router="mean"):
+    selection = Selection.of(block_size, topk, keep_first, keep_recent, router)
     actual = backend.route(q, k, sequences, selection)
     expected = reference.route(q, k, sequences, selection)
     assert actual.dtype == torch.int32
+    if router == "shared":
+        assert actual.shape[2] == k.shape[2]
+        expected = expected[:, :, :: q.shape[2] // k.shape[2]]
     assert actual.shape == expected.shape
     wrong = (actual != expected).any(-1)
     if wrong.any():
@@ -85,6 +89,26 @@ def test_plain_sequences(case, dtype):
     *shape, block_size, topk = CASES[case]
     q, k = inputs(*shape, block_size, dtype)
     assert_same_routing(q, k, plain(q, k), block_size, topk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (16, 1)], ids=str)
+def test_query_heads_that_choose_together(heads, dtype):
+    q, k = inputs(2, 50, 50, *heads, 20, 8, dtype)
+    # Sums that 16 bits do not hold, of which what they leave over decides.
+    if heads[0] > heads[1]:
+        q[:, :, 0] = 4096
+    k[..., 1::2] = -k[..., ::2]
+    bounds = padded(q, k, [3, 0], [50, 40])
+    assert_same_routing(q, k, bounds, 8, 4, router="shared")
+    assert_same_routing(q[:1], k[:1], packed(q, k, [20, 30], [20, 30]), 8, 3, keep_first=1, router="shared")
+
+
+def test_a_sum_over_query_heads_beyond_fp16_and_a_query_that_is_not_finite():
+    q, k = inputs(1, 50, 50, 4, 2, 16, 8, torch.float16)
+    q[:, :20] = 60000
+    q[:, 30, 1, 3], q[:, 31, 0, 2] = torch.nan, torch.inf
+    assert_same_routing(q, k, plain(q, k), 8, 4, router="shared")
 
 
 @pytest.mark.parametrize("kept", [(2, 3), (1, 5)])
@@ -219,10 +243,11 @@ def test_real_tokens_are_routed_as_fp64_scores_say(dtype):
 def test_operator_under_torch_compile():
     q, k = inputs(1, 40, 40, 2, 1, 16, 8)
     cu = torch.tensor([0, 13, 40], dtype=torch.int32, device=DEVICE)
-    for bounds in ((None, None, None, None), (cu[:1], None, None, None), (None, None, cu, cu)):
-        for by_tokens in (False, True):
-            torch.library.opcheck(torch.ops.moba.triton_route, (q, k, None, 40, *bounds, 8, 3, 0, 0, by_tokens))
-    for router in ("mean", max_token_scores):
+    bounds_of_calls = ((None, None, None, None), (cu[:1], None, None, None), (None, None, cu, cu))
+    for bounds, (num_heads, by_tokens) in itertools.product(bounds_of_calls, ((2, False), (1, False), (2, True))):
+        rest = (num_heads, 8, 3, 0, 0, by_tokens)
+        torch.library.opcheck(torch.ops.moba.triton_route, (q, k, None, 40, *bounds, *rest))
+    for router in ("mean", "shared", max_token_scores):
         selection = Selection.of(8, 3, 0, 0, router)
 
         def routed(q, k, selection=selection):

@@ -137,16 +137,16 @@ def call_plans(
         # Head after head, one of two key/value heads: the strides of rows and of heads are both beyond 2^31.
         q = d_out = _queries(q.shape, dtype, heads_first=True)
         k, v = (_empty(num_rows, 2, num_keys, head_dim, dtype=dtype).transpose(1, 2)[:, :, :1] for _ in range(2))
-    indices = _empty(num_rows, num_queries, num_heads, topk)
+    indices = _empty(num_rows, num_queries, num_kv_heads if is_shared else num_heads, topk)
+    # As `route` sums fp32 queries.
+    by = _empty(num_rows, num_queries, num_kv_heads, head_dim, dtype=dtype) if is_shared and q.itemsize == 4 else q
     plans = [
         make_plan(
-            plan_select, q, k, None, indices, *bounds, num_keys=num_keys, block_size=block_size, topk=topk,
+            plan_select, by, k, None, indices, *bounds, num_keys=num_keys, block_size=block_size, topk=topk,
             keep_first=num_kept, keep_recent=0, arch=arch,
         )
     ]  # fmt: skip
-    if is_shared:
-        indices = indices[:, :, :: num_heads // num_kv_heads].contiguous()
-        indices = for_query_heads(indices, routing_heads(q, v, indices, block_size, arch))
+    indices = for_query_heads(indices, routing_heads(q, v, indices, block_size, arch))
     view = new_view(indices, sequences, block_size)
     d_q = _empty(*q.shape, dtype=dtype)
     lse = _empty(num_rows, num_queries, num_heads, dtype=torch.float32)

@@ -33,24 +33,31 @@ SCORE_BYTES = 256 << 20
 def route(
     q: Tensor, k: Tensor | None, sequences: Sequences, selection: Selection, means: Tensor | None = None
 ) -> Tensor:
-    """The routing of every query: int32 [R, T, H, K]. See `moba.backends` for the contract.
+    """The routing of every query: int32 [R, T, H, K], or [R, T, G, K] for "shared". See `moba.backends`.
 
     A router that is a user's function runs in plain torch, as no kernel can call it.
 
     Numerics: block means summed in fp32 and rounded once to k's dtype; scores in fp32 from exact products of 16-bit
-        inputs, in full fp32 for fp32 ones. Selections do not depend on tile sizes.
+        inputs, in full fp32 for fp32 ones; those of "shared" from the query heads' sum in fp32. Selections do
+        not depend on tile sizes.
     """
-    by_tokens = selection.score is routers.max_token_scores
-    if selection.score not in (None, routers.mean_key_scores) and not (by_tokens and means is None):
+    by_tokens, is_shared = selection.score is routers.max_token_scores, selection.score is routers.shared_scores
+    has_kernel = selection.score in (None, routers.mean_key_scores) or is_shared or (by_tokens and means is None)
+    if not has_kernel:
         return routing.route(q, k, sequences, selection, means)
+    keys = k if means is None else means
+    assert keys is not None
+    num_heads = keys.shape[2] if is_shared else q.shape[2]
     if selection.score is None or selection.topk >= sequences.num_blocks(selection.block_size):
         indices = routing.kept_indices(sequences.positions(q.device), selection)
-        return indices[:, :, None].expand(-1, -1, q.shape[2], -1)
+        return indices[:, :, None].expand(-1, -1, num_heads, -1)
+    if is_shared and q.dtype == torch.float32:
+        q = q.unflatten(2, (num_heads, -1)).sum(dim=3)
     return _route_by_scores(
         q, k if means is None else None,
         None if means is None else global_means(means, sequences, selection.block_size),
         sequences.num_keys, sequences.key_start, sequences.key_end, sequences.cu_q, sequences.cu_k,
-        selection.block_size, selection.topk, selection.keep_first, selection.keep_recent, by_tokens,
+        num_heads, selection.block_size, selection.topk, selection.keep_first, selection.keep_recent, by_tokens,
     )  # fmt: skip
 
 
@@ -64,17 +71,20 @@ def _route_by_scores(
     key_end: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    num_heads: int,
     block_size: int,
     topk: int,
     keep_first: int,
     keep_recent: int,
-    by_tokens: bool = False,
+    by_tokens: bool,
 ) -> Tensor:
-    """The routing by mean-key scores: int32 [R, T, H, K], by means as `global_means` gives them, or by those of k.
+    """The routing by mean-key scores: int32 [R, T, num_heads, K], by means as `global_means` gives them or of k.
+
+    With fewer heads than q has, each chooses for as many query heads, by the sum of their scores.
 
     Other arguments are as in `Sequences` and `Selection`. by_tokens: by `max_token_scores` instead.
     """
-    indices = q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
+    indices = q.new_empty((*q.shape[:2], num_heads, topk), dtype=torch.int32)
     if cu_q is not None and cu_q.numel() == 1:
         return indices.fill_(-1)
     if indices.numel():
@@ -107,20 +117,25 @@ def plan_select(
     arch: int,
 ) -> None:
     """The launches of `moba::triton_route`."""
-    num_rows, num_queries, num_heads, head_dim = q.shape
+    num_rows, num_queries, num_query_heads, head_dim = q.shape
+    num_heads = indices.shape[2]
+    is_shared = num_heads < num_query_heads
     sequences = Sequences(num_rows, num_queries, num_keys, *bounds)
     padded_dim, element_bytes = padded_head_dim(head_dim), q.element_size()
     table = "select_scored" if by_tokens else "select"
-    config = lookup(table, arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes)
+    config = lookup(
+        table, arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes, is_packed=is_shared
+    )
     places = topk - 1 - keep_first - keep_recent
     length = next((length for length in LIST_LENGTHS if places < length), 0)
     rule = (layout_of(sequences, block_size), block_size, topk, keep_first, keep_recent)
 
     def select_chunk(rows: Rows, means: Means, scores: Scores, first: int, count: int, **dims: int) -> None:
-        num_tiles = cdiv(count, config["TILE_M"])
+        num_tiles, group = cdiv(count, config["TILE_M"]), num_query_heads // num_kv_heads
+        factor = 0.5 ** (group - 1).bit_length() if is_shared else None
         plan.launch(
             _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *rule, first, num_tiles,
-            num_heads // num_kv_heads, **dims, LENGTH=length, **config,
+            group, factor, **dims, LENGTH=length, **config,
         )  # fmt: skip
 
     if by_tokens:
@@ -151,5 +166,5 @@ def score_chunk(sequences: Sequences, num_heads: int, block_size: int) -> int:
 
 @fake(_route_by_scores)
 def _(q: Tensor, *rest: Any) -> Tensor:
-    *_, topk, _keep_first, _keep_recent, _by_tokens = rest
-    return q.new_empty((*q.shape[:3], topk), dtype=torch.int32)
+    *_, num_heads, _block_size, topk, _keep_first, _keep_recent, _by_tokens = rest
+    return q.new_empty((*q.shape[:2], num_heads, topk), dtype=torch.int32)

@@ -13,9 +13,10 @@ of means lie in memory (block_scores.py), as they cost a product a token: it the
 So a selection depends on the scores alone, never on tile sizes.
 
 Letters: M queries of a tile, W = COLUMNS; others in device.py. Two tuples are passed around:
-- `queries`: their tile [M, TILE_D], the pointers it was loaded from, and which rows exist [M, 1]. For fp32, TILE_D < D,
-  as products of all D dims would unroll into too much code; the other dims are loaded when needed. With HEAD_DIM = 0,
-  of scores in memory: where those of global block 0 lie [M, 1], and elements from block to block.
+- `queries`: their tile [M, TILE_D], the pointers it was loaded from, which rows exist [M, 1], and what 16 bits did not
+  hold of the tile, twice, or None. For fp32, TILE_D < D, as products of all D dims would unroll into too much code;
+  the other dims are loaded when needed. With HEAD_DIM = 0, of scores in memory: where those of global block 0 lie
+  [M, 1], elements from block to block, and which rows exist.
 - `candidates`: low, high [M, 1], a row's candidates being blocks low … high - 1; begin, end, the blocks that any row
   needs; inner_low, inner_high, those that no row masks.
 """
@@ -46,16 +47,22 @@ def _tile_blocks():
 @triton.jit
 def _mean_scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
     """`_scores` by block means."""
-    q, q_pointers, is_query = queries
+    q, q_pointers, is_query, rest, rest_of_rest = queries
     low, high, _, _, inner_low, inner_high = candidates
     blocks = _tile_blocks()
     dims = tl.arange(0, q.shape[1])
     pointers = means_ptr + tl.cast(start, tl.int64) * HEAD_DIM + (blocks[:, None] * HEAD_DIM + dims[None, :])
-    if q.shape[1] == HEAD_DIM:
-        scores = tl.dot(q, tl.trans(tl.load(pointers)), input_precision="ieee")
-    elif q.shape[1] > HEAD_DIM:
-        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(tile), input_precision="ieee")
+    if q.shape[1] >= HEAD_DIM:
+        if q.shape[1] == HEAD_DIM:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        if rest is not None:
+            scores = tl.dot(rest_of_rest, tl.trans(tile), input_precision="ieee")
+            scores = tl.dot(rest, tl.trans(tile), acc=scores, input_precision="ieee")
+            scores = tl.dot(q, tl.trans(tile), acc=scores, input_precision="ieee")
+        else:
+            scores = tl.dot(q, tl.trans(tile), input_precision="ieee")
     else:
         scores = tl.zeros([q.shape[0], TILE_N], tl.float32)
         for first_dim in range(0, HEAD_DIM, q.shape[1]):
@@ -74,7 +81,7 @@ def _mean_scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
 def _scores(queries, means_ptr, start, candidates, HEAD_DIM: tl.constexpr):
     """Scores [M, TILE_N] of blocks start … start + TILE_N - 1, columns as in `_tile_blocks`; -inf where masked."""
     if HEAD_DIM == 0:
-        pointers, stride, _ = queries
+        pointers, stride, _, _, _ = queries
         low, high, _, _, _, _ = candidates
         blocks = _tile_blocks()[None, :]
         is_candidate = (start + blocks >= low) & (start + blocks < high)
@@ -206,14 +213,34 @@ def _blocks_at_ranks(
 
 
 @triton.jit
+def _summed(pointers, mask, stride_h, group, factor):
+    """factor · the sum over `group` heads of 16-bit queries, as three tensors of their dtype that add up to it.
+
+    Scores are linear in a query, so these are the sums of the heads' scores. The fp32 sum has 24 bits, each tensor 8 or
+    11 of them; a power of two as the factor is exact and keeps fp16 from overflowing.
+    """
+    total = tl.zeros(pointers.shape, tl.float32)
+    for member in range(group):
+        total += tl.load(pointers + tl.cast(member, tl.int64) * stride_h, mask=mask, other=0.0).to(tl.float32)
+    total *= factor
+    dtype: tl.constexpr = pointers.dtype.element_ty
+    high = total.to(dtype)
+    # inf - inf is not a number.
+    total = tl.where(high.to(tl.float32) == total, 0.0, total - high.to(tl.float32))
+    rest = total.to(dtype)
+    return high, rest, (total - rest.to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def _select_kernel(
     q, means, scores, indices_ptr, layout, block_size, topk, keep_first, keep_recent, first_query, num_tiles,
-    heads_per_kv_head,
+    heads_per_kv_head, factor,
     HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, LENGTH: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head) routes TILE_M queries, `first_query` being the first tile's first.
 
-    LENGTH is that of the lists, 0 for bisection. Either q and means are given, or scores, and HEAD_DIM is 0.
+    LENGTH is that of the lists, 0 for bisection. Either q and means are given, or scores, and HEAD_DIM is 0. With
+    `factor`, see `_summed`, `head` is a key/value head, whose query heads choose together.
     """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
@@ -237,15 +264,25 @@ def _select_kernel(
     if HEAD_DIM == 0:
         scores_ptr = scores.ptr + (row * num_heads + head).to(tl.int64) * scores.stride_r
         scores_ptr -= row.to(tl.int64) * layout.blocks_per_row * scores.stride_n
-        queries = (scores_ptr + place[:, None], scores.stride_n, is_query)
+        queries = (scores_ptr + place[:, None], scores.stride_n, is_query, None, None)
         means_ptr = None
     else:
         dims = tl.arange(0, TILE_D)
-        q_base = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
+        q_base = q.ptr + row.to(tl.int64) * q.stride_r
+        kv_head = head
+        if factor is not None:
+            q_base += head.to(tl.int64) * heads_per_kv_head * q.stride_h
+        else:
+            q_base += head.to(tl.int64) * q.stride_h
+            kv_head = head // heads_per_kv_head
         q_pointers = q_base + token.to(tl.int64)[:, None] * q.stride_t + dims[None, :]
-        q_tile = tl.load(q_pointers, mask=is_query & (dims < HEAD_DIM)[None, :], other=0.0)
-        queries = (q_tile, q_pointers, is_query)
-        means_ptr = means.ptr + (head // heads_per_kv_head).to(tl.int64) * means.stride_g
+        q_mask = is_query & (dims < HEAD_DIM)[None, :]
+        if factor is not None:
+            q_tile, rest, rest_of_rest = _summed(q_pointers, q_mask, q.stride_h, heads_per_kv_head, factor)
+            queries = (q_tile, q_pointers, is_query, rest, rest_of_rest)
+        else:
+            queries = (tl.load(q_pointers, mask=q_mask, other=0.0), q_pointers, is_query, None, None)
+        means_ptr = means.ptr + kv_head.to(tl.int64) * means.stride_g
 
     threshold = tl.full([TILE_M, 1], LOWEST_SCORE, tl.float32)
     bound = tl.zeros([TILE_M, 1], tl.int32)

@@ -54,6 +54,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "place_entries": (Row({"STEP": 256, "num_warps": 4}),),
     "select": (
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, element_bytes=4),
+        # Three tiles of queries take the memory of all but two programs, so these may have all registers.
+        Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2}, arch=LARGE_CHIPS, max_head_dim=128, is_packed=True),
+        Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, is_packed=True),
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 120}, arch=(90,)),
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2}, arch=(100,)),
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}, max_head_dim=128),
