@@ -149,5 +149,6 @@ def test_block_indices_of_key_value_heads_reach_the_kernels_as_they_are(monkeypa
     launch._plans.clear()
     out = moba_attention(q, k, v, block_size=8, block_indices=chosen, backend="triton")
     launch._plans.clear()
-    assert [shape[2] for shape in seen] == [2]
+    # Planned for the call, and on a GPU also by what compiles ahead of it.
+    assert {shape[2] for shape in seen} == {2}
     assert_close(out, moba_attention(q, k, v, block_size=8, block_indices=chosen, backend="reference"), 2e-5)
