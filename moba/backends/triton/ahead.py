@@ -62,7 +62,7 @@ def variants_of(
     for layout in ("plain", "padded"):
         for num_keys in dict.fromkeys(lengths):
             plans += step_plans(*setting, layout, num_keys=num_keys, **options)
-    return list(dict.fromkeys(variant for plan in plans for variant in plan.variants()))
+    return _distinct(plans)
 
 
 def index_variants_of(
@@ -84,6 +84,10 @@ def index_variants_of(
         for layout in ("plain", "padded", "packed")
         for plan in index_plans(arch, dtype, head_dim, block_size, topk, layout, num_tokens=num_tokens, **options)
     ]
+    return _distinct(plans)
+
+
+def _distinct(plans: list[Plan]) -> list[Variant]:
     return list(dict.fromkeys(variant for plan in plans for variant in plan.variants()))
 
 
@@ -181,7 +185,7 @@ def index_plans(
     num_rows = num_rows or (2 if layout == "padded" else 1)
     bound = _empty(num_rows) if layout == "padded" else None
     cu = _empty(5) if layout == "packed" else None
-    q, k = (_empty(num_rows, length, num_heads, head_dim, dtype=dtype) for length in (num_tokens, num_tokens))
+    q, k = (_empty(num_rows, num_tokens, num_heads, head_dim, dtype=dtype) for _ in range(2))
     return [
         make_plan(
             plan_select, q, k, None, _empty(*q.shape[:3], topk), bound, bound, cu, cu, num_keys=num_tokens,

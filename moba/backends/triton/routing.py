@@ -7,6 +7,7 @@ write T · N scores and to read them twice takes a tenth of a pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moba.backends.triton.means import Means, global_means, plan_block_means
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.select import _select_kernel
 from moba.backends.triton.tuning import arch_of, lookup
+from moba.backends.triton.variants import Variant
 from moba.routing import Selection
 from moba.sequences import Sequences
 
@@ -88,13 +90,17 @@ def _route_by_scores(
     if cu_q is not None and cu_q.numel() == 1:
         return indices.fill_(-1)
     if indices.numel():
-        sequences = Sequences(q.shape[0], q.shape[1], num_keys, key_start, key_end, cu_q, cu_k)
-        run_planned(
-            plan_select, q, k, means, indices, key_start, key_end, cu_q, cu_k, device=q.device,
+        bounds = (key_start, key_end, cu_q, cu_k)
+
+        def following() -> Iterator[Variant]:
             # Values mostly have the shape of keys; where not, this compiles what is not needed.
-            following=None
-            if k is None or by_tokens
-            else lambda: variants_after_routing(q, k, k, indices.shape[2:], sequences, block_size),
+            assert k is not None
+            sequences = Sequences(q.shape[0], q.shape[1], num_keys, *bounds)
+            return variants_after_routing(q, k, k, indices.shape[2:], sequences, block_size)
+
+        run_planned(
+            plan_select, q, k, means, indices, *bounds, device=q.device,
+            following=None if k is None or by_tokens else following,
             num_keys=num_keys, block_size=block_size, topk=topk, keep_first=keep_first, keep_recent=keep_recent,
             by_tokens=by_tokens, arch=arch_of(q.device),
         )  # fmt: skip
