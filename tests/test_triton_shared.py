@@ -92,9 +92,13 @@ def test_chunks_of_query_rows(case, monkeypatch):
     sequences, heads, block_size, topk = CASES[case]
     inputs = problem(sequences, heads, block_size, topk)
     whole = results(backend, *inputs, sequences, block_size)
-    monkeypatch.setattr(workspace, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(workspace, "ROW_MULTIPLE", 24)
     monkeypatch.setattr(workspace, "GATHERED_BYTES", 0)
     monkeypatch.setattr(attention, "MIN_WORKSPACE_BYTES", 0)
+    lookup, narrow = workspace.lookup, {"WINDOW": 8, "BLOCK_COST": 2}
+    monkeypatch.setattr(workspace, "lookup", lambda *args, **kwargs: {
+        name: narrow.get(name, size) for name, size in lookup(*args, **kwargs).items()
+    })  # fmt: skip
     launch._plans.clear()
     cut = results(backend, *inputs, sequences, block_size)
     launch._plans.clear()
