@@ -63,7 +63,7 @@ def warmup(
     probe = torch.empty(1, 1, heads, head_dim, dtype=dtype, device=device)
     if not backends.resolve(config.backend, probe, probe).__name__.endswith("triton"):
         return 0
-    from moba.backends.triton.ahead import index_variants_of, variants_of
+    from moba.backends.triton.ahead import index_loss_plans, index_variants_of, variants_of
     from moba.backends.triton.tuning import arch_of
     from moba.backends.triton.variants import compiled
 
@@ -74,11 +74,15 @@ def warmup(
     )  # fmt: skip
     index = None if model is None else _indexer_of(model, config)
     if index is not None:
-        head_dim, by_tokens = index
+        setting = (arch_of(device), dtype)
         variants += index_variants_of(
-            arch_of(device), dtype, config.block_size, config.topk, config.keep_first + config.keep_recent,
-            (kv_heads, head_dim), by_tokens=by_tokens,
+            *setting, config.block_size, config.topk, config.keep_first + config.keep_recent, (kv_heads, index[0]),
+            by_tokens=index[1],
         )  # fmt: skip
+        if training:
+            options: Any = {"num_heads": heads, "num_kv_heads": kv_heads, "softcap": softcap}
+            (plan,) = index_loss_plans(*setting, head_dim, config.block_size, **options)
+            variants += plan.variants()
     return len(compiled(list(dict.fromkeys(variants)), device))
 
 

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 from moba import MoBAConfig, backends, moba_attention, moba_attention_varlen, warmup
 from moba.backends import triton
-from moba.backends.triton import ahead, attention, decoding, launch, routing, variants
+from moba.backends.triton import ahead, attention, block_scores, decoding, launch, routing, variants
 from moba.compilation import _indexer_of, _of_model
 from moba.hf import register_moba, set_moba_config
 from moba.hf.cache import MoBACache
@@ -51,7 +51,7 @@ def launched(monkeypatch):
     variants = set()
     monkeypatch.setattr(launch.Plan, "run", lambda plan, *tensors, **options: variants.update(plan.variants()))
     monkeypatch.setattr(backends, "resolve", lambda *args, **options: triton)
-    for module in (attention, decoding, routing):
+    for module in (attention, block_scores, decoding, routing):
         monkeypatch.setattr(module, "arch_of", lambda device: 90)
     monkeypatch.setattr(launch, "_plans", {})
     return variants
@@ -208,3 +208,6 @@ def test_warming_up_knows_what_a_learned_router_launches(launched, pool):
     assert {v.kernel.__name__ for v in routing_kernels} >= {v.kernel.__name__ for v in index}
     assert routing_kernels <= set(index)
     assert launched <= {*index, *warmed_up(config, (4, 2, 128, 128), is_shared=True)}
+    model.train()(tokens, use_cache=False)
+    loss = set(ahead.index_loss_plans(90, torch.bfloat16, 128, 64)[0].variants())
+    assert loss <= launched <= {*index, *loss, *warmed_up(config, (4, 2, 128, 128), is_shared=True)}

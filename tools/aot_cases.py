@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moba.backends.triton.ahead import call_plans, index_plans, step_plans
+from moba.backends.triton.ahead import call_plans, index_loss_plans, index_plans, step_plans
 from moba.backends.triton.launch import Plan
 from moba.backends.triton.variants import Variant
 
@@ -65,6 +65,9 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} indexer"
                 yield name, index_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
+                yield f"{name} loss", index_loss_plans(arch, dtype, head_dim, block_size), is_usual and common
+    softcap = index_loss_plans(arch, torch.bfloat16, 128, 128, softcap=50.0)
+    yield "indexer loss softcap", softcap, False
     for layout in ("padded", "packed"):
         yield f"indexer {layout}", index_plans(arch, torch.bfloat16, 64, 128, 16, layout), arch == 90
     for head_dim, value_dim in UNEQUAL_HEAD_DIMS:

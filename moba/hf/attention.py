@@ -127,7 +127,7 @@ def moba_attention_forward(
         num_full = 1 if is_decode else _num_proposed(module, q, k, layout)
     if is_full or 0 < num_full == q.shape[1]:
         if by_index is not None:
-            keep_loss(module, by_index, q, k, layout, softmax, config.block_size, None)
+            keep_loss(module, by_index, q, k, layout, softmax, config.block_size, None, backend)
         return _attend_fully(module, query, key, value, layout, softmax, backend), None
     if given is not None and not holds and not is_idle:
         warn_of_loss(module)
@@ -146,7 +146,7 @@ def moba_attention_forward(
     elif by_index is not None:
         blocks = choose_by_index(module, *by_index, layout, config, backend)
         options = {"block_size": config.block_size, "backend": backend, "block_indices": blocks}
-        keep_loss(module, by_index, q, k, layout, softmax, config.block_size, blocks)
+        keep_loss(module, by_index, q, k, layout, softmax, config.block_size, blocks, backend)
     if observe is None:
         out = _attend(q, k, v, layout, softmax, options)
     elif layout is None or isinstance(layout, PaddedRows):

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from moba import backends
 from moba.hf.indexer import Layout
 from moba.hf.layout import row_spans
-from moba.numerics import accumulation_dtype
+from moba.numerics import accumulation_dtype, full_fp32_matmul
 from moba.routers import max_token_scores
 
 # Elements of the largest intermediate results, by the device's type.
@@ -62,6 +63,7 @@ class Target(NamedTuple):
         q: [B, T, H, D]. k: [B, T, G, D]. chosen: int32 [B, T, G, K], the blocks that are read; None: all.
         spans: row, first and one past the last token of each sequence.
         scale, softcap, sinks: of the layer's softmax.
+        backend: what computes logits and scores: Triton's kernels, where it is theirs, or plain torch.
     """
 
     q: Tensor
@@ -73,6 +75,7 @@ class Target(NamedTuple):
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    backend: str = "auto"
 
 
 def keep_loss(
@@ -84,6 +87,7 @@ def keep_loss(
     softmax: dict[str, Any],
     block_size: int,
     chosen: Tensor | None,
+    backend: str,
 ) -> None:
     """Compute and keep the loss of a layer's running call, where one is asked for (see `indexer_loss`).
 
@@ -100,7 +104,7 @@ def keep_loss(
         raise ValueError("past_key_values: indexers learn from whole sequences; call the model with use_cache=False")
     spans = row_spans(layout, q.shape[0], q.shape[1])
     pool = module.moba_indexer.pool
-    target = Target(q.detach(), k.detach(), chosen, spans, block_size, pool, **softmax)
+    target = Target(q.detach(), k.detach(), chosen, spans, block_size, pool, **softmax, backend=backend)
     loss: Tensor = _Divergence.apply(by_q, by_k, target)
     # Within a backward pass the layer's activations are computed again; the loss was kept before.
     if torch._C._current_graph_task_id() == -1:
@@ -119,7 +123,7 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(by_q.device.type, enabled=False):
             for row, start, stop in target.spans:
                 part = slice(start, stop)
-                index_q, index_k, q, k = (x[row, part].to(wide) for x in (by_q, by_k, target.q, target.k))
+                index_q, index_k, q, k = (x[row, part] for x in (by_q, by_k, target.q, target.k))
                 chosen = None if target.chosen is None else target.chosen[row, part].long()
                 loss += _add_span(index_q, index_k, q, k, chosen, target, [grad[row, part] for grad in grads])
         count = max(1, num_rows * by_q.shape[2])
@@ -136,9 +140,14 @@ def _add_span(
     by_q: Tensor, by_k: Tensor, q: Tensor, k: Tensor, chosen: Tensor | None, target: Target, grads: list[Tensor]
 ) -> Tensor:
     """Sum of the divergences of one sequence [T, …]; adds their gradients to `grads`, [T, G, d] each."""
-    size, (length, num_heads, _), num_kv_heads = target.block_size, q.shape, by_q.shape[1]
+    size, (length, num_heads, head_dim), num_kv_heads = target.block_size, q.shape, by_q.shape[1]
     num_blocks = (length - 1) // size
     factor = by_q.shape[-1] ** -0.5
+    scale = head_dim**-0.5 if target.scale is None else target.scale
+    masses = getattr(backends.resolve(target.backend, q, k), "log_masses", _log_masses)
+    largest = getattr(backends.resolve(target.backend, by_q, by_k), "largest_products", None)
+    given_q, given_k = by_q, by_k
+    by_q, by_k = by_q.to(grads[0].dtype), by_k.to(grads[0].dtype)
     tokens = by_k[: num_blocks * size].unflatten(0, (num_blocks, size))
     if target.pool == "mean":
         tokens = tokens.mean(1, keepdim=True)
@@ -154,16 +163,19 @@ def _add_span(
             place = torch.where((some >= 0) & (some <= own), some, len(block))
             is_chosen = past.new_zeros(*some.shape[:2], len(block) + 1).scatter_(-1, place, True)[..., :-1]
             past, is_read = past & is_chosen, (past & is_chosen) | (block == own)
-        log_mass = _log_mass(q[start:stop], k[:stop], start, len(block), target)
-        log_mass.masked_fill_(~is_read[:, None], -torch.inf)
+        log_mass = masses(q[start:stop], k[:stop], size, scale, target.softcap).unflatten(0, (num_kv_heads, -1))
+        log_mass = log_mass.masked_fill(~is_read[:, None], -torch.inf)
         whole = log_mass.logsumexp(-1, keepdim=True)
         if target.sinks is not None:
             whole = torch.logaddexp(whole, target.sinks.to(whole.dtype).view(num_kv_heads, -1, 1, 1))
         # The last block is nobody's past.
         past = past[..., :-1]
         log_p = (log_mass - whole)[..., :-1].logsumexp(1).masked_fill(~past, -torch.inf).log_softmax(-1)
-        scores = max_token_scores(by_q[start:stop], tokens[: len(block) - 1]).transpose(0, 1) * factor
-        log_q = scores.masked_fill(~past, -torch.inf).log_softmax(-1)
+        if target.pool == "max" and largest is not None:
+            scores = largest(given_q[start:stop], given_k[:stop], size)[..., : len(block) - 1]
+        else:
+            scores = max_token_scores(by_q[start:stop], tokens[: len(block) - 1]).transpose(0, 1)
+        log_q = (scores * factor).masked_fill(~past, -torch.inf).log_softmax(-1)
         p = log_p.exp()
         total += torch.where(past & (p > 0), p * (log_p - log_q), 0.0).sum()
         d_scores = torch.where(past, log_q.exp() - p, 0.0) * factor
@@ -174,28 +186,29 @@ def _add_span(
     return total
 
 
-def _log_mass(q: Tensor, k: Tensor, first: int, num_blocks: int, target: Target) -> Tensor:
-    """log Σ exp(logit) over each block's keys up to the query: [G, H / G, rows, num_blocks].
+def _log_masses(q: Tensor, k: Tensor, block_size: int, scale: float, softcap: float | None) -> Tensor:
+    """log Σ exp(logit) over each block's keys up to the query: [H, rows, N]. The queries are the last ones.
 
     Args:
-        q: [rows, H, D], from position `first` on. k: [up to the last row, G, D].
+        q: [rows, H, D]. k: [tokens, G, D].
     """
-    size, (rows, num_heads, head_dim), num_kv_heads = target.block_size, q.shape, k.shape[1]
-    scale = head_dim**-0.5 if target.scale is None else target.scale
-    by_head = q.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-    position = torch.arange(first, first + rows, device=q.device)[:, None]
-    found = q.new_empty(*by_head.shape[:3], num_blocks)
-    step = max(1, _products(q) // (rows * num_heads * size))
-    for start in range(0, num_blocks, step):
-        stop = min(start + step, num_blocks)
-        keys = k[start * size : stop * size].permute(1, 2, 0)
-        logits = (by_head.flatten(1, 2) @ keys).unflatten(1, (-1, rows)) * scale
-        if target.softcap is not None:
-            logits = target.softcap * torch.tanh(logits / target.softcap)
-        place = torch.arange(start * size, start * size + keys.shape[-1], device=q.device)
+    (rows, num_heads, _), length = q.shape, len(k)
+    wide = accumulation_dtype(q.dtype)
+    by_head = q.to(wide).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    position = torch.arange(length - rows, length, device=q.device)[:, None]
+    found = by_head.new_empty(num_heads, rows, -(-length // block_size))
+    step = max(1, _products(q) // (rows * num_heads * block_size)) * block_size
+    for start in range(0, length, step):
+        keys = k[start : start + step].to(wide).permute(1, 2, 0)
+        with full_fp32_matmul():
+            logits = (by_head @ keys).unflatten(1, (-1, rows)).flatten(0, 1) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        place = torch.arange(start, start + keys.shape[-1], device=q.device)
         logits = logits.masked_fill(place > position, -torch.inf)
-        logits = pad(logits, (0, (stop - start) * size - keys.shape[-1]), value=-torch.inf)
-        found[..., start:stop] = logits.unflatten(-1, (-1, size)).logsumexp(-1)
+        logits = pad(logits, (0, -keys.shape[-1] % block_size), value=-torch.inf)
+        blocks = logits.unflatten(-1, (-1, block_size)).logsumexp(-1)
+        found[..., start // block_size : start // block_size + blocks.shape[-1]] = blocks
     return found
 
 

@@ -18,6 +18,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
     raise ImportError(f"needs Triton {needed} or newer, as PyTorch 2.8 brings it, this is {triton.__version__}")
 
 from moba.backends.triton.attention import attend as attend  # noqa: E402
+from moba.backends.triton.block_scores import largest_products as largest_products  # noqa: E402
+from moba.backends.triton.block_scores import log_masses as log_masses  # noqa: E402
 from moba.backends.triton.decoding import append_means as append_means  # noqa: E402
 from moba.backends.triton.decoding import attend_step as attend_step  # noqa: E402
 from moba.backends.triton.decoding import decode as decode  # noqa: E402

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moba.backends.triton.attention import plan_attend, plan_attend_backward
+from moba.backends.triton.block_scores import plan_block_numbers, scores_shape
 from moba.backends.triton.by_block import new_view
 from moba.backends.triton.decoding import plan_append, plan_decode
 from moba.backends.triton.device import bounds_of
@@ -192,6 +193,25 @@ def index_plans(
             block_size=block_size, topk=topk, keep_first=num_kept, keep_recent=0, by_tokens=by_tokens, arch=arch,
         )
     ]  # fmt: skip
+
+
+def index_loss_plans(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    softcap: float | None = None,
+    num_tokens: int = NUM_TOKENS,
+) -> list[Plan]:
+    """The plan of the log masses that a learned router's loss compares with. Arguments as in `call_plans`."""
+    q, k = (_empty(1, num_tokens, heads, head_dim, dtype=dtype) for heads in (num_heads, num_kv_heads))
+    shape = scores_shape(Sequences(1, num_tokens, num_tokens), num_heads, block_size, num_tokens)
+    numbers = _empty(*shape, dtype=torch.float32)
+    options: Any = {"block_size": block_size, "scale": head_dim**-0.5, "softcap": softcap, "arch": arch}
+    return [make_plan(plan_block_numbers, q, k, numbers, **options)]
 
 
 def _queries(shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,9 +27,10 @@ from moba.backends.triton.device import (
     row_bounds,
     rows_of,
 )
-from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
-from moba.backends.triton.logits import LogitRule, scaled
-from moba.backends.triton.tuning import lookup
+from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
+from moba.backends.triton.logits import LogitRule, logit_rule, scaled
+from moba.backends.triton.registration import fake, operator
+from moba.backends.triton.tuning import arch_of, lookup
 from moba.sequences import Sequences
 
 # Most tiles of keys that a program streams.
@@ -84,7 +86,7 @@ def _products(q, q_pointers, is_query, k_ptr, offsets, is_key, HEAD_DIM: tl.cons
 @triton.jit
 def _score_blocks(
     queries, position, num_blocks, k_ptr, stride_t, num_keys, pointers, stride_n, rule, begin, end,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr,
+    IS_MASS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Score blocks begin … end - 1 of one sequence.
 
@@ -92,13 +94,13 @@ def _score_blocks(
         queries: their tile [M, TILE_D], its pointers, which exist [M]. position: [M].
         num_blocks: [M], those of the first blocks that a query scores.
         k_ptr: the sequence's first key. pointers: [M], where the score of its first block goes.
-        rule: of log masses; None for largest products.
+        rule: of log masses, with IS_MASS.
     """
     q, q_pointers, is_query = queries
     PADDED: tl.constexpr = min(triton.next_power_of_2(BLOCK_SIZE), TILE_N)
     BLOCKS: tl.constexpr = TILE_N // PADDED
     PARTS: tl.constexpr = (BLOCK_SIZE + PADDED - 1) // PADDED
-    LOWEST: tl.constexpr = float("-inf") if rule is None else LOWEST_LOGIT
+    LOWEST: tl.constexpr = LOWEST_LOGIT if IS_MASS else float("-inf")
     column = tl.arange(0, TILE_N)
     place = column % PADDED
     best = tl.full([q.shape[0], BLOCKS], LOWEST, tl.float32)
@@ -110,7 +112,7 @@ def _score_blocks(
         is_token = part * PADDED + place < BLOCK_SIZE
         is_key = is_token & (key < num_keys)
         values = _products(q, q_pointers, is_query, k_ptr, key.to(tl.int64) * stride_t, is_key, HEAD_DIM)
-        if rule is not None:
+        if IS_MASS:
             is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
             values = tl.where(is_seen, scaled(values, rule), LOWEST)
         elif BLOCK_SIZE % PADDED != 0:
@@ -119,7 +121,7 @@ def _score_blocks(
         before = tl.where(part == 0, LOWEST, best)
         best = _largest(before, tl.reduce(values, 2, _largest))
         score = best
-        if rule is not None:
+        if IS_MASS:
             mass = tl.sum(tl.exp2(values - best[:, :, None]), axis=2)
             total = tl.where(part == 0, 0.0, total) * tl.exp2(before - best) + mass
             score = (best + tl.log2(total)) * LN_2
@@ -131,11 +133,12 @@ def _score_blocks(
 @triton.jit
 def _block_scores_kernel(
     q, k, scores, layout, rule, first_query, num_tiles, num_blocks, heads_per_kv_head,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    IS_MASS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head, i): TILE_M queries and the blocks from i · num_blocks on of each sequence.
 
-    Largest products are of past blocks; log masses, with a rule, of the own block's visible keys as well.
+    Largest products are of past blocks; log masses (IS_MASS, by `rule`) of the own block's visible keys as well.
     """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most blocks: they start first.
@@ -145,7 +148,7 @@ def _block_scores_kernel(
     token = first_query + place
     is_query = token < layout.num_queries
     own, _ = query_places(row, token, layout, BLOCK_SIZE)
-    count = own if rule is None else own + 1
+    count = own + 1 if IS_MASS else own
 
     dims = tl.arange(0, TILE_D)
     q_ptr = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
@@ -168,7 +171,7 @@ def _block_scores_kernel(
             _score_blocks(
                 queries, position, of_sequence, k_ptr + start.to(tl.int64) * k.stride_t, k.stride_t, stop - start,
                 pointers + first * scores.stride_n, scores.stride_n, rule, begin,
-                tl.minimum(begin + num_blocks, tl.max(of_sequence)), BLOCK_SIZE, HEAD_DIM, TILE_N,
+                tl.minimum(begin + num_blocks, tl.max(of_sequence)), IS_MASS, BLOCK_SIZE, HEAD_DIM, TILE_N,
             )  # fmt: skip
     else:
         start, stop = row_bounds(row, layout)
@@ -176,7 +179,7 @@ def _block_scores_kernel(
         _score_blocks(
             queries, position, count, k_ptr + tl.cast(start, tl.int64) * k.stride_t, k.stride_t, stop - start,
             pointers, scores.stride_n, rule, begin,
-            tl.minimum(begin + num_blocks, tl.max(count)), BLOCK_SIZE, HEAD_DIM, TILE_N,
+            tl.minimum(begin + num_blocks, tl.max(count)), IS_MASS, BLOCK_SIZE, HEAD_DIM, TILE_N,
         )  # fmt: skip
 
 
@@ -208,7 +211,65 @@ def plan_block_scores(
     plan.launch(
         _block_scores_kernel, (q.shape[0] * num_tiles, q.shape[2], cdiv(scores.shape[1], num_blocks)),
         rows_of(q), rows_of(k), result, layout_of(sequences, block_size), rule, first_query, num_tiles, num_blocks,
-        q.shape[2] // k.shape[2], BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
+        q.shape[2] // k.shape[2], IS_MASS=rule is not None, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
         TILE_D=padded_dim if element_bytes == 2 else min(padded_dim, 32), **config,
     )  # fmt: skip
     return result
+
+
+def largest_products(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """`routers.max_token_scores` of one sequence's past blocks; its queries are its last tokens.
+
+    Args:
+        q: [T, H, D]. k: [S, G, D].
+
+    Returns:
+        fp32 [H, T, N], undefined in blocks that are not past.
+
+    Numerics: fp32 sums of exact products of 16-bit inputs, full fp32 for fp32 ones.
+    """
+    return _block_numbers(q, k, block_size, None, None)[..., : q.shape[0]].transpose(1, 2)
+
+
+def log_masses(q: Tensor, k: Tensor, block_size: int, scale: float, softcap: float | None) -> Tensor:
+    """log Σ exp(logit) over each block's keys up to the query, of one sequence; its queries are its last tokens.
+
+    Args, Returns, Numerics: as `largest_products`; undefined in blocks after the own block.
+    """
+    return _block_numbers(q, k, block_size, scale, softcap)[..., : q.shape[0]].transpose(1, 2)
+
+
+@operator("triton_block_numbers")
+def _block_numbers(q: Tensor, k: Tensor, block_size: int, scale: float | None, softcap: float | None) -> Tensor:
+    """Largest products, or with a scale log masses: fp32 [H, N, at least T]."""
+    sequences = Sequences(1, q.shape[0], k.shape[0])
+    numbers = q.new_empty(scores_shape(sequences, q.shape[1], block_size, q.shape[0]), dtype=torch.float32)
+    if numbers.numel():
+        run_planned(
+            plan_block_numbers, q[None], k[None], numbers, device=q.device, block_size=block_size, scale=scale,
+            softcap=softcap, arch=arch_of(q.device),
+        )  # fmt: skip
+    return numbers
+
+
+def plan_block_numbers(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    numbers: Tensor,
+    *,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    arch: int,
+) -> None:
+    """The launches of `moba::triton_block_numbers`."""
+    sequences = Sequences(1, q.shape[1], k.shape[1])
+    rule = None if scale is None else logit_rule(scale, softcap)
+    plan_block_scores(plan, q, k, numbers, rule, sequences, block_size, 0, q.shape[1], arch)
+
+
+@fake(_block_numbers)
+def _(q: Tensor, k: Tensor, block_size: int, scale: float | None, softcap: float | None) -> Tensor:
+    shape = scores_shape(Sequences(1, q.shape[0], k.shape[0]), q.shape[1], block_size, q.shape[0])
+    return q.new_empty(shape, dtype=torch.float32)
