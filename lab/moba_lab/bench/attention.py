@@ -11,14 +11,15 @@ import typer
 from torch import Tensor
 
 from moba import backends
-from moba.attention import moba_attention
+from moba.attention import moba_attention, moba_attention_varlen
 from moba.config import require_one_of
-from moba.routing import Selection
+from moba.routing import Routing, Selection
 from moba.sequences import Sequences
 from moba_lab.bench import machine, suite
 from moba_lab.bench.cases import Case, attention_suite, fixed_blocks_suite
 from moba_lab.bench.check import find_error
-from moba_lab.bench.dense import Dense, dense_baselines, flex_attention_of, masked_sdpa
+from moba_lab.bench.dense import Dense, dense_baselines, flex_attention_of, masked_sdpa, packed_baselines
+from moba_lab.bench.inputs import ROUTINGS, make_inputs
 from moba_lab.bench.measure import Measurement, measure_call
 from moba_lab.bench.report import Growth, Records, require_writable
 
@@ -28,7 +29,8 @@ LONG = {"cpu": 5e11, "cuda": 5e14}
 TOO_LONG = 5e14
 
 BASELINES = {"dense": "dense", "dense_fa2": "dense FA2", "dense_cudnn": "dense cuDNN", "dense_fa3": "dense FA3",
-             "flex": "FlexAttention", "masked_sdpa": "dense, boolean mask", "reference": "reference"}  # fmt: skip
+             "dense_varlen": "packed FA2", "flex": "FlexAttention", "masked_sdpa": "dense, boolean mask",
+             "reference": "reference"}  # fmt: skip
 
 
 def attention(
@@ -42,6 +44,11 @@ def attention(
     topk: suite.TopkOption = 3,
     dtype: suite.DtypeOption = "bf16",
     router: Annotated[str, typer.Option(help="mean or shared, for the one case.")] = "mean",
+    routing: Annotated[
+        str,
+        typer.Option(help="Where q and k come from, for the one case: random, clustered, or model (a trained one)."),
+    ] = "random",
+    documents: Annotated[int, typer.Option(help="Packed documents that share the one case's tokens.", min=1)] = 1,
     reference: Annotated[
         bool, typer.Option("--reference", help="Also the mask-based reference, for the one case.")
     ] = False,
@@ -61,12 +68,15 @@ def attention(
     """
     case_dtype = suite.dtype_of(dtype)
     require_one_of("router", router, ("mean", "shared"))
+    require_one_of("routing", routing, ROUTINGS)
     where = machine.device_to_time(device)
     if out is not None:
         require_writable(out)
     if tokens is not None:
         shape = (tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype)
-        cases = [Case(*shape, reference=reference, router=router)]
+        if tokens % documents:
+            raise typer.BadParameter(f"--tokens must be a multiple of --documents {documents}, got {tokens}")
+        cases = [Case(*shape, reference=reference, router=router, routing=routing, documents=documents)]
     else:
         cases = fixed_blocks_suite() if fixed_blocks else attention_suite(where)
     measured: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -87,15 +97,18 @@ def run_case(
     Dense attention does not know of blocks: `measured` keeps its results for the next case of the same shape.
     """
     torch.manual_seed(0)
-    q, k, v, d_out = (
-        torch.randn(1, case.tokens, heads, case.head_dim, device=device, dtype=case.dtype)
-        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    )
+    q, k, v, d_out = make_inputs(case, device)
     record = {**case.to_dict(), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops}
+    length = case.tokens // case.documents
+    cu_seqlens = torch.arange(0, case.tokens + 1, length, device=device, dtype=torch.int32)
+    chosen: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
 
     def moba(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        chosen: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
-        return moba_attention(q, k, v, **chosen, backend=backend, **options)
+        if case.documents == 1:
+            return moba_attention(q, k, v, **chosen, backend=backend, **options)
+        options |= {"cu_seqlens": cu_seqlens, "backend": backend}
+        result = moba_attention_varlen(q[0], k[0], v[0], **chosen, **options)
+        return result if isinstance(result, tuple) else result[None]
 
     if problem := _gate(case, q, k, v, d_out, moba):
         record["failed"] = problem
@@ -103,10 +116,10 @@ def run_case(
 
     runs = repeats if case.moba_flops < LONG[device.type] else 1
     record["moba"] = _measure(moba, q, k, v, d_out, runs, case.backward)
-    is_dense = backend == "auto" and case.topk * case.block_size >= case.tokens
+    is_dense = backend == "auto" and case.topk * case.block_size >= length
     if not is_dense:  # dense attention, where it is the same function, routes nothing
-        record["moba"]["routing_ms"] = _routing_ms(case, backend, q, k, runs)
-    if flex and case.tokens <= 32768 and device.type == "cuda":
+        record["moba"]["routing_ms"] = _routing_ms(case, backend, q, k, cu_seqlens, runs)
+    if flex and case.tokens <= 32768 and case.documents == 1 and device.type == "cuda":
         with torch.no_grad():
             routing = moba(q, k, v, return_routing=True)[1]
         record["flex"] = _measure(flex_attention_of(routing, q, k), q, k, v, d_out, runs, case.backward)
@@ -114,14 +127,14 @@ def run_case(
         if case.dense_shape not in measured:
             dense_runs = repeats if case.dense_flops < LONG[device.type] else 1
             with_backward = case.backward and case.dense_flops < TOO_LONG
+            baselines = packed_baselines(device, case.documents) if case.documents > 1 else dense_baselines(device)
             measured[case.dense_shape] = {
-                name: _measure(dense, q, k, v, d_out, dense_runs, with_backward)
-                for name, dense in dense_baselines(device).items()
+                name: _measure(dense, q, k, v, d_out, dense_runs, with_backward) for name, dense in baselines.items()
             }
         record |= measured[case.dense_shape]
     if case.reference:
-        options: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router, "backend": "reference"}
-        record["reference"] = _measure(partial(moba_attention, **options), q, k, v, d_out, 1, device.type == "cuda")
+        reference = partial(moba_attention, **chosen, backend="reference")
+        record["reference"] = _measure(reference, q, k, v, d_out, 1, device.type == "cuda")
         if device.type == "cpu":
             # With a mask as large as the reference's: what makes the ratio to the reference honest.
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril_()
@@ -136,13 +149,19 @@ def _gate(case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, moba: Call
     if case.backward:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         d_q = torch.autograd.grad(moba(*leaves), leaves, d_out)[0]
+    if case.documents > 1:  # one row for each
+        out = out[None]
+        routing = Routing(routing.indices.unflatten(0, (case.documents, -1)), routing.block_size)
+        q, k, v, out, d_out = (x[0].unflatten(0, (case.documents, -1)) for x in (q, k, v, out, d_out))
+        d_q = None if d_q is None else d_q[0].unflatten(0, (case.documents, -1))
     return find_error(q, k, v, out, routing, case.topk, d_out, d_q, router=case.router)
 
 
-def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, repeats: int) -> float:
+def _routing_ms(case: Case, backend: str, q: Tensor, k: Tensor, cu_seqlens: Tensor, repeats: int) -> float:
     """The time of choosing the blocks, alone."""
     route = backends.resolve(backend, q, k).route
-    sequences = Sequences(1, case.tokens, case.tokens)
+    packed = {"cu_q": cu_seqlens, "cu_k": cu_seqlens} if case.documents > 1 else {}
+    sequences = Sequences(1, case.tokens, case.tokens, **packed)
     selection = Selection.of(sequences.fitting_block_size(case.block_size), case.topk, 0, 0, case.router)
     with torch.no_grad():
         return measure_call(lambda: route(q, k, sequences, selection), q.device, warmups=1, repeats=repeats).ms

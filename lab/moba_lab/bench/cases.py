@@ -1,6 +1,4 @@
-"""The problems that `moba bench` measures: standard-normal q, k and v, whose routing is close to uniform, the hardest
-case for sparsity.
-"""
+"""The problems that `moba bench` measures: shapes, operations and bytes, and the suites of them."""
 
 from __future__ import annotations
 
@@ -62,41 +60,53 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case(Shape):
-    """A forward and a backward over one sequence."""
+    """A forward and a backward over one sequence, or over packed documents of one length.
+
+    `routing` says where q and k come from: see `moba_lab.bench.inputs`.
+    """
 
     backward: bool = True
     dense: bool = True
     reference: bool = False
     router: str = "mean"
+    routing: str = "random"
+    documents: int = 1
 
     @property
     def name(self) -> str:
         """Short, for tables."""
+        length = f"{self.documents} × " if self.documents > 1 else ""
+        length += length_name(self.tokens // self.documents)
         router = "" if self.router == "mean" else f", {self.router}"
+        routing = "" if self.routing == "random" else f", {self.routing} routing"
         return (
-            f"{length_name(self.tokens)}, {self.heads_name} heads, D {self.head_dim}, "
-            f"{self.block_size}/{self.topk}{router}, {self.dtype_name}"
+            f"{length}, {self.heads_name} heads, D {self.head_dim}, "
+            f"{self.block_size}/{self.topk}{router}{routing}, {self.dtype_name}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        return {**super().to_dict(), "routing": self.routing, "documents": self.documents}
 
     @property
     def dense_shape(self) -> tuple[Any, ...]:
         """What dense attention's time depends on."""
-        return self.tokens, self.heads, self.kv_heads, self.head_dim, self.dtype, self.backward
+        return self.tokens, self.documents, self.heads, self.kv_heads, self.head_dim, self.dtype, self.backward
 
     @property
     def moba_flops(self) -> float:
         """Operations of the forward's two products over the keys attended to: 4 · D a (query, key) pair."""
         size, total = self.block_size, 0
-        whole, rest = divmod(self.tokens, size)
+        whole, rest = divmod(self.tokens // self.documents, size)
         for block in range(whole + (rest > 0)):
             queries = size if block < whole else rest
             total += queries * min(block, self.topk - 1) * size + queries * (queries + 1) // 2
-        return 4.0 * self.heads * self.head_dim * total
+        return 4.0 * self.heads * self.head_dim * total * self.documents
 
     @property
     def dense_flops(self) -> float:
         """The same for full causal attention."""
-        return 2.0 * self.heads * self.head_dim * self.tokens * (self.tokens + 1)
+        return 2.0 * self.heads * self.head_dim * self.tokens * (self.tokens // self.documents + 1)
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,7 @@ def attention_suite(device: torch.device) -> list[Case]:
             for tokens in (2 * K, 8 * K, 32 * K)
             for blocks in ((128, 8), (512, 3))
         ]
+        cases += [Case(8 * K, 9, 3, 64, 128, 8, bf16, routing=routing) for routing in ("clustered", "model")]
         return cases + [Case(64 * K, 9, 3, 64, *blocks, fp32, dense=False) for blocks in ((128, 8), (512, 3))]
     cases = [Case(32 * K, 1, 1, 128, size, 3, bf16, reference=True) for size in (2048, 512)]
     for tokens in (8 * K, 32 * K, 128 * K):
@@ -227,7 +238,14 @@ def attention_suite(device: torch.device) -> list[Case]:
     cases += [Case(512 * K, 16, 16, 128, *blocks, bf16) for blocks in ((128, 8), (512, 3), (2048, 3))]
     # MiniMax-M3's: one choice of blocks for the sixteen query heads of a key/value head.
     cases += [Case(tokens, 64, 4, 128, 128, 16, bf16, router="shared") for tokens in (32 * K, 128 * K, 512 * K)]
+    for kind in ("clustered", "model"):
+        for tokens in (32 * K, 128 * K):
+            cases += [Case(tokens, 16, 16, 128, *blocks, bf16, routing=kind) for blocks in ((128, 8), (512, 8))]
+        cases.append(Case(128 * K, 64, 4, 128, 128, 16, bf16, router="shared", routing=kind))
+    cases += [Case(128 * K, 16, 16, 128, 128, 8, bf16, documents=documents) for documents in (64, 16)]
+    cases.append(Case(128 * K, 32, 8, 128, 512, 8, bf16))
     cases.append(Case(128 * K, 32, 8, 128, 4096, 12, bf16))
+    cases.append(Case(1024 * K, 16, 16, 128, 128, 8, bf16, backward=False, dense=False))
     return [*cases, Case(1024 * K, 32, 8, 128, 4096, 12, bf16, backward=False, dense=False)]
 
 

@@ -64,8 +64,12 @@ def find_error(
                     errors["out"].append(relative_error(out[row, query, head], weights @ chosen_v))
                     if d_out is not None and d_q is not None and position > 0:  # one key's weight has no gradient
                         through = chosen_v @ d_out[row, query, head].double()
-                        exact = scale * ((weights * (through - weights @ through)) @ chosen_k)
-                        errors["d_q"].append(relative_error(d_q[row, query, head], exact))
+                        mean = weights @ through
+                        exact = scale * ((weights * (through - mean)) @ chosen_k)
+                        # Where one key has all the weight the terms cancel, but not their roundings.
+                        terms = weights * (through.abs() + mean.abs()) * chosen_k.norm(dim=1)
+                        size = torch.maximum(exact.norm(), scale * terms.norm())
+                        errors["d_q"].append(((d_q[row, query, head].double() - exact).norm() / size).item())
     # A gradient passes through two roundings of what the output passes through one.
     return _judge("out", errors["out"], BOUND[q.dtype]) or _judge("d_q", errors["d_q"], 2 * BOUND[q.dtype])
 

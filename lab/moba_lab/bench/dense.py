@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +28,27 @@ def dense_baselines(device: torch.device) -> dict[str, Dense]:
     if fa3 := _from_package("flash_attn_interface", "flash_attn_func"):
         baselines["dense_fa3"] = lambda q, k, v: fa3(q, k, v, causal=True)
     return baselines
+
+
+def packed_baselines(device: torch.device, num_documents: int) -> dict[str, Dense]:
+    """Causal attention over [1, T, H, D] of packed documents of one length."""
+    if device.type != "cuda":
+        return {"dense": partial(_each_document, num_documents=num_documents)}
+    from torch.nn.attention.varlen import varlen_attn
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[1] // num_documents
+        cu = torch.arange(0, q.shape[1] + 1, length, device=device, dtype=torch.int32)
+        grouped: Any = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # of torch >= 2.12
+        out: Any = varlen_attn(q[0], k[0], v[0], cu, cu, length, length, window_size=(-1, 0), **grouped)
+        return out[None]
+
+    return {"dense_varlen": varlen}
+
+
+def _each_document(q: Tensor, k: Tensor, v: Tensor, num_documents: int) -> Tensor:
+    q, k, v = (x[0].unflatten(0, (num_documents, -1)) for x in (q, k, v))
+    return masked_sdpa(q, k, v).flatten(0, 1)[None]
 
 
 def masked_sdpa(
