@@ -16,9 +16,10 @@ triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba.backends.triton import dkv, workspace  # noqa: E402
+from moba.backends.triton import dkv, launch, workspace  # noqa: E402
 from moba.backends.triton.attention import _attend, _attend_backward, plan_attend, plan_attend_backward  # noqa: E402
 from moba.backends.triton.by_block import new_view  # noqa: E402
+from moba.backends.triton.device import View  # noqa: E402
 from moba.backends.triton.launch import run_planned  # noqa: E402
 from moba.backends.triton.tuning import arch_of  # noqa: E402
 
@@ -147,12 +148,33 @@ def everyone_chooses_first_block(num_queries, heads):
     return indices.int()[None, :, None].expand(1, -1, heads, -1).contiguous()
 
 
-@pytest.mark.parametrize(("segment_length", "value_dim"), [(16, 16), (4096, 16), (16, 8), (16, 40)])
-def test_every_query_choosing_one_block(segment_length, value_dim, monkeypatch):
-    monkeypatch.setattr(dkv, "MIN_SEGMENT_LENGTH", segment_length)
+@pytest.mark.parametrize(("shortest", "value_dim"), [(16, 16), (4096, 16), (16, 8), (16, 40)])
+@pytest.mark.parametrize("sums", [2, 3, 1 << 10])
+def test_every_query_choosing_one_block(shortest, value_dim, sums, monkeypatch):
+    """Memory for so many segments' sums decides how long they are."""
+    monkeypatch.setattr(dkv, "MIN_SEGMENT_LENGTH", shortest)
+    monkeypatch.setattr(dkv, "MIN_SEGMENT_BYTES", sums * 16 * 16 * max(16, value_dim))
+    monkeypatch.setattr(dkv, "SEGMENT_SHARE", 0)
+    launch._plans.clear()
     inputs = problem((1, 90, 90, 2, 1, 16, value_dim), indices=everyone_chooses_first_block(90, 2))
     for a, b in zip(kernels(*inputs), exact(*inputs), strict=True):
         assert_close(a, b, 3e-5)
+
+
+def test_segments_are_as_short_as_there_is_room_for():
+    """Two heads of a group choose together; the full segments of a length l are Σ (entries - 1) // l of the blocks."""
+    entries = torch.tensor([[300, 1, 0, 40, 65], [100, 0, 0, 25, 0]])
+    offsets = torch.nn.functional.pad(entries.cumsum(1), (1, 0)).int().to(DEVICE)
+    counted = {(8, 400, 1): 200, (8, 200, 2): 200, (8, 200, 3): 100, (8, 200, 5): 100, (8, 200, 14): 50,
+               (8, 400, 1000): 8, (16, 16, 40): 16, (9, 320, 57): 10, (9, 320, 58): 9}  # fmt: skip
+    for (shortest, longest, count), length in counted.items():
+        extra = torch.full((1, 7), -1, dtype=torch.int32, device=DEVICE)
+        segments = dkv.Segments(extra, None, shortest, longest, count)
+        view = View(offsets, None, 0)
+        dkv._count_segments_kernel[(1,)](view, segments, 0, 5, GROUP=2, TILE=4, LENGTHS=dkv.SEGMENT_LENGTHS)
+        of_block = (entries.sum(0) - 1).clamp(min=0) // length
+        assert of_block.sum() <= count
+        assert extra[0].tolist() == [0, *of_block.cumsum(0).tolist(), length], (shortest, longest, count)
 
 
 def test_operators_pass_opcheck():

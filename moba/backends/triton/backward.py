@@ -8,7 +8,7 @@ where a softcap c multiplies dS by 1 - (logit / c)².
 
 No program adds to memory that another one adds to, so gradients repeat bit for bit. A program holds a tile of one
 block's keys and takes all their queries, of every head of the group; the queries of a block that very many chose are
-cut into *segments* of fixed length, whose sums are added in order by `_reduce_segments_kernel`.
+cut into *segments* of one length a head, whose sums are added in order by `_reduce_segments_kernel`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moba.backends.triton.device import (
     rows_of,
 )
 from moba.backends.triton.dkv import (
+    SEGMENT_LENGTHS,
     Segments,
     _count_segments_kernel,
     _dkv_kernel,
@@ -146,7 +147,7 @@ def plan_backward(
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
 
-    segment_length, num_segments = plan_segments(q, k, v, view.num_entries * group, packed, block_size)
+    shortest, longest, num_segments = plan_segments(q, k, v, view.num_entries * group, packed, block_size)
     sums_dim = max(head_dim, value_dim)
     sums_bytes = 16 * num_segments * block_size * sums_dim
     row_bytes = (topk - 1) * head_dim * q.element_size() * packed
@@ -168,9 +169,9 @@ def plan_backward(
 
     at_once = max(1, min(num_kv_heads, workspace_bytes // max(1, kv_head_bytes)))
     at_once = cdiv(num_kv_heads, cdiv(num_kv_heads, at_once))
-    extra = plan.buffer(at_once, num_blocks + 1, dtype=torch.int32)
+    extra = plan.buffer(at_once, num_blocks + 2, dtype=torch.int32)
     sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
-    segments = Segments(extra, sums, segment_length, num_segments)
+    segments = Segments(extra, sums, shortest, longest, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
     for is_flat in flats:
         for partial in (None, d_q) if can_fuse else (None,):
@@ -179,8 +180,9 @@ def plan_backward(
     for first_kv_head in range(0, num_kv_heads, at_once):
         kv_heads = min(at_once, num_kv_heads - first_kv_head)
         plan.launch(
-            _count_segments_kernel, (kv_heads,), view, segments, first_kv_head, num_blocks, GROUP=group, TILE=1024
-        )
+            _count_segments_kernel, (kv_heads,), view, segments, first_kv_head, num_blocks,
+            GROUP=group, TILE=1024, LENGTHS=SEGMENT_LENGTHS, num_warps=8,
+        )  # fmt: skip
         plan.launch(
             _dkv_kernel, ((num_segments + num_blocks) * cdiv(block_size, dkv["TILE_N"]), kv_heads),
             *by_key, partial, first_kv_head, num_kv_heads, rule, layout, **shape, **dkv, FLAT=flats[0],

@@ -24,35 +24,41 @@ from moba.backends.triton.workspace import num_elements
 SEGMENT_SHARE = 0.06
 MIN_SEGMENT_BYTES = 64 << 20
 MIN_SEGMENT_LENGTH = 4096
+# Of a segment that may be chosen: the longest, and its halves, quarters …
+SEGMENT_LENGTHS = 8
 
 
 class Segments(NamedTuple):
     """The full segments of split blocks, by key/value head of a launch.
 
-    `extra_ptr`: int32 [heads, blocks + 1], how many there are before each block. `sums_ptr`: fp32 [heads, 2 · count, 2,
-    block_size, the larger of D and Dv], dK and dV of each, and of the last segments of split blocks. `length`: entries
-    of a segment. `count`: how many a head can have.
+    `extra_ptr`: int32 [heads, blocks + 2], how many there are before each block, and last the entries of a segment.
+    `sums_ptr`: fp32 [heads, 2 · count, 2, block_size, the larger of D and Dv], dK and dV of each, and of the last
+    segments of split blocks. `shortest`, `longest`: bounds of a segment's entries. `count`: how many a head can have.
     """
 
     extra_ptr: Any
     sums_ptr: Any
-    length: Any
+    shortest: Any
+    longest: Any
     count: Any
 
 
-def plan_segments(q: Tensor, k: Tensor, v: Tensor, num_entries: int, packed: int, block_size: int) -> tuple[int, int]:
-    """Length of a segment, and how many full segments a key/value head's `num_entries` can have in split blocks.
+def plan_segments(
+    q: Tensor, k: Tensor, v: Tensor, num_entries: int, packed: int, block_size: int
+) -> tuple[int, int, int]:
+    """Shortest and longest segment, and how many full ones a key/value head's `num_entries` can have in split blocks.
 
     The partial sums of split blocks take at most SEGMENT_SHARE of the inputs and outputs, or a share of
-    MIN_SEGMENT_BYTES. Depends on shapes alone, so that gradients do not depend on the memory at hand. An
-    entry stands for `packed` query heads.
+    MIN_SEGMENT_BYTES: of the longest segments there are never more than that holds. Depends on shapes alone, so that
+    gradients do not depend on the memory at hand. An entry stands for `packed` query heads.
     """
     num_kv_heads = k.shape[2]
     inputs_bytes = num_elements(q, k, v) * q.element_size() // num_kv_heads
     budget = max(int(SEGMENT_SHARE * inputs_bytes), MIN_SEGMENT_BYTES // num_kv_heads)
     bytes_per_extra = 16 * block_size * max(q.shape[-1], v.shape[-1])
-    length = max(cdiv(MIN_SEGMENT_LENGTH, packed), cdiv(num_entries * bytes_per_extra, max(budget, 1)))
-    return length, num_entries // length
+    shortest = cdiv(MIN_SEGMENT_LENGTH, packed)
+    longest = max(shortest, cdiv(num_entries * bytes_per_extra, max(budget, 1)))
+    return shortest, longest, num_entries // longest
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def _dkv_kernel(
     key_tile = tl.program_id(0) % KEY_TILES
     local_kv_head = tl.program_id(1)
     kv_head = (local_kv_head + first_kv_head).to(tl.int64)
-    extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 1)
+    extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 2)
     block, segment, place, exists = segment_of_item(segments, extra_ptr, item, layout.num_blocks)
     if exists == 0:
         return
@@ -128,8 +134,9 @@ def _dkv_kernel(
     d_v = tl.zeros([TILE_N, padded_head_dim(VALUE_DIM)], tl.float32)
 
     # The group's entries of this block count as one list, head after head.
-    begin = segment * segments.length
-    end = begin + segments.length
+    segment_length = tl.load(extra_ptr + layout.num_blocks + 1)
+    begin = segment * segment_length
+    end = begin + segment_length
     own_begin = tl.maximum(first_query + key_tile * TILE_N, query_begin)
     own_end = tl.minimum(first_query + size, query_end)
     if segment > 0:
@@ -193,22 +200,43 @@ def _dkv_kernel(
 
 
 @triton.jit
-def _count_segments_kernel(view, segments, first_kv_head, num_blocks, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """`extra` of one key/value head: running count of the full segments of split blocks."""
+def entries_to_split(view, first_head, start, num_blocks, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """All entries but one of each of the blocks start … start + TILE - 1, of a group of heads: [TILE]."""
+    block = start + tl.arange(0, TILE)
+    mask = block < num_blocks
+    count = tl.zeros([TILE], tl.int32)
+    for member in range(GROUP):
+        pointers = view.offsets + (first_head + member) * (num_blocks + 1) + block
+        count += tl.load(pointers + 1, mask=mask, other=0) - tl.load(pointers, mask=mask, other=0)
+    return tl.maximum(count - 1, 0)
+
+
+@triton.jit
+def _count_segments_kernel(
+    view, segments, first_kv_head, num_blocks, GROUP: tl.constexpr, TILE: tl.constexpr, LENGTHS: tl.constexpr
+):
+    """`extra` of one key/value head: the length of a segment and the running count of full ones.
+
+    A trained model has blocks that twenty times as many queries choose as the mean one, and the program that takes all
+    of them ends long after the others. So the length is the shortest of longest / 2, / 4, … with whose segments the
+    head's sums still have room.
+    """
     local_kv_head = tl.program_id(0)
-    extra_ptr = segments.extra_ptr + local_kv_head * (num_blocks + 1)
-    head = (local_kv_head + first_kv_head).to(tl.int64) * GROUP
+    extra_ptr = segments.extra_ptr + local_kv_head * (num_blocks + 2)
+    first_head = (local_kv_head + first_kv_head).to(tl.int64) * GROUP
+    lengths = tl.maximum(segments.longest >> tl.arange(0, LENGTHS), segments.shortest)
+    needed = tl.zeros([LENGTHS], tl.int32)
+    for start in range(0, num_blocks, TILE):
+        entries = entries_to_split(view, first_head, start, num_blocks, GROUP, TILE)
+        needed += tl.sum(entries[:, None] // lengths[None, :], 0)
+    length = tl.min(tl.where(needed <= segments.count, lengths, segments.longest), 0)
+    tl.store(extra_ptr + num_blocks + 1, length)
+
     total = 0
     for start in range(0, num_blocks, TILE):
+        extra = entries_to_split(view, first_head, start, num_blocks, GROUP, TILE) // length
         block = start + tl.arange(0, TILE)
-        mask = block < num_blocks
-        count = tl.zeros([TILE], tl.int32)
-        for member in range(GROUP):
-            pointers = view.offsets + (head + member) * (num_blocks + 1) + block
-            count += tl.load(pointers + 1, mask=mask, other=0) - tl.load(pointers, mask=mask, other=0)
-        extra = tl.maximum(count - 1, 0) // segments.length
-        running = tl.cumsum(extra, 0)
-        tl.store(extra_ptr + block, total + running - extra, mask=mask)
+        tl.store(extra_ptr + block, total + tl.cumsum(extra, 0) - extra, mask=block < num_blocks)
         total += tl.sum(extra, 0)
     tl.store(extra_ptr + num_blocks, total)
 
@@ -222,7 +250,7 @@ def _reduce_segments_kernel(
     SUMS_DIM: tl.constexpr = HEAD_DIM if HEAD_DIM > VALUE_DIM else VALUE_DIM
     item = tl.program_id(0)
     local_kv_head = tl.program_id(2)
-    extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 1)
+    extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 2)
     if item >= tl.load(extra_ptr + layout.num_blocks):
         return
     block = last_at_most(extra_ptr, layout.num_blocks, item, 1, 0)
