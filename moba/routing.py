@@ -25,8 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # Elements in a chunk: few enough that scores, or keys while they are summed, stay in a core's cache.
-_SCORES_PER_CHUNK = 1 << 20
-_KEYS_PER_CHUNK = 1 << 20
+_CHUNK_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def mean_keys(k: Tensor, block_size: int) -> Tensor:
     means = k.new_empty(*blocks.shape[:-3], *blocks.shape[-2:])
     # A tensor, because on a GPU division by a Python number multiplies by its rounded reciprocal.
     size = torch.full((), block_size, dtype=accumulation_dtype(k.dtype), device=k.device)
-    at_once = max(1, _KEYS_PER_CHUNK // max(1, means[..., :1, :, :].numel() * block_size))
+    at_once = max(1, _CHUNK_SIZE // max(1, means[..., :1, :, :].numel() * block_size))
     for start in range(0, num_finished, at_once):
         some = slice(start, start + at_once)
         means[..., some, :, :] = _sum_by_halves(blocks[..., some, :, :, :]) / size
@@ -362,7 +361,7 @@ def route_span(q: Tensor, means: Tensor, span: Span, selection: Selection) -> Te
     first = selection.first_of_equals(means)
     # A user's function is called in the thread that passed it.
     is_shared = ranks_by_means(selection.score) and q.device.type == "cpu"
-    rows = max(1, (_SCORES_PER_CHUNK >> is_shared) // max(1, num_heads * means.shape[0]))
+    rows = max(1, (_CHUNK_SIZE >> is_shared) // max(1, num_heads * means.shape[0]))
 
     def run(start: int) -> None:
         stop = min(num_queries, start + rows)

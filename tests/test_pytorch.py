@@ -50,7 +50,7 @@ def test_mean_keys_in_chunks_of_blocks(monkeypatch, block_size, dtype):
     expected = k[:, : 2050 // block_size * block_size].double().unflatten(1, (-1, block_size)).mean(2)
     whole = routing.mean_keys(k, block_size)
     assert_is_rounded(whole, expected)
-    monkeypatch.setattr(routing, "_KEYS_PER_CHUNK", 64)
+    monkeypatch.setattr(routing, "_CHUNK_SIZE", 64)
     assert torch.equal(routing.mean_keys(k, block_size), whole)
 
 

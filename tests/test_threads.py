@@ -36,7 +36,7 @@ def two_threads():
 def small_parts(monkeypatch):
     monkeypatch.setattr(pytorch_attention, "CPU_PASS_BYTES", 1 << 18)
     monkeypatch.setattr(pytorch_attention, "CPU_STEP_BYTES", 1 << 17)
-    monkeypatch.setattr(routing, "_SCORES_PER_CHUNK", 1 << 12)
+    monkeypatch.setattr(routing, "_CHUNK_SIZE", 1 << 12)
 
 
 @pytest.fixture

@@ -93,12 +93,8 @@ class _Attend(torch.autograd.Function):
             d_k, d_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
 
             def run(part: _Pass, d_k: Tensor = d_k, d_v: Tensor = d_v, is_careful: bool = is_careful) -> None:
-                results = _Results(
-                    out[part.where],
-                    lse[part.where],
-                    d_out[part.where],
-                    None if d_lse is None else d_lse[part.where],
-                )
+                at = part.where
+                results = _Results(out[at], lse[at], d_out[at], None if d_lse is None else d_lse[at])
                 try:
                     d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], is_careful)
                 finally:
