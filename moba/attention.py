@@ -82,9 +82,9 @@ def moba_attention(
         routing: attend over this routing instead of choosing one (replay). Blocks may be in any order. Repeats are
             read once; numbers below 0 or beyond the query's own block are ignored; the own block is always read.
         block_indices: int32 or int64 [B, T, G or H, K]: attend over a selection that somebody else made, such as a
-            model's own indexer. In any order, -1 for none; read as a `routing` is. With G lists a query, the query
-            heads of a key/value head share its list. With at most 16 queries a row and no gradient asked for, only the
-            listed keys are read.
+            model's own indexer: a list for every query head, or one that the query heads of a key/value head share. In
+            any order, -1 for none; read as a `routing` is. With at most 16 queries a row and no gradient asked for,
+            it is a step of decoding: memory is read for the listed keys alone.
         own_block: True: every query also reads its own block. False: only if block_indices list it (a query left
             without blocks gives zeros and an lse of -inf); on a GPU "auto" then takes the pytorch backend, and
             backend="triton" raises.
@@ -92,8 +92,8 @@ def moba_attention(
             key_end[b]. Query rows that fall before key_start are padding: they give zeros, an lse of -inf.
         block_means: [B, N, G, D], N >= S // block_size, in k's dtype: the means of finished blocks, counted from
             key_start, that `append_block_means` wrote for these keys. With at most 16 queries a row and no gradient
-            asked for, a step of decoding then reads the means and the selected keys only. More queries, or gradients,
-            take the prefill's way without computing the means again. Routers that score nothing read none.
+            asked for, it is a step of decoding, which reads the means and the selected keys alone. Otherwise the call
+            differs only in that no mean is computed again. Routers without scores ("recent", "sink") need no means.
         route_by: queries [B, T, H, any D] and keys [B, S, G, the same D] to choose blocks by in the place of q and k,
             such as those from before the rotary embedding. No gradient flows to them.
         backend: "auto", "reference", "pytorch" or "triton". A named backend runs or raises.
@@ -102,16 +102,17 @@ def moba_attention(
     Returns:
         out [B, T, H, Dv]; or a tuple of out, lse (fp32, natural log, [B, T, H]; fp64 for fp64) and the `Routing`, of
         what was asked for, in that order. Differentiable in q, k and v through out and lse, not through the selection.
+        A `routing` that was given is returned as it is; that of block_indices has K or K + 1 places.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.
 
     Numerics: softmax and sums in fp32 (fp64 for fp64 inputs); block means accumulated in fp32 and rounded once to k's
         dtype; routing scores in fp32, never TF32. Same inputs, same outputs, bit for bit, on one device and version.
-        NaN and inf in keys and values that a query does not attend to never reach it, with two exceptions: the Triton
-        kernels let those of later values near the query through; on a GPU or under torch.compile, torch's dense
+        NaN and inf in keys and values that a query does not attend to never reach it, with two exceptions. The Triton
+        kernels let those of values through that follow the query in its own tile of at most 64 keys. Torch's dense
         kernels, which "auto" takes where MoBA is full attention and no gradient is asked for, may let those of any
-        later key or value through.
+        later key or value through on a GPU or under torch.compile.
     Source: MoBA (arXiv 2502.13189), section 2.
     """
     require_tensors(q=q, k=k, v=v)
@@ -136,8 +137,9 @@ def moba_attention(
         chosen = {"routing": routing, "block_means": block_means, "route_by": route_by}
         topk = check_block_indices(block_indices, q, k.shape[2], topk, own_block, **chosen)
     call = Call(
-        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
-        return_routing,
+        block_size=block_size, topk=topk, scale=scale, softcap=softcap, sinks=sinks, keep_first=keep_first,
+        keep_recent=keep_recent, router=router, own_block=own_block, backend=backend, return_lse=return_lse,
+        return_routing=return_routing,
     )  # fmt: skip
     return route_and_attend(
         q, k, v, sequences, call, routing=routing, block_indices=block_indices, block_means=block_means,
@@ -209,8 +211,9 @@ def moba_attention_varlen(
         topk = check_block_indices(block_indices, q, k.shape[1], topk, own_block, routing=routing, route_by=route_by)
         block_indices = block_indices[None]
     call = Call(
-        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
-        return_routing,
+        block_size=block_size, topk=topk, scale=scale, softcap=softcap, sinks=sinks, keep_first=keep_first,
+        keep_recent=keep_recent, router=router, own_block=own_block, backend=backend, return_lse=return_lse,
+        return_routing=return_routing,
     )  # fmt: skip
     results = route_and_attend(
         q[None], k[None], v[None], sequences, call, routing=routing, block_indices=block_indices, route_by=by
@@ -294,6 +297,7 @@ def route_and_attend(
             else:
                 own = torch.div(sequences.positions(q.device), fitting_size, rounding_mode="floor")
                 indices = given_indices(chosen, own, own_block=call.own_block)
+            # Without means a step goes the way of a prefill, but for lists of blocks, which need none.
             attend = implementation.attend
             if is_step and block_indices is not None:
                 attend, indices = implementation.attend_step, for_query_heads(indices, q.shape[2])

@@ -192,8 +192,9 @@ def moba_attention_paged(
         k_pages, v_pages = sequences.gather_pages(k_pages), sequences.gather_pages(v_pages)
         sequences = sequences.without_pages()
     call = Call(
-        block_size, topk, scale, softcap, sinks, keep_first, keep_recent, router, own_block, backend, return_lse,
-        return_routing,
+        block_size=block_size, topk=topk, scale=scale, softcap=softcap, sinks=sinks, keep_first=keep_first,
+        keep_recent=keep_recent, router=router, own_block=own_block, backend=backend, return_lse=return_lse,
+        return_routing=return_routing,
     )  # fmt: skip
     by_means = None if sequences.page_table is None else block_means
     return route_and_attend(q, k_pages, v_pages, sequences, call, block_indices=block_indices, block_means=by_means)

@@ -86,8 +86,8 @@ class Routing:
 
     Attributes:
         indices: int32 [B, T, H, K], or [total, H, K] of packed sequences. Ascending block numbers within the query's
-            own sequence, own block included and last (unless `own_block=False`), then -1 where fewer than K blocks
-            exist or a budget (`moba.routers.TopP`) takes fewer. A padded query row has -1 everywhere.
+            own sequence, the own block last (with `own_block=False` if it was listed), then -1 where fewer than K
+            blocks exist or a budget (`moba.routers.TopP`) takes fewer. A padded query row has -1 everywhere.
         block_size: tokens in a block.
     """
 
@@ -100,7 +100,7 @@ class Routing:
         return self.indices.shape[-1]
 
     def own_block(self) -> Tensor:
-        """Each query's own block, -1 for padded rows: int32 [B, T, H] or [total, H]."""
+        """Each query's own block, its last one, -1 for padded rows: int32 [B, T, H] or [total, H]."""
         return self.indices.amax(dim=-1)
 
     def num_selected(self) -> Tensor:

@@ -1,5 +1,7 @@
 """MoBA by masks, as in the paper's equations 2-6: what every other backend is checked against.
 
+tests/oracle.py, loops over single queries, checks this one.
+
 Written to be read, not to be fast: it sorts all scores and makes T × S masks. Every dtype works, fp64 included.
 
 Letters: T query tokens, S key tokens, H query heads, G key/value heads, D head dim, N blocks, K = topk.
@@ -48,15 +50,15 @@ def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) 
         score = selection.scores(q, means, selection.first_of_equals(means))  # [T, H, N]
         score = score.nan_to_num(nan=torch.finfo(score.dtype).min)  # NaN and -inf become the same lowest number
     kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
-    # The order: past blocks first, among them kept ones, then higher scores, then lower indices. Each sort is stable,
-    # so the most important one comes last.
+    # The order: past blocks first, among them kept ones, then higher scores, then lower indices. As sorts are stable,
+    # the least important criterion is sorted by first.
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
-    order = order.gather(-1, _stable_first(kept.expand_as(score).gather(-1, order)))
-    order = order.gather(-1, _stable_first((block < own).expand_as(score).gather(-1, order)))
+    order = order.gather(-1, _flagged_first(kept.expand_as(score).gather(-1, order)))
+    order = order.gather(-1, _flagged_first((block < own).expand_as(score).gather(-1, order)))
 
     if selection.top_p is not None:
         mass = torch.softmax(score.masked_fill(block >= own, -torch.inf), dim=-1).gather(-1, order)
-        before = mass.cumsum(dim=-1) - mass
+        before = torch.nn.functional.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
         is_kept = kept.expand_as(score).gather(-1, order)
         order = order.masked_fill((before >= selection.top_p) & ~is_kept, -1)
     chosen = order[..., : selection.topk - 1]
@@ -65,7 +67,7 @@ def _route_sequence(q: Tensor, means: Tensor, span: Span, selection: Selection) 
     return _ascending(with_own, selection.topk).to(torch.int32)
 
 
-def _stable_first(flag: Tensor) -> Tensor:
+def _flagged_first(flag: Tensor) -> Tensor:
     """Order that brings flagged entries to the front and keeps the order within both groups."""
     return torch.argsort(flag.int(), dim=-1, descending=True, stable=True)
 
@@ -118,55 +120,56 @@ def attend(
     for span in sequences.spans():
         all_rows = torch.arange(span.q_start, span.q_start + span.q_len, device=q.device)
         k_rows = slice(span.k_start, span.k_start + span.k_len)
-        hidden_by_head = attention_mask(indices[span.row, all_rows], span, block_size).logical_not_()
+        masked_by_head = attention_mask(indices[span.row, all_rows], span, block_size).logical_not_()
         for head in range(q.shape[2]):
-            sees_any = ~hidden_by_head[head].all(dim=-1)
-            q_rows, hidden = all_rows[sees_any], hidden_by_head[head, sees_any]
-            queries, keys, values = q[span.row, q_rows, head], *(x[span.row, k_rows, head // group] for x in (k, v))
+            sees_any = ~masked_by_head[head].all(dim=-1)
+            q_rows, masked = all_rows[sees_any], masked_by_head[head, sees_any]
+            queries = q[span.row, q_rows, head]
+            keys, values = (x[span.row, k_rows, head // group] for x in (k, v))
             is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (queries, keys, values))
             head_out, head_lse = _softmax_attention(
                 queries.masked_fill(is_bad_query[:, None], 0.0),
                 keys.masked_fill(is_bad_key[:, None], 0.0),
                 values.masked_fill(is_bad_value[:, None], 0.0),
-                hidden,
+                masked,
                 scale,
                 softcap,
             )
             # NaN and inf were zeros so far, because 0 · NaN would pass through the mask. A row that sees one is
             # computed again, from the keys that it sees alone.
-            sees_bad = is_bad_query | (~hidden & (is_bad_key | is_bad_value)).any(dim=-1)
+            sees_bad = is_bad_query | (~masked & (is_bad_key | is_bad_value)).any(dim=-1)
             for row in sees_bad.nonzero()[:, 0].tolist():
-                seen = ~hidden[row]
+                seen = ~masked[row]
                 head_out[row], head_lse[row] = _softmax_attention(
                     queries[row], keys[seen], values[seen], None, scale, softcap
                 )
             out[span.row, q_rows, head], lse[span.row, q_rows, head] = head_out, head_lse
     if torch.is_grad_enabled():
-        # Where there are no queries, too, the results are differentiable.
+        # Where no sequence has a query, too, the results have a gradient: zeros.
         nothing = sum(x[:, :0].sum() for x in (q, k, v))
         out, lse = out + nothing, lse + nothing
     return out, lse
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, masked: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Out [..., Dv] and lse [...] of queries [..., D] over keys [S, D] and values [S, Dv], in one [..., S] tensor."""
+    """Out [..., Dv] and lse [...] of queries [..., D] over keys [S, D] and values [S, Dv]."""
     wide = accumulation_dtype(q.dtype)
-    weights = (scale * q.to(wide)) @ k.to(wide).T
+    logits = (scale * q.to(wide)) @ k.to(wide).T
     if softcap is not None:
-        weights = softcap * torch.tanh(weights / softcap)
-    if hidden is not None:
-        weights.masked_fill_(hidden, -torch.inf)
-    largest = weights.detach().amax(dim=-1, keepdim=True)
-    weights.sub_(largest).exp_()
+        logits = softcap * torch.tanh(logits / softcap)
+    if masked is not None:
+        logits.masked_fill_(masked, -torch.inf)
+    largest = logits.detach().amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()  # in place: a second T × S tensor would double the memory
     total = weights.sum(dim=-1, keepdim=True)
     return (weights @ v.to(wide) / total).to(q.dtype), (largest + total.log())[..., 0]
 
 
 @outside_graphs
 def append_means(means: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> None:
-    """Block by block. See `moba.backends` for the contract."""
+    """Write the means of the blocks that the new keys finish. See `moba.backends` for the contract."""
     keys, places = k, None
     if sequences.page_table is not None:
         keys, places = sequences.gather_pages(k), sequences.mean_places(block_size)
@@ -213,7 +216,7 @@ def attend_step(
     softcap: float | None = None,
     own_block: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`attend`, of pages once they lie in rows. See `moba.backends` for the contract."""
+    """Gather pages into rows, then `attend`. See `moba.backends` for the contract."""
     if sequences.page_table is not None:
         k, v = sequences.gather_pages(k), sequences.gather_pages(v)
         sequences = sequences.without_pages()

@@ -88,8 +88,8 @@ def window_offsets(view, bounds, head, chunk_head, num_blocks):
 
 
 @triton.jit
-def tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M: tl.constexpr, BLOCK_COST: tl.constexpr):
-    """The tiles of TILE_M of a block's entries that begin in the window begin … end - 1.
+def tiles_in_window(bounds, chunk_head, block, begin, end, TILE_ENTRIES: tl.constexpr, BLOCK_COST: tl.constexpr):
+    """The tiles of TILE_ENTRIES of a block's entries that begin in the window begin … end - 1.
 
     Returns:
         first_entry: first entry of the first such tile. stop_entry: tiles from this entry on are another window's.
@@ -103,5 +103,6 @@ def tiles_in_window(bounds, chunk_head, block, begin, end, TILE_M: tl.constexpr,
         others = entry_begin - tl.load(bounds.starts + index + chunk_head)
         begin += others
         end += others
-    first_entry = entry_begin + tl.cdiv(tl.maximum(begin - block * BLOCK_COST - entry_begin, 0), TILE_M) * TILE_M
+    before = tl.maximum(begin - block * BLOCK_COST - entry_begin, 0)
+    first_entry = entry_begin + tl.cdiv(before, TILE_ENTRIES) * TILE_ENTRIES
     return first_entry, tl.minimum(entry_end, end - block * BLOCK_COST), entry_end

@@ -1,11 +1,12 @@
-"""Forward of attention over a routing: past blocks by gathered queries, then the own block and the merge.
+"""Forward of attention over a routing: past blocks by gathered queries, then their merge, which own blocks continue.
 
 Letters and words as in device.py. A *partial* is the attention of one query to one past block: its normalised output
 and its log2-sum-exp. Logits are kept in log2.
 
-An *entry* is one query that chose one past block; the by-block view (`View`, device.py) lists them block by block. The
-list is cut into windows of equal length, counting BLOCK_COST more for every block, whose keys are to be loaded. Work is
-thus balanced without knowing the routing: a program takes the tiles of queries that begin in its window.
+An *entry* is one query that chose one past block; the by-block view (`View`, device.py) lists them block by block. An
+entry costs 1, and a block, whose keys are to be loaded, BLOCK_COST more: block j begins at offsets[j] + j · BLOCK_COST.
+Windows of equal cost balance the work without knowing the routing: a program takes the tiles of queries that begin in
+its window.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _attend_past_kernel(
     offsets_ptr = window_offsets(view, bounds, head, chunk_head, layout.num_blocks)
     entries_ptr = view.entries + head.to(tl.int64) * view.num_entries
 
-    # The entries of a block begin at offsets[block].
+    # The window, and the block that it begins in.
     begin = tl.program_id(0) * WINDOW
     end = begin + WINDOW
     block = last_at_most(offsets_ptr, layout.num_blocks, begin, 1, BLOCK_COST)
@@ -128,7 +129,8 @@ def _attend_past_kernel(
                 # 2. The queries that chose the block, and the slot of `indices` in which each has it.
                 query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
                 q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
-                # 3. The softmax over this block alone; its keys all lie in the past, so causality masks none.
+                # 3. The softmax over this block alone. A past block is whole, and all its keys lie in the past, so
+                # nothing but its size masks.
                 if KEEPS_KEYS:
                     logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
                     if BLOCK_SIZE != TILE_N:
@@ -188,7 +190,7 @@ def _attend_own_and_merge_kernel(
     q_tile = load_rows(q_ptr, member_offsets(query.to(tl.int64) * q.stride_t, q.stride_h, PACKED), is_real, HEAD_DIM)
 
     # 2. Past blocks: the sum of their partials, each weighed by exp2(its log-sum-exp - the largest one). The largest is
-    # found first, so the sum runs in the order of slots and is never rescaled.
+    # found first, so that no sum of partials is rescaled.
     maximum = tl.full([TILE_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, PADDED_VALUE_DIM], tl.float32)
@@ -214,8 +216,8 @@ def _attend_own_and_merge_kernel(
             total += weight
             acc += weight[:, None] * load_rows(partials.ptr, slot_row * VALUE_DIM, exists, VALUE_DIM).to(tl.float32)
 
-    # 3. The own blocks, on top: keys that every query of the tile sees, from begin to middle; then those that a mask
-    # decides on, up to the last query's own position.
+    # 3. The own blocks, on top: from begin to middle keys that every query of the tile sees (none unless tiles divide
+    # blocks); then those that a mask decides on, up to the last query's own position.
     all_keys = tl.full([TILE_N], True, tl.int1)
     begin, middle, end = own_key_range(position, is_real, first_query + offset, BLOCK_SIZE, TILE_QUERIES, TILE_N)
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
@@ -261,7 +263,7 @@ def plan_forward(
     Args:
         indices: int32 [R, T, H, K], or [R, T, G, K] as `routing_heads` allows. view: the same routing by block.
         out: [R, T, H, Dv] in q's dtype and lse: fp32 [R, T, H], both contiguous, which the plan fills.
-        workspace_bytes: bound on the memory of partials; more heads than fit are taken in turn.
+        workspace_bytes: bound on the memory of partials; chunks of heads and query rows that fit are taken in turn.
         arch: compute capability whose row of the tuning table is taken.
 
     Numerics: logits, softmax and sums in fp32; weights rounded to v's dtype before they multiply it, a block's partial
@@ -289,11 +291,10 @@ def plan_forward(
     flats = spacings(q)
     gathered_bytes = head_dim * q.element_size()
     parts = chunks_with_bounds(plan, view, total_rows, topk, packed, row_bytes, gathered_bytes, workspace_bytes)
-    size = parts[0][0].num_heads * parts[0][0].num_rows * packed
-    partial = plan.buffer(topk - 1, size * value_dim, dtype=q.dtype)
-    partial_lse = plan.buffer(topk - 1, size, dtype=torch.float32)
-    # `flats` and `own_keys` begin with what fits this call, which is launched. Calls of other lengths and batch sizes
-    # need the rest: it is compiled together with this, so that a new length never compiles.
+    size = (parts[0][0].num_heads, topk - 1, parts[0][0].num_rows, packed)
+    partial, partial_lse = plan.buffer(*size, value_dim, dtype=q.dtype), plan.buffer(*size, dtype=torch.float32)
+    # The first of `flats` and `own_keys` fits this call and is launched. Calls of other lengths and batch sizes need
+    # the rest: they are compiled together with this, so that a new length never compiles.
     for chunk, bounds in parts:
         tiles, first_tile = chunk_query_tiles(sequences, own["TILE_M"], packed, chunk)
         partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows, first_tile)
