@@ -29,6 +29,7 @@ from moba.validate import (
     describe,
     is_readable,
     require_tensors,
+    warn_of_layout,
 )
 
 
@@ -67,7 +68,7 @@ def moba_attention(
             contiguous last dimension; never copied or expanded.
         v: [B, S, G, Dv], with k's dtype, device and rule for strides. Dv may differ from D; both are at most 256.
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
-        topk: blocks a query attends to, its own included, >= 1. May be left out with block_indices.
+        topk: blocks a query attends to, its own included, >= 1. May be left out with routing or block_indices.
         scale: factor of the attention logits, D^-0.5 by default. It does not enter the routing.
         softcap: a number c > 0 that bounds the logits: c · tanh(scale · q_t Kᵀ / c) takes their place (Gemma 2). It
             does not enter the routing.
@@ -125,6 +126,7 @@ def moba_attention(
             f"queries are the last of the keys, so T must be at most S, got T={q.shape[1]}, S={k.shape[1]} for "
             f"q [B, T, H, D] {tuple(q.shape)} and k [B, S, G, D] {tuple(k.shape)}"
         )
+    warn_of_layout(q)
     check_bounds(key_start, key_end, q, k.shape[1])
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], key_start=key_start, key_end=key_end)
     if block_means is not None:
@@ -261,7 +263,8 @@ def route_and_attend(
         routing, block_indices, block_means, route_by: as in `moba_attention`.
     """
     block_size = call.block_size
-    topk = require_int("topk", call.topk, 1)
+    of_routing = routing.topk if isinstance(routing, Routing) else None
+    topk = require_int("topk", of_routing if call.topk is None else call.topk, 1)
     validate_selection(block_size, topk, call.keep_first, call.keep_recent, call.router)
     require_one_of("backend", call.backend, BACKENDS)
     check_choice(
@@ -348,7 +351,7 @@ def _checked(routing: Routing, q: Tensor, block_size: int, topk: int) -> Tensor:
     indices, expected = routing.indices, (*q.shape[:3], topk)
     if tuple(indices.shape) != expected or indices.dtype != torch.int32 or indices.device != q.device:
         raise ValueError(
-            f"routing.indices must be int32 {expected} on {q.device}, "
+            f"routing.indices must be int32 {expected} on {q.device} (topk may be left out), "
             f"got {indices.dtype} {tuple(indices.shape)} on {indices.device}"
         )
     return indices

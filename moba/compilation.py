@@ -56,7 +56,7 @@ def warmup(
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
     device = torch.device(device)
-    if device.type != "cuda" or config.backend not in ("auto", "triton"):
+    if device.type != "cuda" or not torch.cuda.is_available() or config.backend not in ("auto", "triton"):
         return 0
     from moba import backends
 

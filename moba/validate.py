@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from moba.numerics import to_autocast_dtype
 from moba.sequences import Sequences, page_means_shape
 
 MAX_HEAD_DIM = 256
+# No model has so many query heads in a layer.
+MOST_HEADS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -90,6 +93,17 @@ def check_attention(ndim: int, **tensors: Tensor) -> None:
         names = _listed(list(tensors)[1:])
         raise ValueError(f"{names} must have one shape but for the head dim, got {tuple(k.shape)} and {tuple(v.shape)}")
     check_heads(q.shape[-2], k.shape[-2])
+
+
+def warn_of_layout(q: Tensor) -> None:
+    """Warn where q [B, T, H, D] looks like [B, H, T, D]: more heads than any model has, and fewer tokens."""
+    num_tokens, num_heads = q.shape[1:3]
+    if num_heads > max(num_tokens, MOST_HEADS) and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"q {tuple(q.shape)} is {num_tokens} tokens of {num_heads} heads, as q, k and v are [B, T, H, D]: "
+            "transpose (1, 2) what scaled_dot_product_attention takes",
+            stacklevel=3,
+        )
 
 
 def check_route_by(

@@ -22,11 +22,13 @@ from moba.hf.indexer import add_indexer
 CONFIG = MoBAConfig(block_size=16, topk=3)
 
 
-def test_a_cpu_compiles_nothing():
+def test_a_cpu_compiles_nothing(monkeypatch):
     model = tiny_model("Llama")
     set_moba_config(model, CONFIG)
     assert warmup(model) == 0
     assert warmup(config=CONFIG, heads=4, head_dim=16, device="cpu") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert warmup(config=CONFIG, heads=4, head_dim=16, device="cuda") == 0
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,13 @@ def test_a_block_larger_than_any_memory_in_pages_that_no_power_of_two_divides(na
     torch.testing.assert_close(out, moba_attention(q, k, v, block_size=16, topk=2, backend=named))
     fitting = Sequences(1, 1, 18, key_end=pages["key_end"], page_table=pages["page_table"]).fitting_block_size(6 << 40)
     assert fitting % 6 == 0
+
+
+def test_heads_and_tokens_that_seem_to_have_changed_places_are_warned_of(recwarn):
+    x = torch.randn(1, 8, 300, 2)
+    with pytest.warns(UserWarning, match=r"is 8 tokens of 300 heads, as q, k and v are \[B, T, H, D\]"):
+        moba_attention(x, x, x, **VALID)
+    recwarn.clear()
+    moba_attention(x.transpose(1, 2), x.transpose(1, 2), x.transpose(1, 2), **VALID)
+    moba_attention(x[:, :, :256], x[:, :, :256], x[:, :, :256], **VALID)
+    assert not recwarn

@@ -116,6 +116,7 @@ def test_replayed_routing_is_fresh_routing(backend, device):
     options = {"block_size": 8, "topk": 3, "backend": backend}
     out, routing = moba_attention(q, k, v, **options, return_routing=True)
     assert torch.equal(moba_attention(q, k, v, **options, routing=routing), out)
+    assert torch.equal(moba_attention(q, k, v, block_size=8, backend=backend, routing=routing), out), "topk left out"
     other = moba_attention(torch.randn_like(q), k, v, **options, return_routing=True)[1]
     assert not torch.equal(moba_attention(q, k, v, **options, routing=other), out)
     cu = torch.tensor([0, 20, 45], dtype=torch.int32, device=device)
