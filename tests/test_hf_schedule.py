@@ -9,7 +9,16 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from moba import MoBAConfig, register_moba
-from moba.hf.schedule import Schedule, activation, anneal_block_size, anneal_topk, apply_schedule, hybrid, throughout
+from moba.hf.schedule import (
+    Schedule,
+    activation,
+    anneal_block_size,
+    anneal_topk,
+    apply_schedule,
+    hybrid,
+    mixed,
+    throughout,
+)
 
 SPARSE = MoBAConfig(8, 3, keep_first=1)
 
@@ -29,6 +38,16 @@ def test_stages_begin_where_they_say():
     assert [activation(SPARSE, at=0.25).at(p, 3) for p in (0, 0.2499, 0.25, 1)] == [full, full, SPARSE, SPARSE]
     assert [hybrid(SPARSE).at(p, 3) for p in (0, 0.8999, 0.9, 1)] == [SPARSE, SPARSE, full, full]
     assert throughout(None).at(0.5, 3).full_layers == 3
+
+
+def test_mixing_has_full_steps_but_for_the_last():
+    def full_steps(num_steps, **options):
+        schedule = mixed(SPARSE, num_steps=num_steps, **options)
+        return [step for step in range(num_steps) if schedule.at(step / num_steps, 3) != SPARSE]
+
+    assert full_steps(17, every=4) == [0, 4, 8, 12], "the model is saved with MoBA"
+    assert full_steps(900, every=8) == list(range(0, 900, 8))
+    assert full_steps(20, every=4, at=0.3) == [0, 1, 2, 3, 4, 5, 8, 12, 16]
 
 
 def test_annealing_ends_at_the_config():
@@ -52,6 +71,9 @@ def test_annealing_ends_at_the_config():
         (lambda: Schedule(tuple((i / 20, MoBAConfig(8, 3 + i)) for i in range(9))), "at most 8"),
         (lambda: activation(SPARSE, at=0), "at must lie"),
         (lambda: hybrid(SPARSE, full_from=1.5), "full_from must lie"),
+        (lambda: mixed(SPARSE, every=1, num_steps=9), "every must be an integer >= 2"),
+        (lambda: mixed(SPARSE, every=2, num_steps=1), "num_steps must be an integer >= 2"),
+        (lambda: mixed(SPARSE, every=2, num_steps=9, at=1), "at must lie"),
         (lambda: anneal_topk(SPARSE, start=2), "start must be an integer >= 3"),
         (lambda: anneal_topk(SPARSE, start=9, num_stages=9), "num_stages"),
         (lambda: anneal_block_size(SPARSE, start=16, until=1.0), "until"),

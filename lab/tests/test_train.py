@@ -178,8 +178,16 @@ def test_a_file_system_without_locks_can_be_trained_on(tmp_path, monkeypatch, nu
         pass
 
 
-@pytest.mark.parametrize("change", ["model.key_convolution=3", "attention.router=unrotated"])
-def test_what_helps_routing_is_trained_and_resumed(file, tmp_path, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.key_convolution=3",
+        "attention.router=unrotated",
+        'attention={schedule="mixed", every=4, block_size=16, topk=2}',
+        "training.optimizer=muon",
+    ],
+)
+def test_what_helps_is_trained_and_resumed(file, tmp_path, change):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for out in (whole, resumed):
         train(read_recipe(file, [change, f"out={out}"]), say=lambda text: None)

@@ -87,6 +87,30 @@ def hybrid(config: MoBAConfig, *, full_from: float = 0.9) -> Schedule:
     return Schedule(((0.0, config), (_inner("full_from", full_from), None)))
 
 
+def mixed(config: MoBAConfig, *, every: int, num_steps: int, at: float = 0.0) -> Schedule:
+    """Use MoBA, and full attention in the first of every `every` steps, which teaches keys that MoBA never reads to be
+    quiet ("SSA", arXiv 2511.20102). The last step is MoBA's, so that the model is saved with it.
+
+    Args:
+        every: >= 2. num_steps: of the training, >= 2.
+        at: share of the training up to which every step has full attention.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is valid.
+    """
+    require_int("every", every, 2)
+    require_int("num_steps", num_steps, 2)
+    if not 0 <= at < 1:
+        raise ValueError(f"at must lie in [0, 1), got {at!r}")
+    stages: list[tuple[float, MoBAConfig | None]] = []
+    for step in range(num_steps):
+        is_full = step < num_steps - 1 and (step % every == 0 or step / num_steps < at)
+        stage = None if is_full else config
+        if not stages or stages[-1][1] != stage:
+            stages.append((step / num_steps, stage))
+    return Schedule(tuple(stages))
+
+
 def anneal_topk(
     config: MoBAConfig, *, start: int, until: float = 0.5, num_stages: int = 6, length: int | None = None
 ) -> Schedule:

@@ -77,7 +77,7 @@ class Recipe:
     @property
     def schedule(self) -> Schedule:
         """Which attention holds when."""
-        schedule = self.attention.make_schedule(self.data.context)
+        schedule = self.attention.make_schedule(num_steps=self.num_steps, context=self.data.context)
         if self.indexer is None or self.indexer.warmup_steps == 0:
             return schedule
         end = self.indexer.warmup_steps / self.num_steps

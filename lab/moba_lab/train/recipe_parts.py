@@ -7,12 +7,13 @@ from typing import Any
 
 from moba.config import MoBAConfig, require_int, require_one_of
 from moba.hf.indexer import POOLS
-from moba.hf.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, throughout
+from moba.hf.schedule import Schedule, activation, anneal_block_size, anneal_topk, hybrid, mixed, throughout
 from moba.parallel import TRANSPORTS
 from moba_lab.checks import require_seed
 from moba_lab.models.rope import SCALINGS
 
-SCHEDULES = ("throughout", "full", "activation", "hybrid", "anneal_topk", "anneal_block_size")
+SCHEDULES = ("throughout", "full", "activation", "hybrid", "mixed", "anneal_topk", "anneal_block_size")
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("bf16", "fp32")
 LEARNING_SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
@@ -94,9 +95,10 @@ class AttentionPart:
 
     Attributes:
         schedule: throughout, full (dense attention from first to last, whatever else is set, so that any recipe can be
-            run so), activation, hybrid, anneal_topk, anneal_block_size; see `moba.hf.schedule`.
-        at: share of the steps at which activation and hybrid switch, or annealing ends.
+            run so), activation, hybrid, mixed, anneal_topk, anneal_block_size; see `moba.hf.schedule`.
+        at: share of the steps at which activation and hybrid switch, annealing ends, or mixing begins.
         start: annealing's first topk or block size.
+        every: mixed has one step of full attention in so many.
     """
 
     block_size: int = 128
@@ -109,10 +111,14 @@ class AttentionPart:
     schedule: str = "throughout"
     at: float | None = None
     start: int | None = None
+    every: int | None = None
 
     def __post_init__(self) -> None:
         require_one_of("attention.schedule", self.schedule, SCHEDULES)
         is_full = self.schedule == "full"
+        if not is_full and (self.schedule == "mixed") != (self.every is not None):
+            said = f"schedule={self.schedule!r}, every={self.every}"
+            raise ValueError(f"attention.every is mixing's, one step of full attention in so many: {said}")
         if not is_full and self.schedule.startswith("anneal") != (self.start is not None):
             said = f"schedule={self.schedule!r}, start={self.start}"
             raise ValueError(f"attention.start is annealing's first value: {said}")
@@ -121,16 +127,18 @@ class AttentionPart:
         if self.at is not None and self.schedule == "throughout":
             raise ValueError(f"attention.at: schedule={self.schedule!r} never switches, got at={self.at}")
         _freeze_lists(self)
-        self.make_schedule()
+        self.make_schedule(num_steps=2)
 
     def config(self) -> MoBAConfig:
         """MoBA's settings."""
         names = ("block_size", "topk", "keep_first", "keep_recent", "full_layers", "router", "backend")
         return MoBAConfig(**{name: getattr(self, name) for name in names})
 
-    def make_schedule(self, context: int | None = None) -> Schedule:
-        """Which attention holds when, in rows of `context` tokens."""
+    def make_schedule(self, *, num_steps: int, context: int | None = None) -> Schedule:
+        """Which attention holds when, in `num_steps` steps with rows of `context` tokens."""
         config = self.config()
+        if self.schedule == "mixed" and self.every is not None:
+            return mixed(config, every=self.every, num_steps=max(num_steps, 2), at=self.at or 0.0)
         if self.schedule == "activation":
             return activation(config, at=0.5 if self.at is None else self.at)
         if self.schedule == "hybrid":
@@ -153,7 +161,9 @@ class TrainingPart:
         learning_schedule: cosine (to a tenth of the peak), linear (to 0), constant, or wsd (constant, and over the last
             fifth of the steps down to a tenth).
         warmup: share of the steps that the learning rate rises over.
-        weight_decay, beta2, max_grad_norm: of AdamW and its gradients.
+        optimizer: adamw, or muon for the layers' matrices beside adamw (see `moba_lab.train.optimizer`); muon takes a
+            learning rate two to four times as large, and fewer steps.
+        weight_decay, beta2, max_grad_norm: of AdamW (muon decays its matrices by as much) and the gradients.
         seed: of weights and of the rows' order.
         precision: bf16 (autocast over fp32 weights) or fp32.
         checkpoint_activations: compute activations again for the backward pass instead of keeping them.
@@ -175,6 +185,7 @@ class TrainingPart:
     learning_rate: float = 1e-4
     learning_schedule: str = "cosine"
     warmup: float = 0.02
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     beta2: float = 0.95
     max_grad_norm: float = 1.0
@@ -204,6 +215,7 @@ class TrainingPart:
         require_int("training.evaluate_every", self.evaluate_every, 0)
         require_seed("training.seed", self.seed)
         require_one_of("training.precision", self.precision, PRECISIONS)
+        require_one_of("training.optimizer", self.optimizer, OPTIMIZERS)
         require_one_of("training.transport", self.transport, TRANSPORTS)
         if self.compile and self.context_parallel > 1:
             raise ValueError(f"training.compile cannot be combined with context_parallel = {self.context_parallel}")

@@ -36,6 +36,7 @@ from moba_lab.train.checkpoints import UNFINISHED, check_architecture, check_fil
 from moba_lab.train.log import Log, tensorboard
 from moba_lab.train.loss import use_fused_loss
 from moba_lab.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
+from moba_lab.train.optimizer import make_muon
 from moba_lab.train.packing import PackedDataset, SharedRows, by_source, collate
 from moba_lab.train.recipe import Recipe, same_run
 from moba_lab.train.trainer import WholeTrainer, save_results
@@ -97,6 +98,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
             model=trained,
             args=arguments,
             **_data(recipe, arguments, rows, held_out, model, state),
+            optimizers=(_optimizer(recipe, trained), None),
             callbacks=[
                 MoBASchedule(recipe.schedule),
                 Log(out, recipe.training.rows_per_step * recipe.data.context),
@@ -287,6 +289,14 @@ def _arguments(
     # On several GPUs without `accelerate launch`, Trainer would take DataParallel, which splits packed rows.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer that Trainer does not know; None where it makes its own."""
+    training = recipe.training
+    if training.optimizer == "adamw":
+        return None
+    return make_muon(model, lr=training.learning_rate, weight_decay=training.weight_decay, beta2=training.beta2)
 
 
 def _data(
