@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_hf_schedule import _registered as _registered
@@ -29,6 +31,20 @@ def test_layers_that_attend_alike_share_a_graph(full_layers, graphs):
     torch.testing.assert_close(model(tokens, use_cache=False).logits, expected)
     assert counter.frame_count == graphs
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traceable")
+def test_the_first_call_of_a_thread_compiles():
+    """Nothing has run before it, as at the start of a training."""
+    torch.compiler.reset()
+    model, tokens = tiny_model(num_hidden_layers=2), random_tokens(1, 48)
+    model.set_attn_implementation("moba")
+    apply_config(model, MoBAConfig(8, 3))
+    compile_layers(model, backend="eager")
+    with ThreadPoolExecutor(1) as thread:
+        logits = thread.submit(lambda: model(tokens, use_cache=False).logits).result()
+    torch.compiler.reset()
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits)
 
 
 @pytest.mark.usefixtures("traceable")

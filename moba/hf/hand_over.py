@@ -32,7 +32,9 @@ class CacheLayer(Protocol):
 class _Given(threading.local):
     """The cache layer that gave keys last in this thread, unless an attention function has taken them."""
 
-    last: CacheLayer | None = None
+    def __init__(self) -> None:
+        # An attribute of each thread from the start: torch.compile fails on one that a call makes only then.
+        self.last: CacheLayer | None = None
 
 
 _given = _Given()
