@@ -103,9 +103,8 @@ def test_another_length_compiles_nothing_in_a_learned_router(by_tokens, layout):
     """One query, and chunks of scores, which only a long text needs."""
     options = {"num_heads": 8, "by_tokens": by_tokens}
     known = set(ahead.index_variants_of(90, torch.bfloat16, 128, 8, 0, (8, 64), by_tokens=by_tokens))
-    assert {v.kernel.__name__ for v in known} == {
-        "_select_kernel", "_block_scores_kernel" if by_tokens else "_block_means_kernel"
-    }  # fmt: skip
+    others = {"_block_scores_kernel"} if by_tokens else {"_block_means_kernel", "_select_once_kernel"}
+    assert {v.kernel.__name__ for v in known} == {"_select_kernel", *others}
     for num_tokens in (1, 9 * 128, 9 * 128 + 1, 32768, 200_000):
         plans = ahead.index_plans(90, torch.bfloat16, 64, 128, 8, layout, num_tokens=num_tokens, **options)
         assert variants(plans) <= known
@@ -167,7 +166,8 @@ def test_every_launch_has_a_configuration(kernel):
             for block_size in (1, 128, 4096):
                 for element_bytes in (2, 4):
                     options = {"head_dim": head_dim, "block_size": block_size, "element_bytes": element_bytes}
-                    assert lookup(kernel, arch, **options)
+                    # Not every chip has the kernel that `_select_kernel` may do without.
+                    assert lookup(kernel, arch, **options) or kernel == "select_once"
 
 
 def test_the_first_row_that_fits_is_taken():

@@ -22,7 +22,7 @@ if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moba.backends import triton as backend  # noqa: E402
-from moba.backends.triton import launch, means  # noqa: E402
+from moba.backends.triton import launch, means, tuning  # noqa: E402
 from moba.backends.triton import routing as triton_routing  # noqa: E402
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
@@ -134,6 +134,67 @@ def test_ties_go_to_the_lower_block(keys, topk):
     else:
         k = torch.zeros_like(k) * torch.where(torch.rand(160, device=DEVICE) < 0.5, -1.0, 1.0)[None, :, None, None]
     assert_same_routing(q, k, plain(q, k), 4, topk)
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """Selections of any length are made in one pass, by small tiles."""
+    config = {"MIN_BLOCKS": 1, "TILE_M": 16, "TILE_N": 64, "num_warps": 4, "num_stages": 2}
+    rows = (tuning.Row(config, element_bytes=2, is_packed=False), tuning.Row({}))
+    monkeypatch.setitem(tuning.TABLE, "select_once", rows)
+    monkeypatch.setattr(launch, "_plans", {})
+
+
+ONE_PASS = {
+    "several tiles of blocks": (1, 40, 700, 1, 1, 16, 2, 8),
+    "a few places": (1, 60, 600, 2, 1, 80, 3, 4),
+    "kept blocks": (2, 50, 400, 2, 2, 16, 2, 8, 2, 1),
+    "fewer blocks than places": (1, 90, 90, 1, 1, 16, 8, 8),
+    "places beyond its lists": (1, 40, 400, 1, 1, 16, 4, 14),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ONE_PASS)
+def test_selection_in_one_pass(one_pass, case, dtype):
+    """On integers, of which many are equal, and on real numbers, whose scores are summed exactly here."""
+    *shape, block_size, topk = ONE_PASS[case][:8]
+    rule = (block_size, topk, *ONE_PASS[case][8:])
+    q, k = inputs(*shape, block_size, dtype)
+    assert_same_routing(q, k, plain(q, k), *rule)
+    q = torch.randint(-999, 999, q.shape, device=DEVICE).to(dtype) * (torch.arange(q.shape[3], device=DEVICE) < 2)
+    assert_same_routing(q, k, plain(q, k), *rule)
+
+
+@pytest.mark.parametrize("keys", ["constant", "alternating", "one class", "not finite", "lowest"])
+def test_rows_that_one_pass_leaves_open(one_pass, keys):
+    q, k = inputs(1, 60, 800, 1, 1, 16, 4, torch.bfloat16)
+    q = q.abs() + 1
+    block = (torch.arange(800, device=DEVICE) // 4)[None, :, None, None]
+    if keys == "constant":
+        k = torch.ones_like(k)
+    elif keys == "alternating":
+        k = (block % 2).expand_as(k).bfloat16()
+    elif keys == "one class":
+        k = torch.where(block % 16 == 3, block + 1, -block).expand_as(k).bfloat16()
+    elif keys == "not finite":
+        k = torch.where(block == 70, torch.nan, torch.where(block == 90, torch.inf, k))
+        q[:, 20:40] = torch.where(torch.rand_like(q[:, 20:40]) < 0.1, -torch.inf, q[:, 20:40])
+    else:
+        # Finite, and as good as the least that fp32 holds.
+        k = torch.zeros_like(k)
+        k[..., :3] = torch.tensor([-(1 - 2.0**-8) * 2.0**n for n in (128, 120, 112)], device=DEVICE)
+        q = torch.ones_like(q)
+        assert_same_routing(q, k[:, :60], plain(q, q), 1, 8)
+    assert_same_routing(q, k, plain(q, k), 4, 8)
+
+
+def test_one_pass_over_padded_and_packed_sequences(one_pass):
+    q, k = inputs(3, 75, 600, 2, 2, 16, 2, torch.bfloat16)
+    assert_same_routing(q, k, padded(q, k, [3, 0, 590], [600, 400, 590]), 2, 8)
+    lengths = [0, 1, 3, 30, 41]
+    q[:, 75:] = torch.nan
+    assert_same_routing(q[:1], k[:1], packed(q, k, lengths, [0, 1, 9, 250, 321]), 2, 8)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 200])

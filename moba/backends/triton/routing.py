@@ -7,7 +7,7 @@ write T · N scores and to read them twice takes a tenth of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from moba.backends.triton.device import Rows, layout_of, padded_head_dim, rows_o
 from moba.backends.triton.launch import Plan, cdiv, run_planned
 from moba.backends.triton.means import Means, global_means, plan_block_means
 from moba.backends.triton.registration import fake, operator
-from moba.backends.triton.select import _select_kernel
+from moba.backends.triton.select import OpenRows, _select_kernel
+from moba.backends.triton.select_once import _select_once_kernel
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.backends.triton.variants import Variant
 from moba.routing import Selection
@@ -28,6 +29,9 @@ from moba.sequences import Sequences
 
 # Lengths of the sorted lists that the kernel is compiled for; a list holds one score more than there are places.
 LIST_LENGTHS = (4, 8, 16)
+# Those that `_select_once_kernel` is compiled for.
+ONCE_LENGTHS = (4, 8)
+ALL_ROWS = OpenRows(None, None)
 # Memory for scores by tokens of a chunk of queries.
 SCORE_BYTES = 256 << 20
 
@@ -129,19 +133,27 @@ def plan_select(
     sequences = Sequences(num_rows, num_queries, num_keys, *bounds)
     padded_dim, element_bytes = padded_head_dim(head_dim), q.element_size()
     table = "select_scored" if by_tokens else "select"
-    config = lookup(
+    config: Mapping[str, Any] = lookup(
         table, arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes, is_packed=is_shared
     )
     places = topk - 1 - keep_first - keep_recent
     length = next((length for length in LIST_LENGTHS if places < length), 0)
     rule = (layout_of(sequences, block_size), block_size, topk, keep_first, keep_recent)
 
-    def select_chunk(rows: Rows, means: Means, scores: Scores, first: int, count: int, **dims: int) -> None:
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, is_needed: bool = True, **named: Any) -> None:
+        if is_needed:
+            plan.launch(kernel, grid, *args, **named)
+        else:
+            plan.foresee(kernel, *args, **named)
+
+    def select_chunk(
+        rows: Rows, means: Means, scores: Scores, first: int, count: int, open_rows: OpenRows = ALL_ROWS, **named: Any
+    ) -> None:
         num_tiles, group = cdiv(count, config["TILE_M"]), num_query_heads // num_kv_heads
         factor = 0.5 ** (group - 1).bit_length() if is_shared else None
-        plan.launch(
-            _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *rule, first, num_tiles,
-            group, factor, **dims, LENGTH=length, **config,
+        launch(
+            _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *rule, open_rows, first,
+            num_tiles, group, factor, **named, LENGTH=length, **config,
         )  # fmt: skip
 
     if by_tokens:
@@ -159,8 +171,29 @@ def plan_select(
         means = plan_block_means(plan, k, sequences, block_size)
     num_kv_heads = means.shape[1]
     tile_d = padded_dim if element_bytes == 2 else min(padded_dim, 32)
-    given = (rows_of(q), Means(means, means.stride(1)), Scores(None, None, None))
-    select_chunk(*given, 0, num_queries, HEAD_DIM=head_dim, TILE_D=tile_d)
+    dims: dict[str, Any] = {"HEAD_DIM": head_dim, "TILE_D": tile_d}
+    given = (rows_of(q), Means(means, means.stride(1)), Scores(None, None, None), 0, num_queries)
+    once: Mapping[str, Any] = lookup(
+        "select_once", arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes,
+        is_packed=is_shared,
+    )  # fmt: skip
+    if not once or length not in ONCE_LENGTHS:
+        select_chunk(*given, **dims)
+        return
+    # One is launched, the other foreseen.
+    is_long = sequences.num_blocks(block_size) >= once["MIN_BLOCKS"]
+    counts = plan.buffer(num_rows, num_heads, dtype=torch.int32)
+    open_rows = OpenRows(counts, plan.buffer(num_rows, num_heads, num_queries if is_long else 1, dtype=torch.int32))
+    if is_long:
+        plan.zero(counts)
+    num_tiles = cdiv(num_queries, once["TILE_M"])
+    launch(
+        _select_once_kernel, (num_rows * num_tiles, num_heads), *given[:2], indices, open_rows, *rule, num_tiles,
+        num_query_heads // num_kv_heads, **dims, LENGTH=length, is_needed=is_long,
+        **{name: value for name, value in once.items() if name != "MIN_BLOCKS"},
+    )  # fmt: skip
+    select_chunk(*given, open_rows=open_rows, is_needed=is_long, **dims)
+    select_chunk(*given, is_needed=not is_long, **dims)
 
 
 def score_chunk(sequences: Sequences, num_heads: int, block_size: int) -> int:

@@ -23,6 +23,8 @@ Letters: M queries of a tile, W = COLUMNS; others in device.py. Two tuples are p
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -212,6 +214,40 @@ def _blocks_at_ranks(
     return found, num_passed
 
 
+class OpenRows(NamedTuple):
+    """Queries that `_select_once_kernel` left open: int32 [R, H], how many; int32 [R, H, T], which, in any order."""
+
+    counts: Any
+    tokens: Any
+
+
+@triton.jit
+def row_candidates(row, token, layout, block_size, keep_first, keep_recent):
+    """Of queries [M]: own block, their sequence's first, how many first and recent ones are kept; `candidates`."""
+    own, first_block = query_places(row, token, layout, block_size)
+    num_first = tl.minimum(keep_first, tl.maximum(own, 0))
+    num_recent = tl.minimum(keep_recent, tl.maximum(own, 0) - num_first)
+    low = first_block + num_first
+    high = first_block + tl.maximum(own, 0) - num_recent
+    begin = tl.min(tl.where(high > low, low, layout.num_blocks))
+    end = tl.max(tl.where(high > low, high, 0))
+    candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
+    return own, first_block, num_first, num_recent, candidates
+
+
+@triton.jit
+def store_kept(indices_base, own, num_first, num_recent, num_scored, topk, is_query):
+    """Store the slots that scores do not decide: the first blocks, and from slot `num_scored` [M] what follows."""
+    for first_slot in range(0, topk, 16):
+        slot = first_slot + tl.arange(0, 16)[None, :]
+        behind = slot - num_scored[:, None]
+        last = tl.where(behind <= num_recent[:, None], (own - num_recent)[:, None] + behind, -1)
+        value = tl.where(slot < num_first[:, None], slot, last)
+        value = tl.where(own[:, None] < 0, -1, value)
+        is_open = (slot < num_first[:, None]) | (behind >= 0)
+        tl.store(indices_base[:, None] + slot, value, mask=is_open & (slot < topk) & is_query)
+
+
 @triton.jit
 def _summed(pointers, mask, stride_h, group, factor):
     """factor · the sum over `group` heads of 16-bit queries, as three tensors of their dtype that add up to it.
@@ -233,32 +269,34 @@ def _summed(pointers, mask, stride_h, group, factor):
 
 @triton.jit
 def _select_kernel(
-    q, means, scores, indices_ptr, layout, block_size, topk, keep_first, keep_recent, first_query, num_tiles,
-    heads_per_kv_head, factor,
+    q, means, scores, indices_ptr, layout, block_size, topk, keep_first, keep_recent, open_rows, first_query,
+    num_tiles, heads_per_kv_head, factor,
     HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, LENGTH: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head) routes TILE_M queries, `first_query` being the first tile's first.
 
     LENGTH is that of the lists, 0 for bisection. Either q and means are given, or scores, and HEAD_DIM is 0. With
-    `factor`, see `_summed`, `head` is a key/value head, whose query heads choose together.
+    `factor`, see `_summed`, `head` is a key/value head, whose query heads choose together. With `open_rows`, only these
+    are routed.
     """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = tl.program_id(1)
     place = tile * TILE_M + tl.arange(0, TILE_M)
-    token = first_query + place
     num_heads = tl.num_programs(1)
-    own, first_block = query_places(row, token, layout, block_size)
-
-    num_first = tl.minimum(keep_first, tl.maximum(own, 0))
-    num_recent = tl.minimum(keep_recent, tl.maximum(own, 0) - num_first)
+    if open_rows.counts is not None:
+        count = tl.load(open_rows.counts + row * num_heads + head)
+        if tile * TILE_M >= count:
+            return
+        tokens = open_rows.tokens + (row * num_heads + head).to(tl.int64) * layout.num_queries
+        place = tl.load(tokens + place, mask=place < count, other=layout.num_queries)
+    token = first_query + place
+    own, first_block, num_first, num_recent, candidates = row_candidates(
+        row, token, layout, block_size, keep_first, keep_recent
+    )
+    low, high = candidates[:2]
     places = topk - 1 - keep_first - keep_recent
-    low = first_block + num_first
-    high = first_block + tl.maximum(own, 0) - num_recent
-    begin = tl.min(tl.where(high > low, low, layout.num_blocks))
-    end = tl.max(tl.where(high > low, high, 0))
-    candidates = (low[:, None], high[:, None], begin, end, tl.max(low), tl.min(high))
 
     is_query = (token < layout.num_queries)[:, None]
     if HEAD_DIM == 0:
@@ -311,12 +349,4 @@ def _select_kernel(
         pointers = (indices_base + num_first)[:, None] + slots
         tl.store(pointers, found - first_block[:, None], mask=slots < num_taken)
 
-    num_scored = num_first + tl.sum(num_taken, axis=1)
-    for first_slot in range(0, topk, 16):
-        slot = first_slot + tl.arange(0, 16)[None, :]
-        behind = slot - num_scored[:, None]
-        last = tl.where(behind <= num_recent[:, None], (own - num_recent)[:, None] + behind, -1)
-        value = tl.where(slot < num_first[:, None], slot, last)
-        value = tl.where(own[:, None] < 0, -1, value)
-        is_open = (slot < num_first[:, None]) | (behind >= 0)
-        tl.store(indices_base[:, None] + slot, value, mask=is_open & (slot < topk) & is_query)
+    store_kept(indices_base, own, num_first, num_recent, num_first + tl.sum(num_taken, axis=1), topk, is_query)

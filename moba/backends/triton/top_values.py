@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """[M, C] -> its first and last C / 2 columns."""
     x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
     return tl.split(tl.permute(x, 0, 2, 1))
@@ -27,19 +27,19 @@ def pieces(x, COUNT: tl.constexpr):
     if COUNT == 1:
         result = (x,)
     else:
-        first, last = _halves(x)
+        first, last = halves(x)
         result = pieces(first, COUNT // 2) + pieces(last, COUNT // 2)
     return result
 
 
 @triton.jit
-def _odd_even_merge(a, b, LENGTH: tl.constexpr):
+def odd_even_merge(a, b, LENGTH: tl.constexpr):
     """One list from two lists of LENGTH (Batcher's odd-even merging network)."""
     if LENGTH == 1:
         result = (tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0]))
     else:
-        even = _odd_even_merge(a[::2], b[::2], LENGTH // 2)
-        odd = _odd_even_merge(a[1::2], b[1::2], LENGTH // 2)
+        even = odd_even_merge(a[::2], b[::2], LENGTH // 2)
+        odd = odd_even_merge(a[1::2], b[1::2], LENGTH // 2)
         result = even[:1]
         for i in tl.static_range(LENGTH - 1):
             result += (tl.maximum(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
@@ -55,7 +55,7 @@ def sorted_list(tensors, LENGTH: tl.constexpr):
     else:
         first = sorted_list(tensors[: LENGTH // 2], LENGTH // 2)
         last = sorted_list(tensors[LENGTH // 2 :], LENGTH // 2)
-        result = _odd_even_merge(first, last, LENGTH // 2)
+        result = odd_even_merge(first, last, LENGTH // 2)
     return result
 
 
@@ -92,7 +92,7 @@ def fold_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.con
         first = values[:0]
         last = values[:0]
         for i in tl.static_range(LENGTH):
-            a, b = _halves(values[i])
+            a, b = halves(values[i])
             first += (a,)
             last += (b,)
         result = fold_columns(merge_lists(first, last, LENGTH, LENGTH), LENGTH, COLUMNS // 2, TO)

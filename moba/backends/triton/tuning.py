@@ -62,6 +62,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_M": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}, max_head_dim=128),
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168}),
     ),
+    # For at least MIN_BLOCKS blocks; no kernel without.
+    "select_once": (
+        Row(
+            {"MIN_BLOCKS": 1024, "TILE_M": 128, "TILE_N": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128},
+            arch=(90,),
+            max_head_dim=128,
+            element_bytes=2,
+            is_packed=False,
+        ),
+        Row({}),
+    ),
     "select_scored": (Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}),),
     "block_scores": (
         Row(
