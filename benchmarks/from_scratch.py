@@ -239,6 +239,7 @@ def train(
     held_out = HeldOut(Path(plain.data.folder), plain.data.context, rows)
     first = read_rows(plain, shards, WARM + TIMED, device)
     seconds: dict[str, float] = {}
+    eager: set[str] = set()
     is_cuda = device.type == "cuda"
     dense = sdpa_kernel(fastest_dense(plain, device), set_priority=True) if is_cuda else nullcontext()
 
@@ -263,11 +264,20 @@ def train(
         _wait(device)
         return None
 
+    def changes_of(arm: str) -> list[str]:
+        return [*changes, *(["training.compile=false"] if arm in eager else [])]
+
     def try_once(arm: str) -> None:
         if arm in seconds or arm in broken:
             return
-        made = arm_recipe(recipe, arm, 0, changes)
+        made = arm_recipe(recipe, arm, 0, changes_of(arm))
         took = attempt(arm, 0, try_arm, made, arm, shards, first)
+        if took is None and made.training.compile:
+            # Slower, but the comparison is the same.
+            tell(f"{arm}: tried again without torch.compile")
+            broken.discard(arm)
+            eager.add(arm)
+            took = attempt(arm, 0, try_arm, arm_recipe(recipe, arm, 0, changes_of(arm)), arm, shards, first)
         if took is not None:
             seconds[arm] = took * made.num_steps + MEASURING
 
@@ -285,7 +295,7 @@ def train(
             if arm in broken or arm not in seconds or now + seconds[arm] * 1.03 > 60 * minutes:
                 tell(f"{arm}, seed {seed}: left out after {now:.0f} s")
                 continue
-            made = arm_recipe(recipe, arm, seed, changes)
+            made = arm_recipe(recipe, arm, seed, changes_of(arm))
             began = time.perf_counter()
             record = attempt(arm, seed, train_run, made, arm, shards, held_out, device)
             if record is not None:

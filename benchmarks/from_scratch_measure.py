@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba.hf import get_moba_config, set_moba_config
+from moba.validate import first_line
 from moba_lab.data import open_shards
 from moba_lab.evals.language import append_copy, summarise_copy
 from moba_lab.evals.routing import averages, routing_quality
@@ -41,19 +43,23 @@ def fastest_dense(recipe: Recipe, device: torch.device) -> list[SDPBackend]:
     times: dict[SDPBackend, float] = {}
     for backend in _DENSE:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Compiled, as in training: the choice among backends is made when a graph is, and each may fail there.
+        torch.compiler.reset()
+        attend = torch.compile(partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True))
         try:
             with sdpa_kernel(backend):
                 for turn in range(8):
                     if turn == 3:
                         begin.record()
-                    F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(grad)
+                    attend(q, k, v).backward(grad)
+            end.record()
+            torch.cuda.synchronize(device)
         except RuntimeError as error:
-            print(f"{backend.name}: {error}", flush=True)
+            print(f"{backend.name}: {first_line(error)}", flush=True)
             continue
-        end.record()
-        torch.cuda.synchronize(device)
         times[backend] = begin.elapsed_time(end) / 5
         print(f"dense attention, {backend.name}: {times[backend]:.2f} ms a layer, both ways", flush=True)
+    torch.compiler.reset()
     return [*sorted(times, key=lambda backend: times[backend]), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -76,6 +76,16 @@ def test_ended_runs_are_not_repeated_and_failed_arms_are_left_out(data, tmp_path
     assert records[1]["error"] == "ValueError: as broken as can be"
 
 
+def test_an_arm_that_does_not_compile_is_trained_without(data, tmp_path, monkeypatch):
+    def fails(model):
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(from_scratch, "compile_layers", fails)
+    failed, ended = run(data, tmp_path / "gap.jsonl", "moba:0", changes=[*CHANGES, "training.compile=true"])
+    assert failed["error"] == "RuntimeError: no graph"
+    assert not ended["recipe"]["training"]["compile"]
+
+
 def test_operations_are_those_of_the_keys_that_are_read(data):
     counted = {}
     for arm in ("dense", "moba", "local"):
