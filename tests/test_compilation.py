@@ -49,14 +49,17 @@ def test_what_is_missing_is_named(options, message):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What calls would launch on an H100, whose results are left as they are in memory."""
+    """What calls would launch on an H100, whose results are left as they are in memory: NaN, and the largest integer."""
     variants = set()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(launch.Plan, "run", lambda plan, *tensors, **options: variants.update(plan.variants()))
     monkeypatch.setattr(backends, "resolve", lambda *args, **options: triton)
     for module in (attention, block_scores, decoding, routing):
         monkeypatch.setattr(module, "arch_of", lambda device: 90)
     monkeypatch.setattr(launch, "_plans", {})
-    return variants
+    yield variants
+    torch.use_deterministic_algorithms(False)
 
 
 def warmed_up(config, heads, **more):
