@@ -49,7 +49,7 @@ def test_what_is_missing_is_named(options, message):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What calls would launch on an H100, whose results are left as they are in memory: NaN, and the largest integer."""
+    """What calls would launch on an H100; results stay what memory is filled with: NaN, and the largest integer."""
     variants = set()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
