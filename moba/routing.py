@@ -19,6 +19,7 @@ from moba.numerics import accumulation_dtype
 from moba.routers import ScoreFunction, TopP, max_token_scores, ranks_by_means, score_function
 from moba.sequences import Sequences, Span
 from moba.threads import for_each
+from moba.top_blocks import top_blocks
 from moba.validate import describe, is_readable
 
 P = ParamSpec("P")
@@ -254,32 +255,6 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def top_blocks(scores: Tensor, count: int, *, may_wait: bool = True) -> Tensor:
-    """The `count` largest scores of each row, ties to the lower index; -inf entries come last.
-
-    torch.topk promises no order among equal scores, so rows whose last place is contested are sorted stably.
-
-    Args:
-        scores: [..., N], no NaN. count: 1 … N.
-        may_wait: False sorts every row, so that the host does not wait to learn whether a row is contested.
-
-    Returns:
-        int64 [..., count] in no particular order.
-    """
-    num_blocks = scores.shape[-1]
-    if not may_wait:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    values, indices = scores.topk(min(count + 1, num_blocks), dim=-1)
-    indices = indices[..., :count]
-    if count == num_blocks:
-        return indices
-    contested = (values[..., count - 1] == values[..., count]) & (values[..., count] > -torch.inf)
-    if contested.any():
-        ranked = scores[contested].sort(dim=-1, descending=True, stable=True).indices
-        indices[contested] = ranked[..., :count]
-    return indices
-
-
 def kept_indices(positions: Tensor, selection: Selection) -> Tensor:
     """The routing when kept blocks fill every place: the first, the nearest past, and the own block.
 
@@ -309,10 +284,12 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait
     num_blocks = scores.shape[-1]
     block = torch.arange(num_blocks, device=scores.device)
     own = own[:, None, None]
-    kept = (block < selection.keep_first) | (block >= own - selection.keep_recent)
     limit = torch.finfo(scores.dtype).max
     finite = torch.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
-    scores = finite.masked_fill(kept, torch.inf).masked_fill_(block >= own, -torch.inf)
+    scores = finite if selection.top_p is None else finite.clone()
+    if selection.keep_first or selection.keep_recent:
+        scores.masked_fill_((block < selection.keep_first) | (block >= own - selection.keep_recent), torch.inf)
+    scores.masked_fill_(block >= own, -torch.inf)
     places = min(selection.topk - 1, num_blocks)
     past = top_blocks(scores, places, may_wait=may_wait) if places else own.new_empty(*scores.shape[:-1], 0)
     if selection.top_p is not None and places:

@@ -10,8 +10,8 @@ from test_decode import BLOCK, TOPK, Pages, int32, means_of
 from moba import append_block_means, moba_attention, moba_attention_paged, moba_route
 from moba.backends import load
 from moba.backends.pytorch import decoding as cached
-from moba.routing import top_blocks
 from moba.sequences import Sequences
+from moba.top_blocks import top_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -38,10 +38,14 @@ def test_nothing_grows_with_the_context(kind, dtype, monkeypatch):
     assert largest[0] == largest[1]
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
-def test_the_best_blocks_are_the_same_whether_the_host_may_wait_or_not(count):
-    scores = torch.randint(0, 4, (50, 7)).float().masked_fill(torch.rand(50, 7) < 0.3, -torch.inf)
-    expected = torch.tensor([sorted(sorted(range(7), key=lambda j: (-row[j], j))[:count]) for row in scores.tolist()])
+@pytest.mark.parametrize(
+    ("num_blocks", "count"), [(7, 1), (7, 3), (7, 7), (109, 8), (130, 2), (130, 8), (511, 8), (640, 8)]
+)
+def test_the_best_blocks_are_the_same_whether_the_host_may_wait_or_not(num_blocks, count):
+    shape = (50, num_blocks)
+    scores = torch.randint(0, 4 * num_blocks // 7, shape).float().masked_fill(torch.rand(shape) < 0.3, -torch.inf)
+    ranked = [sorted(range(num_blocks), key=lambda j: (-row[j], j))[:count] for row in scores.tolist()]
+    expected = torch.tensor([sorted(row) for row in ranked])
     # Of entries that no query may choose, -inf, any may come.
     for may_wait in (True, False):
         chosen = top_blocks(scores, count, may_wait=may_wait).sort(dim=-1).values
