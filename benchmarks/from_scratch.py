@@ -235,11 +235,15 @@ def train(
     broken = {record["arm"] for record in done if "error" in record}
     ended = {(record["arm"], record["seed"]) for record in done}
     plain = arm_recipe(recipe, "moba", 0, changes)
+    fixed = {"optimizer": "muon", "learning_schedule": "cosine", "checkpoint_activations": False}
+    if other := [name for name, value in fixed.items() if getattr(plain.training, name) != value]:
+        raise typer.BadParameter(f"training.{other[0]} must be {fixed[other[0]]!r} here")
     shards = open_shards(plain.data.folder)
     held_out = HeldOut(Path(plain.data.folder), plain.data.context, rows)
     first = read_rows(plain, shards, WARM + TIMED, device)
     seconds: dict[str, float] = {}
     eager: set[str] = set()
+    errors: dict[str, str] = {}
     is_cuda = device.type == "cuda"
     dense = sdpa_kernel(fastest_dense(plain, device), set_priority=True) if is_cuda else nullcontext()
 
@@ -247,7 +251,11 @@ def train(
         with out.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def attempt(arm: str, seed: int, what: Any, *args: Any) -> Any:
+    def give_up(arm: str, seed: int) -> None:
+        broken.add(arm)
+        add({"arm": arm, "seed": seed, "error": errors[arm]})
+
+    def attempt(arm: str, what: Any, *args: Any) -> Any:
         # cuDNN's masks are slower, where it takes them.
         masked = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if is_cuda and arm == "local" else nullcontext()
         try:
@@ -255,8 +263,7 @@ def train(
                 return what(*args)
         except Exception as error:
             traceback.print_exc()
-            broken.add(arm)
-            add({"arm": arm, "seed": seed, "error": f"{type(error).__name__}: {error}"[:2000]})
+            errors[arm] = f"{type(error).__name__}: {error}"[:2000]
         finally:
             gc.collect()
             torch.cuda.empty_cache()
@@ -271,14 +278,15 @@ def train(
         if arm in seconds or arm in broken:
             return
         made = arm_recipe(recipe, arm, 0, changes_of(arm))
-        took = attempt(arm, 0, try_arm, made, arm, shards, first)
+        took = attempt(arm, try_arm, made, arm, shards, first)
         if took is None and made.training.compile:
             # Slower, but the comparison is the same.
             tell(f"{arm}: tried again without torch.compile")
-            broken.discard(arm)
             eager.add(arm)
-            took = attempt(arm, 0, try_arm, arm_recipe(recipe, arm, 0, changes_of(arm)), arm, shards, first)
-        if took is not None:
+            took = attempt(arm, try_arm, arm_recipe(recipe, arm, 0, changes_of(arm)), arm, shards, first)
+        if took is None:
+            give_up(arm, 0)
+        else:
             seconds[arm] = took * made.num_steps + MEASURING
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -297,8 +305,10 @@ def train(
                 continue
             made = arm_recipe(recipe, arm, seed, changes_of(arm))
             began = time.perf_counter()
-            record = attempt(arm, seed, train_run, made, arm, shards, held_out, device)
-            if record is not None:
+            record = attempt(arm, train_run, made, arm, shards, held_out, device)
+            if record is None:
+                give_up(arm, seed)
+            else:
                 add(record)
                 seconds[arm] = time.perf_counter() - began
                 tell(told(record) + f"; {seconds[arm]:.0f} s, {now + seconds[arm]:.0f} s in all")

@@ -139,7 +139,7 @@ def test_ties_go_to_the_lower_block(keys, topk):
 @pytest.fixture
 def one_pass(monkeypatch):
     """Selections of any length are made in one pass, by small tiles."""
-    config = {"MIN_BLOCKS": 1, "TILE_M": 16, "TILE_N": 64, "num_warps": 4, "num_stages": 2}
+    config = {"MIN_BLOCKS": 1, "TILE_M": 16, "num_warps": 4, "num_stages": 2}
     rows = (tuning.Row(config, element_bytes=2, is_packed=False), tuning.Row({}))
     monkeypatch.setitem(tuning.TABLE, "select_once", rows)
     monkeypatch.setattr(launch, "_plans", {})
@@ -166,7 +166,7 @@ def test_selection_in_one_pass(one_pass, case, dtype):
     assert_same_routing(q, k, plain(q, k), *rule)
 
 
-@pytest.mark.parametrize("keys", ["constant", "alternating", "one class", "not finite", "lowest"])
+@pytest.mark.parametrize("keys", ["constant", "alternating", "one class", "not finite", "zeros", "lowest"])
 def test_rows_that_one_pass_leaves_open(one_pass, keys):
     q, k = inputs(1, 60, 800, 1, 1, 16, 4, torch.bfloat16)
     q = q.abs() + 1
@@ -177,6 +177,9 @@ def test_rows_that_one_pass_leaves_open(one_pass, keys):
         k = (block % 2).expand_as(k).bfloat16()
     elif keys == "one class":
         k = torch.where(block % 16 == 3, block + 1, -block).expand_as(k).bfloat16()
+    elif keys == "zeros":
+        # Of both signs on a GPU, whose matrix products do not begin with a zero.
+        k = torch.where(torch.rand(800, device=DEVICE) < 0.5, -0.0, 0.0)[None, :, None, None].expand_as(k).bfloat16()
     elif keys == "not finite":
         k = torch.where(block == 70, torch.nan, torch.where(block == 90, torch.inf, k))
         q[:, 20:40] = torch.where(torch.rand_like(q[:, 20:40]) < 0.1, -torch.inf, q[:, 20:40])
@@ -186,6 +189,8 @@ def test_rows_that_one_pass_leaves_open(one_pass, keys):
         k[..., :3] = torch.tensor([-(1 - 2.0**-8) * 2.0**n for n in (128, 120, 112)], device=DEVICE)
         q = torch.ones_like(q)
         assert_same_routing(q, k[:, :60], plain(q, q), 1, 8)
+        lengths = [5, 5, 6, 4]
+        assert_same_routing(q[:, :20], k[:, :20], packed(q[:, :20], k[:, :20], lengths, lengths), 1, 8)
     assert_same_routing(q, k, plain(q, k), 4, 8)
 
 

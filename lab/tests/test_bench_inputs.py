@@ -82,3 +82,18 @@ def test_a_choice_is_counted():
     # Entries of past blocks 0, 1, 2 are 6, 0, 0 and 1, 3, 0.
     assert record["fullest block"] == round((3 + 9 / 4) / 2, 1)
     assert record["of any head"] == 3.0
+
+
+def test_the_reference_is_not_timed_beside_packed_documents(moba):
+    code, _, err = moba("bench", "attention", "--tokens", 64, "--documents", 2, "--reference", "--device", "cpu")
+    assert code == 2
+    assert "--reference reads one document" in err
+
+
+def test_a_case_without_its_model_fails_alone(monkeypatch):
+    def no_model(tokens, device):
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(inputs, "model_heads", no_model)
+    case = Case(64, 2, 1, 64, 8, 3, torch.float32, routing="model")
+    assert run_case(case, CPU, "auto", 1, False, {})["failed"] == "no such model"

@@ -81,9 +81,16 @@ def test_an_arm_that_does_not_compile_is_trained_without(data, tmp_path, monkeyp
         raise RuntimeError("no graph")
 
     monkeypatch.setattr(from_scratch, "compile_layers", fails)
-    failed, ended = run(data, tmp_path / "gap.jsonl", "moba:0", changes=[*CHANGES, "training.compile=true"])
-    assert failed["error"] == "RuntimeError: no graph"
-    assert not ended["recipe"]["training"]["compile"]
+    for runs in (["moba:0"], ["moba:0", "moba:1"]):
+        ended = run(data, tmp_path / "gap.jsonl", *runs, changes=[*CHANGES, "training.compile=true"])
+        assert [(record["arm"], record["seed"]) for record in ended] == [("moba", seed) for seed in range(len(runs))]
+        assert not any(record["recipe"]["training"]["compile"] for record in ended)
+
+
+def test_what_is_the_same_in_all_runs_is_not_changed_silently(data, tmp_path):
+    given = ["train", "moba:0", "--out", str(tmp_path / "gap.jsonl"), "--recipe", str(RECIPE)]
+    result = CliRunner().invoke(from_scratch.app, [*given, "-s", "training.optimizer=adamw"])
+    assert "training.optimizer must be 'muon' here" in result.output
 
 
 def test_operations_are_those_of_the_keys_that_are_read(data):

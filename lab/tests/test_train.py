@@ -202,6 +202,8 @@ def test_what_helps_is_trained_and_resumed(file, tmp_path, change):
     losses = log_of(whole, "loss")
     assert log_of(resumed, "loss") == losses
     assert losses[-1][0] < losses[0][0]
+    state = torch.load(all_checkpoints(whole)[-1] / "optimizer.pt")["state"].values()
+    assert any("momentum_buffer" in values for values in state) == ("muon" in change)
     if "convolution" in change:
         assert any("key_convolution" in name for name in safetensors.torch.load_file(whole / "model/model.safetensors"))
 

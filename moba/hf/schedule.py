@@ -11,6 +11,7 @@ each different stage once, however often the training returns to it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +53,7 @@ class Schedule:
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must lie in [0, 1], got {progress!r}")
-        config = [config for start, config in self.stages if start <= progress][-1]
+        config = self.stages[bisect_right(self.stages, progress, key=lambda stage: stage[0]) - 1][1]
         if config is not None:
             return config
         # The blocks of another stage, so that a saved model records them; full layers ignore them.
@@ -89,7 +90,8 @@ def hybrid(config: MoBAConfig, *, full_from: float = 0.9) -> Schedule:
 
 def mixed(config: MoBAConfig, *, every: int, num_steps: int, at: float = 0.0) -> Schedule:
     """Use MoBA, and full attention in the first of every `every` steps, which teaches keys that MoBA never reads to be
-    quiet ("SSA", arXiv 2511.20102). The last step is MoBA's, so that the model is saved with it.
+    quiet ("SSA", arXiv 2511.20102). The last step is MoBA's, so that the model is saved with it; an evaluation or a
+    checkpoint behind a step of full attention finds full attention.
 
     Args:
         every: >= 2. num_steps: of the training, >= 2.

@@ -76,6 +76,8 @@ def attention(
         shape = (tokens, heads, kv_heads or heads, head_dim, block_size, topk, case_dtype)
         if tokens % documents:
             raise typer.BadParameter(f"--tokens must be a multiple of --documents {documents}, got {tokens}")
+        if reference and documents > 1:
+            raise typer.BadParameter("--reference reads one document: it cannot be combined with --documents")
         cases = [Case(*shape, reference=reference, router=router, routing=routing, documents=documents)]
     else:
         cases = fixed_blocks_suite() if fixed_blocks else attention_suite(where)
@@ -97,8 +99,11 @@ def run_case(
     Dense attention does not know of blocks: `measured` keeps its results for the next case of the same shape.
     """
     torch.manual_seed(0)
-    q, k, v, d_out = make_inputs(case, device)
     record = {**case.to_dict(), "moba_flops": case.moba_flops, "dense_flops": case.dense_flops}
+    try:
+        q, k, v, d_out = make_inputs(case, device)
+    except ValueError as error:  # there is no model, or not one that fits: other cases go on
+        return {**record, "failed": str(error)}
     length = case.tokens // case.documents
     cu_seqlens = torch.arange(0, case.tokens + 1, length, device=device, dtype=torch.int32)
     chosen: Any = {"block_size": case.block_size, "topk": case.topk, "router": case.router}
@@ -191,7 +196,7 @@ def _measure(
         result = _named("forward", measure_call(forward, q.device, warmups=warmups, repeats=repeats))
         if backward:
             result |= _named("train", measure_call(train, q.device, warmups=warmups, repeats=repeats))
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, TypeError, torch.OutOfMemoryError) as error:  # TypeError: an older torch
         return {"failed": str(error).splitlines()[0][:200]}
     return result
 

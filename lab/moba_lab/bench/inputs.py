@@ -50,21 +50,21 @@ def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 
 def _of_model(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    all_q, all_k = model_heads(case.tokens, device)  # [G, T, 3, d], [G, T, d]
+    all_q, all_k = model_heads(case.tokens, device)  # [G, T, 3, d], [G, T, d], on the CPU
     dim = all_k.shape[-1]
     if case.head_dim % dim:
         raise ValueError(f"--routing model: --head-dim must be a multiple of the model's {dim}, got {case.head_dim}")
     repeats, group = case.head_dim // dim, case.heads // case.kv_heads
-    chosen = torch.linspace(0, len(all_k) - 1, case.kv_heads, device=device).round().long()
-    member = torch.arange(group, device=device) % all_q.shape[2]
-    q = all_q[chosen][:, :, member].transpose(0, 1).flatten(1, 2).repeat(1, 1, repeats) * repeats**-0.5
-    k = all_k[chosen].transpose(0, 1).repeat(1, 1, repeats)
-    return q[None].to(case.dtype), k[None].to(case.dtype)
+    chosen = torch.linspace(0, len(all_k) - 1, case.kv_heads).round().long()
+    q, k = all_q[chosen].to(device, case.dtype), all_k[chosen].to(device, case.dtype)
+    member = torch.arange(group, device=device) % q.shape[2]
+    q = q[:, :, member].transpose(0, 1).flatten(1, 2).repeat(1, 1, repeats) * repeats**-0.5
+    return q[None], k.transpose(0, 1).repeat(1, 1, repeats)[None]
 
 
 @lru_cache(maxsize=1)
 def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every key/value head of the model's MoBA layers: its query heads [G, T, 3, d] and keys [G, T, d].
+    """Of every key/value head of the model's MoBA layers, its query heads [G, T, 3, d] and keys [G, T, d], on the CPU.
 
     Raises:
         ValueError: if the model cannot be loaded, or the addresses are shorter.
@@ -82,8 +82,8 @@ def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     keys: dict[int, Tensor] = {}
 
     def observe(layer: int, q: Tensor, k: Tensor, *rest: object) -> None:
-        queries.setdefault(layer, []).append(q.clone())
-        keys[layer] = k
+        queries.setdefault(layer, []).append(q.cpu())
+        keys[layer] = k.cpu()
 
     with torch.no_grad(), observe_layers(model.to(device), observe):
         prefill(model, ids[:tokens].to(device), chunk_tokens=chunk_tokens_for(device))

@@ -6,7 +6,7 @@ both. Blocks of a piece fall into CLASSES, each of which keeps a list of its LIS
 
 That decides all rows but few, which are left open; `_select_kernel` routes these. A row is open
 
-- if the score of its last place and the next one differ in the replaced bits alone, as equal ones do;
+- if the score of its last place and the next one differ in the replaced bits alone, as equal ones do, or are zeros;
 - if one class holds LIST scores that find places, since it may have lost another one;
 - if a score is not finite, or so low that it cannot be told from a masked one.
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.device import LOWEST_LOGIT, LOWEST_SCORE
-from moba.backends.triton.select import row_candidates, store_kept
+from moba.backends.triton.select import TILE_N, row_candidates, store_kept
 from moba.backends.triton.top_values import halves, merge_columns, merge_lists, odd_even_merge, pieces, sorted_list
 
 CLASSES = tl.constexpr(16)
@@ -54,7 +54,6 @@ def _row_list(lists, LENGTH: tl.constexpr):
 def _select_once_kernel(
     q, means, indices_ptr, open_rows, layout, block_size, topk, keep_first, keep_recent, num_tiles, heads_per_kv_head,
     HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, LENGTH: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head) routes TILE_M queries of 16 bits, and lists those that it leaves open.
 
@@ -120,8 +119,11 @@ def _select_once_kernel(
         last = tl.where(num_taken == i + 1, row_list[i], last)
         following = tl.where(num_taken == i, row_list[i], following)
         num_real += (row_list[i] > LOWEST_LOGIT).to(tl.int32)
-    differ = (last.to(tl.int32, bitcast=True) ^ following.to(tl.int32, bitcast=True)) & kept_bits
-    is_open = ((num_candidates > places) & (differ == 0)) | (num_real < num_taken)
+    last_bits, following_bits = last.to(tl.int32, bitcast=True), following.to(tl.int32, bitcast=True)
+    # Zeros are equal whatever their signs.
+    is_zero = ((last_bits | following_bits) & kept_bits & 0x7FFFFFFF) == 0
+    is_tied = (((last_bits ^ following_bits) & kept_bits) == 0) | is_zero
+    is_open = ((num_candidates > places) & is_tied) | (num_real < num_taken)
     is_open = tl.max(is_open.to(tl.int32), axis=1, keep_dims=True)
     last = tl.max(last, axis=1, keep_dims=True)
     is_doubtful = not_finite != not_finite

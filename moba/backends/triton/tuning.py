@@ -65,7 +65,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # For at least MIN_BLOCKS blocks; no kernel without.
     "select_once": (
         Row(
-            {"MIN_BLOCKS": 1024, "TILE_M": 128, "TILE_N": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128},
+            {"MIN_BLOCKS": 1024, "TILE_M": 128, "num_warps": 8, "num_stages": 2, "maxnreg": 128},
             arch=(90,),
             max_head_dim=128,
             element_bytes=2,
