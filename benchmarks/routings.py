@@ -15,14 +15,13 @@ import torch
 import typer
 from torch import Tensor
 
-from moba import MoBAConfig, moba_attention, register_moba
+from moba import MoBAConfig, moba_attention
 from moba.hf.record import record_routings
+from moba_lab.bench.inputs import trained_model
 from moba_lab.bench.machine import describe
 from moba_lab.bench.report import Records, write
 from moba_lab.evals.reader import chunk_tokens_for
-from moba_lab.evals.texts import haystack_text
 from moba_lab.models.generation import prefill
-from moba_lab.models.load import load_model
 
 RESULTS = Path(__file__).parent / "results"
 WINDOWS = (16, 32, 64, 128)
@@ -36,14 +35,10 @@ def main(
 ) -> None:
     """Count what every layer chooses in the second half of a text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    register_moba(MoBAConfig(block_size, topk))
-    model, tokenizer = load_model("activated", dtype=torch.bfloat16, attn_implementation="moba")
-    ids = torch.tensor(tokenizer(haystack_text(), verbose=False)["input_ids"])
-    if ids.numel() < tokens:
-        raise typer.BadParameter(f"--tokens must be at most the text's {ids.numel():,}, got {tokens:,}")
-    with torch.no_grad(), record_routings(model.to(device)) as record:
+    model, ids = trained_model(tokens, MoBAConfig(block_size, topk), device)
+    with torch.no_grad(), record_routings(model) as record:
         progress = lambda read: print(f"{read:,} of {tokens:,} tokens", flush=True)  # noqa: E731
-        prefill(model, ids[:tokens].to(device), chunk_tokens=chunk_tokens_for(device), on_progress=progress)
+        prefill(model, ids, chunk_tokens=chunk_tokens_for(device), on_progress=progress)
     routings = record.joined()
     records: Records = []
     for layer, routing in routings.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,22 @@ def _of_model(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     return q[None], k.transpose(0, 1).repeat(1, 1, repeats)[None]
 
 
+def trained_model(tokens: int, config: MoBAConfig, device: torch.device) -> tuple[Any, Tensor]:
+    """SmolLM2 as trained with MoBA, in bf16, to read with `config`; and so many tokens of addresses, int64 [T].
+
+    Raises:
+        ValueError: if it cannot be loaded, or the addresses are shorter.
+    """
+    from moba_lab.models.load import load_model
+
+    register_moba(config)
+    model, tokenizer = load_model("activated", dtype=torch.bfloat16, attn_implementation="moba")
+    ids = torch.tensor(tokenizer(haystack_text(), verbose=False)["input_ids"])
+    if ids.numel() < tokens:
+        raise ValueError(f"--tokens must be at most the {ids.numel():,} of the text, got {tokens:,}")
+    return model.to(device), ids[:tokens].to(device)
+
+
 @lru_cache(maxsize=1)
 def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of every key/value head of the model's MoBA layers, its query heads [G, T, 3, d] and keys [G, T, d], on the CPU.
@@ -71,13 +88,8 @@ def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     from moba_lab.evals.routing import observe_layers
     from moba_lab.models.generation import prefill
-    from moba_lab.models.load import load_model
 
-    register_moba(TRAINED)
-    model, tokenizer = load_model("activated", dtype=torch.bfloat16, attn_implementation="moba")
-    ids = torch.tensor(tokenizer(haystack_text(), verbose=False)["input_ids"])
-    if ids.numel() < tokens:
-        raise ValueError(f"--routing model: --tokens must be at most the {ids.numel():,} of its text, got {tokens:,}")
+    model, ids = trained_model(tokens, TRAINED, device)
     queries: dict[int, list[Tensor]] = {}
     keys: dict[int, Tensor] = {}
 
@@ -85,8 +97,8 @@ def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         queries.setdefault(layer, []).append(q.cpu())
         keys[layer] = k.cpu()
 
-    with torch.no_grad(), observe_layers(model.to(device), observe):
-        prefill(model, ids[:tokens].to(device), chunk_tokens=chunk_tokens_for(device))
+    with torch.no_grad(), observe_layers(model, observe):
+        prefill(model, ids, chunk_tokens=chunk_tokens_for(device))
     k = torch.cat([keys[layer].transpose(0, 1) for layer in keys])
     q = torch.cat([torch.cat(parts).unflatten(1, (k.shape[0] // len(keys), -1)).transpose(0, 1)
                    for parts in queries.values()])  # fmt: skip
