@@ -65,7 +65,8 @@ def moba_attention(
     Args:
         q: [B, T, H, D]. The queries are the last T of the S positions: prefill, chunked prefill and decode alike.
         k: [B, S, G, D], T <= S, G divides H, of q's dtype (fp16, bf16, fp32, fp64) and device. Any strides with a
-            contiguous last dimension; never copied or expanded.
+            contiguous last dimension; never expanded, and copied only by autocast, or where torch's dense attention
+            serves and Dv differs from D.
         v: [B, S, G, Dv], with k's dtype, device and rule for strides. Dv may differ from D; both are at most 256.
         block_size: tokens in a block, >= 1. Blocks are counted from each sequence's first real key.
         topk: blocks a query attends to, its own included, >= 1. May be left out with routing or block_indices.
@@ -84,8 +85,9 @@ def moba_attention(
             read once; numbers below 0 or beyond the query's own block are ignored; the own block is always read.
         block_indices: int32 or int64 [B, T, G or H, K]: attend over a selection that somebody else made, such as a
             model's own indexer: a list for every query head, or one that the query heads of a key/value head share. In
-            any order, -1 for none; read as a `routing` is. With at most 16 queries a row and no gradient asked for,
-            it is a step of decoding: memory is read for the listed keys alone.
+            any order, counted from key_start, -1 for none. Repeats are read once, numbers beyond the query's own block
+            are ignored, and the own block is read besides: K + 1 blocks in all where it is not listed. With at most 16
+            queries a row and no gradient asked for, it is a step of decoding: memory is read for these keys alone.
         own_block: True: every query also reads its own block. False: only if block_indices list it (a query left
             without blocks gives zeros and an lse of -inf); on a GPU "auto" then takes the pytorch backend, and
             backend="triton" raises.
@@ -102,8 +104,8 @@ def moba_attention(
 
     Returns:
         out [B, T, H, Dv]; or a tuple of out, lse (fp32, natural log, [B, T, H]; fp64 for fp64) and the `Routing`, of
-        what was asked for, in that order. Differentiable in q, k and v through out and lse, not through the selection.
-        A `routing` that was given is returned as it is; that of block_indices has K or K + 1 places.
+        what was asked for, in that order. Differentiable in q, k, v and sinks through out and lse, not through the
+        selection. A `routing` that was given is returned as it is; that of block_indices has K or K + 1 places.
 
     Raises:
         ValueError: naming the argument, what it was, and what is valid.

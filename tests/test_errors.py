@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -290,6 +291,19 @@ def test_a_block_larger_than_any_memory_in_pages_that_no_power_of_two_divides(na
     torch.testing.assert_close(out, moba_attention(q, k, v, block_size=16, topk=2, backend=named))
     fitting = Sequences(1, 1, 18, key_end=pages["key_end"], page_table=pages["page_table"]).fitting_block_size(6 << 40)
     assert fitting % 6 == 0
+
+
+def test_a_gpu_that_falls_back_to_plain_torch_is_warned_of(monkeypatch, caplog):
+    x = SimpleNamespace(is_meta=False, device=torch.device("cuda", 0))
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "unavailable", lambda name, *_, **asked: "not for this" if name == "triton" else None)
+    for _ in range(2):
+        assert backends.resolve("auto", x, x, own_block=False) is backends.load("pytorch")
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == (
+        "WARNING",
+        "backend=\"auto\" takes 'pytorch' on cuda:0: not for this",
+    )
 
 
 def test_heads_and_tokens_that_seem_to_have_changed_places_are_warned_of(recwarn):

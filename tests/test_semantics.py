@@ -1,4 +1,4 @@
-"""DESIGN's semantics, one meaning for every backend. A new backend joins through `--backend`."""
+"""What `moba_attention` says that it does, one meaning for every backend. A new backend joins through `--backend`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN's semantics of blocks that somebody else selected. Over every backend, as test_semantics.py."""
+"""Semantics of blocks that somebody else selected. Over every backend, as test_semantics.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN's semantics: gradients, repeats, precision. Over every backend, as test_semantics.py."""
+"""Semantics: gradients, repeats, precision. Over every backend, as test_semantics.py."""
 
 from __future__ import annotations
 

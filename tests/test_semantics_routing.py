@@ -1,4 +1,4 @@
-"""DESIGN's semantics: which blocks are chosen, and what a routing means. Over every backend, as test_semantics.py."""
+"""Semantics: which blocks are chosen, and what a routing means. Over every backend, as test_semantics.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN's semantics of attention sinks and softcaps. Over every backend, as test_semantics.py."""
+"""Semantics of attention sinks and softcaps. Over every backend, as test_semantics.py."""
 
 from __future__ import annotations
 

@@ -108,5 +108,7 @@ def resolve(name: str, q: Tensor, k: Tensor, **asked: bool) -> ModuleType:
     if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
         _announced.add((q.device.type, chosen))
         reason = "" if chosen == candidates[0] else f": {unavailable(candidates[0], q, k, **asked)}"
-        logger.info('backend="auto" takes %r on %s%s', chosen, q.device, reason)
+        # A GPU without its kernels is many times slower, which nobody should have to find out.
+        level = logging.WARNING if reason and q.device.type == "cuda" else logging.INFO
+        logger.log(level, 'backend="auto" takes %r on %s%s', chosen, q.device, reason)
     return load(chosen)

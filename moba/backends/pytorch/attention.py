@@ -3,7 +3,8 @@
 A pass takes the query heads of one kv head over a range of queries. Its past blocks become tiles: up to M of the rows
 (query, head) that chose one block, beside that block's keys. Every row's results land in parts, which `merge_partials`
 merges: K - 1 for the past blocks, one for the own block up to the query, and where the pass begins inside a block, one
-for that block's keys before the pass.
+for that block's keys before the pass. Read `_forward_pass` and `_backward_pass` first; `_passes` and `_Turn` share the
+work among threads.
 
 Letters: T query tokens, H query heads, G key/value heads, D head dim, Dv that of values, N blocks, K = topk, M rows of
 a tile.

@@ -1,8 +1,9 @@
 """MoBA in Triton kernels, for NVIDIA GPUs of compute capability 8.0 and newer; on CPU tensors in Triton's interpreter.
 
-Reading order: device.py (letters, where sequences and blocks lie), routing.py (block means, scores, selection),
-by_block.py (each block's queries), then the attention kernels; decoding.py for steps of decoding. See `moba.backends`
-for the contract.
+Reading order: device.py (letters, where sequences and blocks lie); select.py (the choice); by_block.py (each block's
+queries); forward.py (`_attend_past_kernel`, then the merge with the own block); dkv.py and dq.py (the backward);
+decode_select.py and decode_attend.py (a step of decoding). launch.py, workspace.py, tuning.py and variants.py say how
+kernels are launched, and can wait. See `moba.backends` for the contract.
 """
 
 from __future__ import annotations
