@@ -96,11 +96,12 @@ class Case(Shape):
     @property
     def moba_flops(self) -> float:
         """Operations of the forward's two products over the keys attended to: 4 · D a (query, key) pair."""
-        size, total = self.block_size, 0
+        size, most = self.block_size, self.topk - 1
         whole, rest = divmod(self.tokens // self.documents, size)
-        for block in range(whole + (rest > 0)):
-            queries = size if block < whole else rest
-            total += queries * min(block, self.topk - 1) * size + queries * (queries + 1) // 2
+        few = min(whole, self.topk)  # blocks that have fewer past ones than places
+        past = few * (few - 1) // 2 + (whole - few) * most
+        total = size**2 * past + whole * size * (size + 1) // 2
+        total += rest * min(whole, most) * size + rest * (rest + 1) // 2
         return 4.0 * self.heads * self.head_dim * total * self.documents
 
     @property
