@@ -56,6 +56,7 @@ def start(folder):
         "eval needle", "eval ruler",
         "eval loss", "eval sparsity", "eval copy", "eval layers", "eval routing", "eval lm-eval -- --tasks x",
         f"bench attention {ONE_CASE} --out made/x", f"bench decode {ONE_CASE} --out made/x",
+        f"bench attention {ONE_CASE} --routing model",
     ],
 )  # fmt: skip
 def test_with_torch_typer_and_rich_alone(start, arguments):

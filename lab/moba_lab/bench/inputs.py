@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba import MoBAConfig, register_moba
-from moba.config import require_one_of
+from moba.config import MoBAConfig, require_one_of
 from moba_lab.bench.cases import Case
-from moba_lab.evals.reader import chunk_tokens_for
-from moba_lab.evals.texts import haystack_text
 
 ROUTINGS = ("random", "clustered", "model")
 # Blocks of a topic, as a multiple of top-k, and how far the topics' keys lie apart, in standard deviations.
@@ -69,6 +66,8 @@ def trained_model(tokens: int, config: MoBAConfig, device: torch.device) -> tupl
     Raises:
         ValueError: if it cannot be loaded, or the addresses are shorter.
     """
+    from moba import register_moba
+    from moba_lab.evals.texts import haystack_text
     from moba_lab.models.load import load_model
 
     register_moba(config)
@@ -86,6 +85,7 @@ def model_heads(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if the model cannot be loaded, or the addresses are shorter.
     """
+    from moba_lab.evals.reader import chunk_tokens_for
     from moba_lab.evals.routing import observe_layers
     from moba_lab.models.generation import prefill
 
