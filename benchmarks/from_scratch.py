@@ -157,11 +157,12 @@ def try_arm(recipe: Recipe, arm: str, shards: Shards, rows: Tensor) -> float:
         ValueError: if a loss is no number.
     """
     training = Training(recipe, arm, shards, rows.device)
-    starts = [*(start for start, _ in recipe.schedule.stages), 1.0]
+    schedule = recipe.schedule
+    starts = [*(start for start, _ in schedule.stages), 1.0]
     shares: dict[MoBAConfig, float] = {}
     num_layers = recipe.model.shape["num_hidden_layers"]
     for start, stop in pairwise(starts):
-        config = recipe.schedule.at(start, num_layers)
+        config = schedule.at(start, num_layers)
         shares[config] = shares.get(config, 0.0) + stop - start
     result = 0.0
     for config, share in shares.items():

@@ -97,7 +97,7 @@ class _Attend(torch.autograd.Function):
                 at = part.where
                 results = _Results(out[at], lse[at], d_out[at], None if d_lse is None else d_lse[at])
                 try:
-                    d_q[part.where] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], is_careful)
+                    d_q[at] = _backward_pass(part, results, d_k[part.keys], d_v[part.keys], is_careful)
                 finally:
                     part.turn.end()
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from moba.backends.triton.device import LOWEST_LOGIT, LOWEST_SCORE
 from moba.backends.triton.select import TILE_N, row_candidates, store_kept
-from moba.backends.triton.top_values import halves, merge_columns, merge_lists, odd_even_merge, pieces, sorted_list
+from moba.backends.triton.top_values import list_halves, merge_columns, merge_lists, odd_even_merge, pieces, sorted_list
 
 CLASSES = tl.constexpr(16)
 LIST = tl.constexpr(4)
@@ -40,12 +40,7 @@ def _list_of(tensors, COUNT: tl.constexpr):
 @triton.jit
 def _row_list(lists, LENGTH: tl.constexpr):
     """One list of LENGTH, LIST or twice that, from those of a row's classes: tensors [M, 4] of equal columns."""
-    first = lists[:0]
-    last = lists[:0]
-    for i in tl.static_range(LIST):
-        a, b = halves(lists[i])
-        first += (a,)
-        last += (b,)
+    first, last = list_halves(lists, LIST)
     merged = merge_lists(first, last, LIST, LIST) if LENGTH == LIST else odd_even_merge(first, last, LIST)
     return merge_columns(merged, LENGTH, CLASSES // 2)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def halves(x):
+def _halves(x):
     """[M, C] -> its first and last C / 2 columns."""
     x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
     return tl.split(tl.permute(x, 0, 2, 1))
@@ -27,7 +27,7 @@ def pieces(x, COUNT: tl.constexpr):
     if COUNT == 1:
         result = (x,)
     else:
-        first, last = halves(x)
+        first, last = _halves(x)
         result = pieces(first, COUNT // 2) + pieces(last, COUNT // 2)
     return result
 
@@ -84,17 +84,24 @@ def merge_lists(a, b, LENGTH: tl.constexpr, LENGTH_B: tl.constexpr):
 
 
 @triton.jit
+def list_halves(values, LENGTH: tl.constexpr):
+    """A list of [M, C] -> those of its first and of its last C / 2 columns."""
+    first = values[:0]
+    last = values[:0]
+    for i in tl.static_range(LENGTH):
+        a, b = _halves(values[i])
+        first += (a,)
+        last += (b,)
+    return first, last
+
+
+@triton.jit
 def fold_columns(values, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, TO: tl.constexpr):
     """Merge the lists of a row's COLUMNS columns into those of TO columns, cutting by the leading column bits."""
     if COLUMNS == TO:
         result = values
     else:
-        first = values[:0]
-        last = values[:0]
-        for i in tl.static_range(LENGTH):
-            a, b = halves(values[i])
-            first += (a,)
-            last += (b,)
+        first, last = list_halves(values, LENGTH)
         result = fold_columns(merge_lists(first, last, LENGTH, LENGTH), LENGTH, COLUMNS // 2, TO)
     return result
 
