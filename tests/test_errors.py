@@ -178,7 +178,7 @@ for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 
 @pytest.mark.parametrize(
     ("version", "said"),
-    [("triton.__version__", None), ("'3.5.1'", "Triton's interpreter serves in Triton 3.6.x only, this is 3.5.1")],
+    [("triton.__version__", None), ("'3.7.1'", "Triton's interpreter serves in Triton 3.6.x only, this is 3.7.1")],
 )
 def test_the_interpreter_works_as_a_user_types_it(version, said):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -206,7 +206,7 @@ def test_an_older_triton_is_refused_by_name(monkeypatch, caplog):
     monkeypatch.delattr(backends, "triton", raising=False)
     monkeypatch.setattr(backends, "AUTO", {"cpu": ("triton", "pytorch")})  # as on a GPU
     monkeypatch.setattr(backends, "_announced", set())
-    said = "backend='triton' is not available here: needs Triton 3.4 or newer, as PyTorch 2.8 brings it, this is 3.3.1"
+    said = "backend='triton' is not available here: needs Triton 3.6 or newer, as PyTorch 2.10 brings it, this is 3.3.1"
     with pytest.raises(ValueError, match=re.escape(said)):
         moba_attention(Q, K, V, **VALID, backend="triton")
     with caplog.at_level(logging.INFO, logger="moba"):

@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-MIN_TRITON = (3, 4)  # PyTorch 2.8 brings it
+MIN_TRITON = (3, 6)  # PyTorch 2.10 brings it
 if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
     # Before the kernels, which import what older versions lack.
     needed = ".".join(map(str, MIN_TRITON))
-    raise ImportError(f"needs Triton {needed} or newer, as PyTorch 2.8 brings it, this is {triton.__version__}")
+    raise ImportError(f"needs Triton {needed} or newer, as PyTorch 2.10 brings it, this is {triton.__version__}")
 
 from moba.backends.triton.attention import attend as attend  # noqa: E402
 from moba.backends.triton.block_scores import largest_products as largest_products  # noqa: E402
