@@ -7,9 +7,11 @@ from pathlib import Path
 
 import from_scratch
 import pytest
-from from_scratch_measure import flops
+import torch
+from from_scratch_measure import flops, last_row_gradients
 from from_scratch_report import differences, report
 from tiny_shards import save_shards
+from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 from moba_lab.train.model import build_model
@@ -121,3 +123,12 @@ def test_report_compares_seed_by_seed(records, tmp_path):
     lines.write_text(json.dumps(moba[0]) + "\n")
     with pytest.raises(ValueError, match="no run of dense"):
         report([lines], tmp_path / "three")
+
+
+def test_the_gradients_that_backends_are_held_to_are_of_the_last_row():
+    q, k, v = (torch.randn(2, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
+    grad = torch.randn_like(q)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    whole = torch.autograd.grad(out, (q, k, v), grad)
+    for mine, all_rows in zip(last_row_gradients(q, k, v, grad), whole, strict=True):
+        torch.testing.assert_close(mine, all_rows[-1])
