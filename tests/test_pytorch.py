@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo.testing
 from helpers import assert_close, assert_is_rounded, gradients, make_qkv
 from test_semantics import CASES
 
-from moba import moba_attention, routing
+from moba import backends, moba_attention, routing
 from moba.backends.pytorch import attention as pytorch_attention
 from moba.backends.pytorch import dense
 
@@ -92,6 +94,16 @@ def test_runs_inside_torch_compile():
     assert torch.equal(compiled(q, k, v), double(q, k, v))
     assert torch.equal(compiled(k.expand_as(q).clone(), k, v), double(k.expand_as(q), k, v))
     assert graphs.frame_count <= 2 * 3, "more than: before routing, between it and attention, after; for two layouts"
+
+
+def test_an_eager_call_between_compiled_ones_does_not_compile_them_again(monkeypatch):
+    monkeypatch.setattr(backends, "_announced", set())
+    q, k, v = make_qkv(1, 100, 100, 2, 1, 16)
+    compiled = torch.compile(partial(moba_attention, block_size=16, topk=3), backend="eager")
+    compiled(q, k, v)
+    moba_attention(q, k, v, block_size=16, topk=3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -105,7 +105,7 @@ def resolve(name: str, q: Tensor, k: Tensor, **asked: bool) -> ModuleType:
         return backend
     candidates = AUTO.get(q.device.type, AUTO_OTHERWISE)
     chosen = next((c for c in candidates if unavailable(c, q, k, **asked) is None), candidates[-1])
-    if (q.device.type, chosen) not in _announced and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (q.device.type, chosen) not in _announced:
         _announced.add((q.device.type, chosen))
         reason = "" if chosen == candidates[0] else f": {unavailable(candidates[0], q, k, **asked)}"
         # A GPU without its kernels is many times slower, which nobody should have to find out.
