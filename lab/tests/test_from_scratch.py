@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import from_scratch
+import from_scratch_measure
 import pytest
 import torch
 from from_scratch_measure import flops, last_row_gradients
@@ -125,7 +126,8 @@ def test_report_compares_seed_by_seed(records, tmp_path):
         report([lines], tmp_path / "three")
 
 
-def test_the_gradients_that_backends_are_held_to_are_of_the_last_row():
+def test_the_gradients_that_backends_are_held_to_are_of_the_last_row(monkeypatch):
+    monkeypatch.setattr(from_scratch_measure, "_QUERIES", 10)
     q, k, v = (torch.randn(2, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
     grad = torch.randn_like(q)
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
