@@ -7,6 +7,7 @@ fewer parts.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -77,6 +78,35 @@ def for_each(work: Callable[[X], None], items: Sequence[X], device: torch.device
         raise
     if errors:
         raise errors[0]
+
+
+class Turn:
+    """When a pass may add to the gradients of its keys: behind the pass before it, block by block, so that every sum
+    is taken in the same order whichever thread is faster.
+    """
+
+    def __init__(self, before: Turn | None) -> None:
+        self._before = before
+        self._num_done: float = 0
+        self._changed = threading.Condition()
+
+    def wait(self, num_blocks: float) -> None:
+        """Until the pass before has added all that it adds to blocks 0 … num_blocks - 1."""
+        if (before := self._before) is not None:
+            with before._changed:
+                before._changed.wait_for(lambda: before._num_done >= num_blocks)
+
+    def done(self, num_blocks: float) -> None:
+        """This pass adds no more to blocks 0 … num_blocks - 1, nor does one before it."""
+        with self._changed:
+            self._num_done = num_blocks
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """This pass adds nothing more."""
+        self.wait(math.inf)
+        self._before = None
+        self.done(math.inf)
 
 
 class _Pool:

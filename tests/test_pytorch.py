@@ -38,6 +38,24 @@ def test_many_passes_and_steps_change_nothing(case):
         assert_close(actual, wanted, 5e-5)
 
 
+@pytest.mark.parametrize("chosen", ["all", "fewer"])
+@pytest.mark.parametrize("offset", [0, 70])
+def test_first_queries_that_read_everything_are_one_problem(monkeypatch, offset, chosen):
+    q, k, v = make_qkv(1, 400, 400 + offset, 4, 2, 16)
+    problems, forward = set(), dense.forward
+
+    def observed(q, k, v, logits, is_causal, is_careful=False):
+        problems.add((q.shape[2], k.shape[2], is_causal))
+        return forward(q, k, v, logits, is_causal, is_careful)
+
+    monkeypatch.setattr(dense, "forward", observed)
+    choice = {"topk": 6} if chosen == "all" else {"block_indices": torch.tensor([0, 1, 2, 4, 5]).expand(1, 400, 4, 5)}
+    moba_attention(q, k, v, block_size=32, **choice, backend="pytorch")
+    count = 192 - offset
+    expected = {(count, count, True), (count, offset, False)} if offset else {(count, count, True)}
+    assert (expected <= problems) == (chosen == "all")
+
+
 def test_by_block_view_is_in_order():
     past = torch.tensor([[[0, 2]], [[1, 0]], [[-1, 1]], [[0, 1]], [[7, 3]]])
     entries, counts = routing.by_block(past.int(), torch.tensor([0, 2, 2, 2, 3]), 3)

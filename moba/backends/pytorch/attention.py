@@ -3,7 +3,7 @@
 A pass takes the query heads of one kv head over a range of queries. Its past blocks become tiles: up to M of the rows
 (query, head) that chose one block, beside that block's keys. Every row's results land in parts, which `merge_partials`
 merges: K - 1 for the past blocks, one for the own block up to the query, and where the pass begins inside a block, one
-for that block's keys before the pass. Read `_forward_pass` and `_backward_pass` first; `_passes` and `_Turn` share the
+for that block's keys before the pass. Read `_forward_pass` and `_backward_pass` first; `_passes` and `Turn` share the
 work among threads.
 
 Letters: T query tokens, H query heads, G key/value heads, D head dim, Dv that of values, N blocks, K = topk, M rows of
@@ -12,8 +12,6 @@ a tile.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ from moba.merge import merge_partials
 from moba.numerics import accumulation_dtype, all_finite, positive_scale
 from moba.routing import by_block, for_query_heads, outside_graphs
 from moba.sequences import Sequences, Span
-from moba.threads import for_each
+from moba.threads import Turn, for_each
 
 # Working memory of a pass: its parts, and the gathered tiles of one step. On a CPU each thread has its own.
 PASS_BYTES = 24 << 20
@@ -101,39 +99,11 @@ class _Attend(torch.autograd.Function):
                 finally:
                     part.turn.end()
 
-            for_each(run, list(_passes(q, k, v, indices, ctx.sequences, ctx.options)), q.device)
+            passes = _passes(q, k, v, indices, ctx.sequences, ctx.options, d_lse)
+            for_each(run, list(passes), q.device)
             if all_finite(d_q, d_k, d_v):
                 break
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
-
-
-class _Turn:
-    """When a pass may add to the gradients of its keys: behind the pass before it, block by block, so that every sum
-    is taken in the same order whichever thread is faster.
-    """
-
-    def __init__(self, before: _Turn | None) -> None:
-        self._before = before
-        self._num_done: float = 0
-        self._changed = threading.Condition()
-
-    def wait(self, num_blocks: float) -> None:
-        """Until the pass before has added all that it adds to blocks 0 … num_blocks - 1."""
-        if (before := self._before) is not None:
-            with before._changed:
-                before._changed.wait_for(lambda: before._num_done >= num_blocks)
-
-    def done(self, num_blocks: float) -> None:
-        """This pass adds no more to blocks 0 … num_blocks - 1, nor does one before it."""
-        with self._changed:
-            self._num_done = num_blocks
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """This pass adds nothing more."""
-        self.wait(math.inf)
-        self._before = None
-        self.done(math.inf)
 
 
 class _Pass(NamedTuple):
@@ -147,7 +117,7 @@ class _Pass(NamedTuple):
     options: _Options
     where: tuple[int, slice, slice]  # of the pass's rows in q
     keys: tuple[int, slice, int]  # of the sequence's keys in k
-    turn: _Turn  # among the passes of the same keys
+    turn: Turn  # among the passes of the same keys
 
     @property
     def block_size(self) -> int:
@@ -199,9 +169,12 @@ class _Results(NamedTuple):
 
 
 def _passes(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, options: _Options
-) -> Iterator[_Pass]:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sequences: Sequences, options: _Options,
+    d_lse: Tensor | None = None,
+) -> Iterator[_Pass]:  # fmt: skip
     group, block_size = q.shape[2] // k.shape[2], options.block_size
+    # A sequence's first queries read everything before them: then as one block, which has no tiles to gather and merge.
+    may_be_dense = options.own_block and not dense.holds_scores(q, options.logits, d_lse)
     for span in sequences.spans():
         most_blocks = (span.k_len - 1) // block_size + 1
         topk = min(indices.shape[3], most_blocks)
@@ -213,25 +186,38 @@ def _passes(
         num_ranges = -(-span.q_len // max(block_size, 64, num_queries))
         num_queries = -(-span.q_len // (num_ranges * block_size)) * block_size
         keys = slice(span.k_start, span.k_start + span.k_len)
-        turns: list[_Turn | None] = [None] * k.shape[2]
-        for start, stop in _ranges(span, num_queries, block_size):
+        turns: list[Turn | None] = [None] * k.shape[2]
+        first = topk * block_size - span.offset
+        for start, stop in _ranges(span, num_queries, block_size, first if may_be_dense else num_queries):
             for kv_head in range(k.shape[2]):
-                turns[kv_head] = turn = _Turn(turns[kv_head])
+                turns[kv_head] = turn = Turn(turns[kv_head])
                 heads = slice(kv_head * group, (kv_head + 1) * group)
                 where = (span.row, slice(span.q_start + start, span.q_start + stop), heads)
                 at = (span.row, keys, kv_head)
                 chosen = indices[where][..., :topk]  # as past blocks come first, this leaves the own block its place
-                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, options, where, at, turn)
+                made = options
+                if start == 0 and may_be_dense and _reads_all(chosen[..., :-1], span.offset, block_size):
+                    made, chosen = options._replace(block_size=span.offset + stop), chosen[..., -1:]
+                yield _Pass(q[where], k[at], v[at], chosen, span.offset + start, made, where, at, turn)
 
 
-def _ranges(span: Span, num_queries: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a sequence's queries, about `num_queries` each, that end where a block ends."""
-    start = 0
+def _ranges(span: Span, num_queries: int, block_size: int, first: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a sequence's queries, about `num_queries` each, that end where a block ends; of the first, `first` if
+    it is positive and less.
+    """
+    start, most = 0, min(first, num_queries) if first > 0 else num_queries
     while start < span.q_len:
-        stop = (span.offset + start + num_queries) // block_size * block_size - span.offset
+        stop = (span.offset + start + most) // block_size * block_size - span.offset
         stop = min(stop, span.q_len)
         yield start, stop
-        start = stop
+        start, most = stop, num_queries
+
+
+def _reads_all(past: Tensor, offset: int, block_size: int) -> bool:
+    """Whether each of the queries from position `offset` on chose all blocks before its own; past [T, H/G, K - 1]."""
+    positions = torch.arange(offset, offset + past.shape[0], device=past.device)
+    own = torch.div(positions, block_size, rounding_mode="floor")[:, None]
+    return bool((((past >= 0) & (past < own[..., None])).sum(dim=-1) == own).all())
 
 
 class _Step(NamedTuple):
