@@ -51,8 +51,8 @@ class Selection:
         elif router == "sink":
             keep_first = max(keep_first, min(1, topk - 1 - keep_recent))
             keep_recent = topk - 1 - keep_first
-        places = topk - 1 - keep_first - keep_recent
-        score = None if places == 0 else score_function(router)
+        num_scored_slots = topk - 1 - keep_first - keep_recent
+        score = None if num_scored_slots == 0 else score_function(router)
         return cls(block_size, topk, keep_first, keep_recent, score)
 
     @property
@@ -290,9 +290,9 @@ def select_blocks(scores: Tensor, own: Tensor, selection: Selection, *, may_wait
     if selection.keep_first or selection.keep_recent:
         scores.masked_fill_((block < selection.keep_first) | (block >= own - selection.keep_recent), torch.inf)
     scores.masked_fill_(block >= own, -torch.inf)
-    places = min(selection.topk - 1, num_blocks)
-    past = top_blocks(scores, places, may_wait=may_wait) if places else own.new_empty(*scores.shape[:-1], 0)
-    if selection.top_p is not None and places:
+    num_past = min(selection.topk - 1, num_blocks)
+    past = top_blocks(scores, num_past, may_wait=may_wait) if num_past else own.new_empty(*scores.shape[:-1], 0)
+    if selection.top_p is not None and num_past:
         past = past.sort(dim=-1).values
         past = past.gather(-1, scores.gather(-1, past).sort(dim=-1, descending=True, stable=True).indices)
         mass = finite.masked_fill_(block >= own, -torch.inf).softmax(dim=-1).gather(-1, past)

@@ -20,11 +20,11 @@ HEAD_DIMS = {
 # Of keys and values where these differ: as MLA has them, and values that are the wider ones.
 UNEQUAL_HEAD_DIMS = ((192, 128), (64, 256))
 LAYOUTS = ("plain", "padded", "packed", "one query")
-# Block size and topk: a block that is one tile of keys, several, or uneven; few places, and so many that scores are
+# Block size and topk: a block that is one tile of keys, several, or uneven; few slots, and so many that scores are
 # counted.
-RULES = ((80, 3), (128, 8), (512, 4), (16, 64))
-DECODE_RULES = ((128, 16), (4096, 12), (16, 64))
-INDEX_RULES = ((128, 16), (512, 4), (80, 3), (16, 64), (1, 8))
+SETTINGS = ((80, 3), (128, 8), (512, 4), (16, 64))
+DECODE_SETTINGS = ((128, 16), (4096, 12), (16, 64))
+INDEX_SETTINGS = ((128, 16), (512, 4), (80, 3), (16, 64), (1, 8))
 # The least and the most shared memory.
 REPRESENTATIVE_ARCHITECTURES = (86, 90)
 
@@ -53,15 +53,15 @@ def _calls(arch: int) -> Iterator[tuple[str, list[Plan], bool]]:
     common = arch in REPRESENTATIVE_ARCHITECTURES
     for dtype, head_dims in HEAD_DIMS.items():
         for head_dim in head_dims:
-            for block_size, topk in RULES:
+            for block_size, topk in SETTINGS:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk}"
                 yield name, call_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
-            for block_size, topk in DECODE_RULES:
+            for block_size, topk in DECODE_SETTINGS:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} decode"
                 yield name, step_plans(arch, dtype, head_dim, block_size, topk), is_usual and common
-            for block_size, topk in INDEX_RULES:
+            for block_size, topk in INDEX_SETTINGS:
                 is_usual = (dtype, head_dim, block_size) == (torch.bfloat16, 128, 128)
                 name = f"{str(dtype)[6:]} D{head_dim} {block_size}/{topk} indexer"
                 yield name, index_plans(arch, dtype, head_dim, block_size, topk), is_usual and common

@@ -55,7 +55,7 @@ def variants_of(
     plans = []
     for layout in ("plain", "padded", "packed"):
         num_tokens = max(NUM_TOKENS, (topk + 1) * block_size)
-        # Heads first, as models of transformers may have them: what evenly spaced query rows need is then foreseen.
+        # Heads first, as models of transformers may have them: what a uniform stride needs is then foreseen.
         plans += call_plans(
             *setting, layout, num_tokens=num_tokens, heads_first=True, is_shared=is_shared, training=training, **options
         )  # fmt: skip

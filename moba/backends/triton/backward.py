@@ -40,7 +40,7 @@ from moba.backends.triton.dq import _dq_own_kernel, _dq_past_kernel
 from moba.backends.triton.entries import load_query_rows, packed_rows, tile_queries
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
-from moba.backends.triton.logits import logit_rule
+from moba.backends.triton.logits import logit_scaling
 from moba.backends.triton.workspace import (
     Bounds,
     Chunk,
@@ -48,8 +48,8 @@ from moba.backends.triton.workspace import (
     chunks_with_bounds,
     keys_of,
     own_keys_of,
-    spacings,
     tile_sizes,
+    uniform_stride,
     windows,
 )
 from moba.sequences import Sequences
@@ -135,12 +135,12 @@ def plan_backward(
         num_queries, num_heads, VALUE_DIM=value_dim, TILE_M=tile_m, PACKED=packed, num_warps=4,
     )  # fmt: skip
 
-    layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
+    layout, scaling = layout_of(sequences, block_size), logit_scaling(scale, softcap)
     shape = {
         "GROUP": group, "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
         "PACKED": packed,
     }  # fmt: skip
-    flats = spacings(q, d_out)
+    uniform = uniform_stride(q, d_out)
     dkv = tile_sizes("dkv", arch, q, v, block_size, packed)
     dkv["TILE_N"] = min(dkv["TILE_N"], max(16, next_power_of_2(block_size)))
     past, own = (tile_sizes(name, arch, q, v, block_size, packed) for name in ("dq_past", "dq_own"))
@@ -160,7 +160,7 @@ def plan_backward(
     def add_own(partial: Tensor, chunk: Chunk) -> None:
         tiles, first_tile = chunk_query_tiles(sequences, own["TILE_M"], packed, chunk)
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows, first_tile)
-        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, rule)
+        others = (rows_of(d_out), softmax, rows_of(indices), partials, d_q, scaling)
         sizes = (num_heads, layout, tiles_per_row)
         grid = (tiles, chunk.num_heads)
         plan.launch(_dq_own_kernel, grid, rows_of(q), *own_keys[0], *others, *sizes, **shape, **own)
@@ -173,9 +173,12 @@ def plan_backward(
     sums = plan.buffer(at_once, max(1, 2 * num_segments * 2 * block_size * sums_dim), dtype=torch.float32)
     segments = Segments(extra, sums, shortest, longest, num_segments)
     by_key = (rows_of(q), rows_of(k), rows_of(v), rows_of(d_out), softmax, view, segments, d_k, d_v)
-    for is_flat in flats:
+    for is_uniform in uniform:
         for partial in (None, d_q) if can_fuse else (None,):
-            plan.foresee(_dkv_kernel, *by_key, partial, 0, num_kv_heads, rule, layout, **shape, **dkv, FLAT=is_flat)
+            plan.foresee(
+                _dkv_kernel, *by_key, partial, 0, num_kv_heads, scaling, layout, **shape, **dkv,
+                UNIFORM_STRIDE=is_uniform,
+            )  # fmt: skip
     partial = plan.buffer(at_once * group, topk - 1, total_rows * packed, head_dim, dtype=q.dtype) if is_fused else None
     for first_kv_head in range(0, num_kv_heads, at_once):
         kv_heads = min(at_once, num_kv_heads - first_kv_head)
@@ -185,7 +188,7 @@ def plan_backward(
         )  # fmt: skip
         plan.launch(
             _dkv_kernel, ((num_segments + num_blocks) * cdiv(block_size, dkv["TILE_N"]), kv_heads),
-            *by_key, partial, first_kv_head, num_kv_heads, rule, layout, **shape, **dkv, FLAT=flats[0],
+            *by_key, partial, first_kv_head, num_kv_heads, scaling, layout, **shape, **dkv, UNIFORM_STRIDE=uniform[0],
         )  # fmt: skip
         plan.launch(
             _reduce_segments_kernel, (max(1, num_segments), cdiv(block_size, 32), kv_heads),
@@ -197,14 +200,14 @@ def plan_backward(
 
     def past_arguments(partial: Tensor, chunk: Chunk, bounds: Bounds) -> tuple[Any, ...]:
         partials = Partials(partial, None, chunk.first_head, chunk.row_begin, chunk.num_rows, None)
-        return rows_of(q), *past_keys, rows_of(d_out), softmax, view, bounds, partials, rule, layout
+        return rows_of(q), *past_keys, rows_of(d_out), softmax, view, bounds, partials, scaling, layout
 
     if topk > 1:
         offsets = view.offsets
         bounds = Bounds(offsets, offsets[:, 1:], offsets.stride(0), None if packed == 1 else offsets)
         arguments = past_arguments(d_q, Chunk(0, 1, 0, total_rows), bounds)
-        for is_flat in flats:
-            plan.foresee(_dq_past_kernel, *arguments, **shape, **past, FLAT=is_flat)
+        for is_uniform in uniform:
+            plan.foresee(_dq_past_kernel, *arguments, **shape, **past, UNIFORM_STRIDE=is_uniform)
     if is_fused:
         return
     gathered_bytes = (head_dim + value_dim) * q.element_size()
@@ -215,5 +218,8 @@ def plan_backward(
         if topk > 1:
             num_entries = view.num_entries if packed == 1 else chunk.num_rows * (topk - 1)
             grid = (windows(num_entries, num_blocks, past), chunk.num_heads)
-            plan.launch(_dq_past_kernel, grid, *past_arguments(partial, chunk, bounds), **shape, **past, FLAT=flats[0])
+            plan.launch(
+                _dq_past_kernel, grid, *past_arguments(partial, chunk, bounds), **shape, **past,
+                UNIFORM_STRIDE=uniform[0],
+            )  # fmt: skip
         add_own(partial, chunk)

@@ -39,9 +39,9 @@ def bit_at_rank(string, rank):
     sums = byte_sums(string)
     # The top bit of each byte says whether the rank is past it. Sums are at most 64, so no byte borrows.
     passed = (((rank & 63).to(tl.uint64) * ONES | TOPS) - sums) & TOPS
-    place = ((passed >> 7) * ONES >> 56 << 3) & 56
-    rank -= ((sums << 8 >> place) & 255).to(tl.int32)
-    byte = ((string >> place) & 255).to(tl.int32)
+    first_bit = ((passed >> 7) * ONES >> 56 << 3) & 56
+    rank -= ((sums << 8 >> first_bit) & 255).to(tl.int32)
+    byte = ((string >> first_bit) & 255).to(tl.int32)
     pairs = byte - ((byte >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     low = nibbles & 15
@@ -51,7 +51,7 @@ def bit_at_rank(string, rank):
     bit += tl.where(rank >= low, 2, 0)
     rank -= tl.where(rank >= low, low, 0)
     bit += tl.where(rank >= ((byte >> bit) & 1), 1, 0)
-    return place.to(tl.int32) + bit
+    return first_bit.to(tl.int32) + bit
 
 
 @triton.jit

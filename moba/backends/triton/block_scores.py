@@ -21,14 +21,14 @@ from moba.backends.triton.device import (
     last_at_most,
     layout_of,
     load_rows,
+    locate_queries,
     num_global_blocks,
     padded_head_dim,
-    query_places,
     row_bounds,
     rows_of,
 )
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
-from moba.backends.triton.logits import LogitRule, logit_rule, scaled
+from moba.backends.triton.logits import LogitScaling, logit_scaling, scaled
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.sequences import Sequences
@@ -85,7 +85,7 @@ def _products(q, q_pointers, is_query, k_ptr, offsets, is_key, HEAD_DIM: tl.cons
 
 @triton.jit
 def _score_blocks(
-    queries, position, num_blocks, k_ptr, stride_t, num_keys, pointers, stride_n, rule, begin, end,
+    queries, position, num_blocks, k_ptr, stride_t, num_keys, pointers, stride_n, scaling, begin, end,
     IS_MASS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Score blocks begin … end - 1 of one sequence.
@@ -94,7 +94,7 @@ def _score_blocks(
         queries: their tile [M, TILE_D], its pointers, which exist [M]. position: [M].
         num_blocks: [M], those of the first blocks that a query scores.
         k_ptr: the sequence's first key. pointers: [M], where the score of its first block goes.
-        rule: of log masses, with IS_MASS.
+        scaling: of the logits of log masses, with IS_MASS.
     """
     q, q_pointers, is_query = queries
     PADDED: tl.constexpr = min(triton.next_power_of_2(BLOCK_SIZE), TILE_N)
@@ -102,19 +102,19 @@ def _score_blocks(
     PARTS: tl.constexpr = (BLOCK_SIZE + PADDED - 1) // PADDED
     LOWEST: tl.constexpr = LOWEST_LOGIT if IS_MASS else float("-inf")
     column = tl.arange(0, TILE_N)
-    place = column % PADDED
+    key_in_part = column % PADDED
     best = tl.full([q.shape[0], BLOCKS], LOWEST, tl.float32)
     total = tl.zeros([q.shape[0], BLOCKS], tl.float32)
     for step in range(begin // BLOCKS * PARTS, (end + BLOCKS - 1) // BLOCKS * PARTS):
         first_block = step // PARTS * BLOCKS
         part = step % PARTS
-        key = (first_block + column // PADDED) * BLOCK_SIZE + part * PADDED + place
-        is_token = part * PADDED + place < BLOCK_SIZE
+        key = (first_block + column // PADDED) * BLOCK_SIZE + part * PADDED + key_in_part
+        is_token = part * PADDED + key_in_part < BLOCK_SIZE
         is_key = is_token & (key < num_keys)
         values = _products(q, q_pointers, is_query, k_ptr, key.to(tl.int64) * stride_t, is_key, HEAD_DIM)
         if IS_MASS:
             is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
-            values = tl.where(is_seen, scaled(values, rule), LOWEST)
+            values = tl.where(is_seen, scaled(values, scaling), LOWEST)
         elif BLOCK_SIZE % PADDED != 0:
             values = tl.where(is_token[None, :], values, LOWEST)
         values = tl.reshape(values, [q.shape[0], BLOCKS, PADDED])
@@ -132,22 +132,22 @@ def _score_blocks(
 
 @triton.jit
 def _block_scores_kernel(
-    q, k, scores, layout, rule, first_query, num_tiles, num_blocks, heads_per_kv_head,
+    q, k, scores, layout, scaling, first_query, num_tiles, num_blocks, heads_per_kv_head,
     IS_MASS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of a row, head, i): TILE_M queries and the blocks from i · num_blocks on of each sequence.
 
-    Largest products are of past blocks; log masses (IS_MASS, by `rule`) of the own block's visible keys as well.
+    Largest products are of past blocks; log masses (IS_MASS, with `scaling`) of the own block's visible keys as well.
     """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most blocks: they start first.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = tl.program_id(1)
-    place = tile * TILE_M + tl.arange(0, TILE_M)
-    token = first_query + place
+    query_in_chunk = tile * TILE_M + tl.arange(0, TILE_M)
+    token = first_query + query_in_chunk
     is_query = token < layout.num_queries
-    own, _ = query_places(row, token, layout, BLOCK_SIZE)
+    own, _ = locate_queries(row, token, layout, BLOCK_SIZE)
     count = own + 1 if IS_MASS else own
 
     dims = tl.arange(0, TILE_D)
@@ -157,7 +157,7 @@ def _block_scores_kernel(
     queries = (q_tile, q_pointers, is_query)
     kv_head = head // heads_per_kv_head
     k_ptr = k.ptr + row.to(tl.int64) * k.stride_r + kv_head.to(tl.int64) * k.stride_h
-    pointers = scores.ptr + (row * tl.num_programs(1) + head).to(tl.int64) * scores.stride_r + place
+    pointers = scores.ptr + (row * tl.num_programs(1) + head).to(tl.int64) * scores.stride_r + query_in_chunk
     begin = tl.program_id(2) * num_blocks
 
     if layout.cu_q_ptr is not None:
@@ -170,7 +170,7 @@ def _block_scores_kernel(
             first = (start // BLOCK_SIZE + i).to(tl.int64)
             _score_blocks(
                 queries, position, of_sequence, k_ptr + start.to(tl.int64) * k.stride_t, k.stride_t, stop - start,
-                pointers + first * scores.stride_n, scores.stride_n, rule, begin,
+                pointers + first * scores.stride_n, scores.stride_n, scaling, begin,
                 tl.minimum(begin + num_blocks, tl.max(of_sequence)), IS_MASS, BLOCK_SIZE, HEAD_DIM, TILE_N,
             )  # fmt: skip
     else:
@@ -178,7 +178,7 @@ def _block_scores_kernel(
         position = stop - start - layout.num_queries + token
         _score_blocks(
             queries, position, count, k_ptr + tl.cast(start, tl.int64) * k.stride_t, k.stride_t, stop - start,
-            pointers, scores.stride_n, rule, begin,
+            pointers, scores.stride_n, scaling, begin,
             tl.minimum(begin + num_blocks, tl.max(count)), IS_MASS, BLOCK_SIZE, HEAD_DIM, TILE_N,
         )  # fmt: skip
 
@@ -188,7 +188,7 @@ def plan_block_scores(
     q: Tensor,
     k: Tensor,
     scores: Tensor,
-    rule: LogitRule | None,
+    scaling: LogitScaling | None,
     sequences: Sequences,
     block_size: int,
     first_query: int,
@@ -210,8 +210,8 @@ def plan_block_scores(
     num_blocks = max(1, MAX_TILES // cdiv(block_size, padded_block)) * tile_blocks
     plan.launch(
         _block_scores_kernel, (q.shape[0] * num_tiles, q.shape[2], cdiv(scores.shape[1], num_blocks)),
-        rows_of(q), rows_of(k), result, layout_of(sequences, block_size), rule, first_query, num_tiles, num_blocks,
-        q.shape[2] // k.shape[2], IS_MASS=rule is not None, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
+        rows_of(q), rows_of(k), result, layout_of(sequences, block_size), scaling, first_query, num_tiles, num_blocks,
+        q.shape[2] // k.shape[2], IS_MASS=scaling is not None, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
         TILE_D=padded_dim if element_bytes == 2 else min(padded_dim, 32), **config,
     )  # fmt: skip
     return result
@@ -265,8 +265,8 @@ def plan_block_numbers(
 ) -> None:
     """The launches of `moba::triton_block_numbers`."""
     sequences = Sequences(1, q.shape[1], k.shape[1])
-    rule = None if scale is None else logit_rule(scale, softcap)
-    plan_block_scores(plan, q, k, numbers, rule, sequences, block_size, 0, q.shape[1], arch)
+    scaling = None if scale is None else logit_scaling(scale, softcap)
+    plan_block_scores(plan, q, k, numbers, scaling, sequences, block_size, 0, q.shape[1], arch)
 
 
 @fake(_block_numbers)

@@ -3,11 +3,11 @@
 A stable counting sort in three steps, without the host:
 
 1. Each tile of queries counts how often it chose each block.
-2. Counts become places: exclusive sums over tiles within a block, then over blocks.
+2. Counts become offsets: exclusive sums over tiles within a block, then over blocks.
 3. Each tile walks its queries in order, E entries (query, slot) a step. A step's entries are sorted by block in
-   registers; the first of a block's run takes as many places of its block as the run is long, the others follow it.
+   registers; the first of a block's run takes as many positions of its block as the run is long, the others follow it.
 
-Atomics only add integers, and one program takes a tile's places in order, so nothing depends on timing. A tile has
+Atomics only add integers, and one program takes a tile's positions in order, so nothing depends on timing. A tile has
 at least as many queries as a row has blocks, so all counts together are no larger than the routing's block numbers.
 
 Letters: see device.py.
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.device import bounds_of, layout_of, num_global_blocks, query_places, rows_of, view_of
+from moba.backends.triton.device import bounds_of, layout_of, locate_queries, num_global_blocks, rows_of, view_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
 from moba.backends.triton.tuning import arch_of, lookup
 from moba.sequences import Sequences
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 @triton.jit
 def _chosen_blocks(indices, row, head, queries, slots, layout, block_size, topk):
     """Past blocks in the entries (queries, slots), [E]: numbers within the tensor row's blocks, -1 for none."""
-    own, first_block = query_places(row, queries, layout, block_size)
+    own, first_block = locate_queries(row, queries, layout, block_size)
     base = indices.ptr + row.to(tl.int64) * indices.stride_r + head.to(tl.int64) * indices.stride_h
     is_entry = (own > 0) & (slots < topk - 1)
     index = tl.load(base + queries.to(tl.int64) * indices.stride_t + slots, mask=is_entry, other=-1)
@@ -104,15 +104,15 @@ def _run_length(last_a, count_a, last_b, count_b):
 
 
 @triton.jit
-def _place_kernel(
-    indices, places_ptr, view, layout, tiles, block_size, topk,
+def _scatter_kernel(
+    indices, next_ptr, view, layout, tiles, block_size, topk,
     SLOTS: tl.constexpr, STEP: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of a row, head): every entry to its place; places[head, row, tile, block] move past them."""
+    """Program (tile of a row, head): scatter its entries; next[head, row, tile, block] moves past them."""
     row = tl.program_id(0) // tiles.num_tiles
     tile = tl.program_id(0) % tiles.num_tiles
     head = tl.program_id(1)
-    places_base = places_ptr + ((head * tiles.num_rows + row).to(tl.int64) * tiles.num_tiles + tile) * tiles.num_blocks
+    next_base = next_ptr + ((head * tiles.num_rows + row).to(tl.int64) * tiles.num_tiles + tile) * tiles.num_blocks
     offsets_base = view.offsets + head.to(tl.int64) * (layout.num_blocks + 1) + row * tiles.num_blocks
     entries_base = view.entries + head.to(tl.int64) * view.num_entries
     entry = tl.arange(0, STEP)
@@ -130,11 +130,11 @@ def _place_kernel(
         is_entry = block < tiles.num_blocks
         is_first = is_entry & (number == 1)
         length = number + number_left - 1
-        place = tl.atomic_add(places_base + block, length, mask=is_first, sem="relaxed")
-        place += tl.load(offsets_base + block, mask=is_first, other=0)
-        place = tl.gather(place, entry - number + 1, axis=0) + number - 1
+        position = tl.atomic_add(next_base + block, length, mask=is_first, sem="relaxed")
+        position += tl.load(offsets_base + block, mask=is_first, other=0)
+        position = tl.gather(position, entry - number + 1, axis=0) + number - 1
         value = (row * layout.num_queries + start + entry_of_key // SLOTS) * topk + entry_of_key % SLOTS
-        tl.store(entries_base + place, value, mask=is_entry)
+        tl.store(entries_base + position, value, mask=is_entry)
 
 
 def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tuple[Tensor, Tensor]:
@@ -147,8 +147,8 @@ def group_by_block(indices: Tensor, sequences: Sequences, block_size: int) -> tu
 
     Returns:
         offsets: int32 [H, num_global_blocks + 1]; head h's entries of block j are offsets[h, j] … offsets[h, j+1] - 1.
-        entries: int32 [H, R · T · (K - 1)], each query_row · K + slot, with query_row = r · T + t and `slot` the place
-            in the row of `indices`; undefined from offsets[h, -1] on.
+        entries: int32 [H, R · T · (K - 1)], each query_row · K + slot, with query_row = r · T + t and `slot` its
+            index in the row of `indices`; undefined from offsets[h, -1] on.
 
     Raises:
         ValueError: if R · T · K does not fit int32.
@@ -191,7 +191,7 @@ def plan_group_by_block(
     tile_queries = max(MIN_TILE_QUERIES, next_power_of_2(num_row_blocks))
     tiles = Tiles(tile_queries, num_rows, cdiv(num_queries, tile_queries), num_row_blocks)
     layout, shape = layout_of(sequences, block_size), (tiles, block_size, topk)
-    count, place = group_configs(topk, num_row_blocks, arch)
+    count, scatter = group_configs(topk, num_row_blocks, arch)
     counts = plan.buffer(num_heads, num_rows, tiles.num_tiles, num_row_blocks, dtype=torch.int32)
     totals = plan.buffer(num_heads, num_blocks, dtype=torch.int32)
     plan.zero(counts)
@@ -201,20 +201,20 @@ def plan_group_by_block(
     plan.launch(_sum_tiles_kernel, sum_grid, counts, totals, tiles.num_tiles, num_row_blocks, **SUM_CONFIG)
     plan.launch(_offsets_kernel, (num_heads,), totals, offsets, num_blocks, **OFFSETS_CONFIG)
     plan.launch(
-        _place_kernel, (num_rows * tiles.num_tiles, num_heads),
-        rows_of(indices), counts, view_of(offsets, entries), layout, *shape, **place,
+        _scatter_kernel, (num_rows * tiles.num_tiles, num_heads),
+        rows_of(indices), counts, view_of(offsets, entries), layout, *shape, **scatter,
     )  # fmt: skip
 
 
 def group_configs(topk: int, num_row_blocks: int, arch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time arguments of the count and place kernels."""
+    """Compile-time arguments of the count and scatter kernels."""
     slots = next_power_of_2(max(1, topk - 1))
 
     def config(kernel: str) -> dict[str, Any]:
         row = dict(lookup(kernel, arch, head_dim=16, block_size=1, element_bytes=4))
         return {**row, "SLOTS": slots, "STEP": max(slots, row["STEP"])}
 
-    place = config("place_entries")
+    scatter = config("scatter_entries")
     # A key holds a block and an entry of the step.
-    place["KEY"] = tl.int32 if (num_row_blocks + 1) * place["STEP"] < 2**31 else tl.int64
-    return config("count_entries"), place
+    scatter["KEY"] = tl.int32 if (num_row_blocks + 1) * scatter["STEP"] < 2**31 else tl.int64
+    return config("count_entries"), scatter

@@ -1,7 +1,7 @@
 """Attention of a few queries a row to their selected blocks: partial results block by block, then their merge.
 
 Query heads of one kv head, and queries that follow one another, often choose the same block. A program is started for
-every place of the routing, but of the programs whose query rows chose one block only the first row's goes on: it reads
+every slot of the routing, but of the programs whose query rows chose one block only the first row's goes on: it reads
 the block once, for all of them. Blocks of more than PART keys are cut, so that long ones too are read by many programs.
 
 Letters as in decode_select.py. A *tile* is TILE_M of the M query rows that share a row's kv head. A *partial* is the
@@ -40,7 +40,7 @@ def key_offsets(row, start, positions, is_key, x, table, PAGE_SIZE: tl.constexpr
 
 @triton.jit
 def _decode_attend_kernel(
-    q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, rule,
+    q, k, v, indices_ptr, partial_ptr, partial_lse_ptr, step, table, scaling,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, IS_ALONE: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -99,16 +99,16 @@ def _decode_attend_kernel(
             k_tile = load_rows(k_ptr, offsets, is_key, HEAD_DIM)
             offsets = key_offsets(row, start, first_key + keys, is_key, v, table, PAGE_SIZE)
             v_tile = load_rows(v_ptr, offsets, is_key, VALUE_DIM)
-            logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
+            logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scaling)
             is_visible = is_key[None, :] & ((first_key + keys)[None, :] <= position[:, None])
             logits = tl.where(is_visible, logits, float("-inf"))
             maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
         is_empty = total == 0.0
         outputs = acc * (1.0 / tl.where(is_empty, 1.0, total))[:, None]
         lse = tl.where(is_empty, float("-inf"), maximum + tl.log2(tl.where(is_empty, 1.0, total)))
-        place = (query_row * TOPK + slots) * PARTS + part
-        store_rows(partial_ptr, place * VALUE_DIM, outputs, chose & ~is_empty, VALUE_DIM)
-        tl.store(partial_lse_ptr + place, lse, mask=chose)
+        partial_row = (query_row * TOPK + slots) * PARTS + part
+        store_rows(partial_ptr, partial_row * VALUE_DIM, outputs, chose & ~is_empty, VALUE_DIM)
+        tl.store(partial_lse_ptr + partial_row, lse, mask=chose)
 
 
 @triton.jit
@@ -124,18 +124,18 @@ def _decode_merge_kernel(
     partial_lse_ptr += query_row * NUM_PARTIALS
     largest = tl.full([TILE_P], LOWEST_LOGIT, tl.float32)
     for first in range(0, NUM_PARTIALS, TILE_P):
-        places = first + tl.arange(0, TILE_P)
-        lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))
+        index = first + tl.arange(0, TILE_P)
+        lse = tl.load(partial_lse_ptr + index, mask=index < NUM_PARTIALS, other=float("-inf"))
         largest = tl.maximum(largest, lse)
     maximum = tl.max(largest)
     total = 0.0
     acc = tl.zeros([TILE_D], tl.float32)
     for first in range(0, NUM_PARTIALS, TILE_P):
-        places = first + tl.arange(0, TILE_P)
-        lse = tl.load(partial_lse_ptr + places, mask=places < NUM_PARTIALS, other=float("-inf"))
+        index = first + tl.arange(0, TILE_P)
+        lse = tl.load(partial_lse_ptr + index, mask=index < NUM_PARTIALS, other=float("-inf"))
         exists = lse > float("-inf")
         weights = tl.where(exists, tl.exp2(lse - maximum), 0.0)
-        pointers = partial_ptr + places.to(tl.int64)[:, None] * VALUE_DIM + dims[None, :]
+        pointers = partial_ptr + index.to(tl.int64)[:, None] * VALUE_DIM + dims[None, :]
         partials = tl.load(pointers, mask=exists[:, None] & is_dim[None, :], other=0.0)
         total += tl.sum(weights)
         acc += tl.sum(weights[:, None] * partials, axis=0)

@@ -1,8 +1,8 @@
 """Selection for a few queries a row: scores of block means in one kernel, the blocks that score highest in a second.
 
 Scores are kept as ordered integers (int32, larger is better), so that selecting compares, counts and never rounds. The
-score kernel also writes the maximum of every *family* of FAMILY adjacent blocks. The `places` best blocks of a query
-lie in its `places` best families, as each of those holds a block that is at least as good; the second kernel therefore
+score kernel also writes the maximum of every *family* of FAMILY adjacent blocks. The `count` best blocks of a query
+lie in its `count` best families, as each of those holds a block that is at least as good; the second kernel therefore
 selects families first and then among their blocks, and one program holds all it compares in registers. Ties go to the
 lower family and then to the lower block, hence to the lower block. Where even that is too much, it streams the scores.
 
@@ -26,7 +26,7 @@ MAX_HELD = 16384
 MAX_AT_ONCE = 1024
 # Scores that a program takes at a time where it streams them.
 CHUNK = tl.constexpr(4096)
-# As LOWEST_SCORE: what NaN and below counts as; masked places count as less.
+# As LOWEST_SCORE: what NaN and below counts as; masked scores count as less.
 LOWEST_KEY = tl.constexpr(-0x7F800000)
 NO_KEY = tl.constexpr(-0x80000000)
 
@@ -71,8 +71,8 @@ def mean_offsets(row, blocks, is_block, means, table, BLOCK_SIZE: tl.constexpr, 
         first_key = tl.where(is_block, blocks, 0) * BLOCK_SIZE
         page_ptr = table.ptr + tl.cast(row, tl.int64) * table.stride_r
         page = tl.load(page_ptr + first_key // PAGE_SIZE, mask=is_block, other=0)
-        place = first_key % PAGE_SIZE // BLOCK_SIZE
-        offsets = page.to(tl.int64) * means.stride_r + place.to(tl.int64) * means.stride_t
+        block_in_page = first_key % PAGE_SIZE // BLOCK_SIZE
+        offsets = page.to(tl.int64) * means.stride_r + block_in_page.to(tl.int64) * means.stride_t
     return offsets
 
 
@@ -140,15 +140,15 @@ def _score_kernel(
 
 
 @triton.jit
-def _places_of_largest(keys, need, num_above, num_equal, threshold):
-    """Of keys [C], which count as the largest, and each one's place among them, in order of index.
+def _ranks_of_largest(keys, need, num_above, num_equal, threshold):
+    """Of keys [C], which count as the largest, and each one's rank among these in order of index.
 
     Args:
         need: how many keys equal to the threshold count, in all. num_above, num_equal: keys before these that are
             above the threshold, and equal to it.
 
     Returns:
-        Flags and places [C], then both numbers after these keys.
+        Flags and ranks [C], then both numbers after these keys.
     """
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
@@ -157,14 +157,14 @@ def _places_of_largest(keys, need, num_above, num_equal, threshold):
     above_so_far = num_above + (both & 0x7FFF)
     equal_so_far = num_equal + (both >> 15)
     taken = (above > 0) | ((equal > 0) & (equal_so_far <= need))
-    place = above_so_far + tl.minimum(equal_so_far, need) - 1
+    rank = above_so_far + tl.minimum(equal_so_far, need) - 1
     total = tl.sum(above | (equal << 15))
-    return taken, place, num_above + (total & 0x7FFF), num_equal + (total >> 15)
+    return taken, rank, num_above + (total & 0x7FFF), num_equal + (total >> 15)
 
 
 @triton.jit
 def _largest(keys, count):
-    """Of keys [C], flags of the `count` largest (of all real ones, if fewer) and their places in order of index."""
+    """Of keys [C], flags of the `count` largest (of all real ones, if fewer) and their ranks in order of index."""
     # Two bits a step: a step waits for a sum over all threads, and its sums do not wait for one another.
     threshold = NO_KEY
     for i in range(16):
@@ -179,8 +179,8 @@ def _largest(keys, count):
         threshold = tl.where(num_third >= count, third, threshold)
     threshold = tl.maximum(threshold, LOWEST_KEY)
     need = count - tl.sum((keys > threshold).to(tl.int32))
-    taken, place, _, _ = _places_of_largest(keys, need, 0, 0, threshold)
-    return taken, place
+    taken, rank, _, _ = _ranks_of_largest(keys, need, 0, 0, threshold)
+    return taken, rank
 
 
 @triton.jit
@@ -208,8 +208,8 @@ def _select_streamed(keys_ptr, result_ptr, begin, end, count):
     for first in range(begin, end, CHUNK):
         index = first + tl.arange(0, CHUNK)
         keys = tl.load(keys_ptr + index, mask=index < end, other=NO_KEY)
-        taken, place, num_above, num_equal = _places_of_largest(keys, need, num_above, num_equal, threshold)
-        tl.store(result_ptr + place, index, mask=taken)
+        taken, rank, num_above, num_equal = _ranks_of_largest(keys, need, num_above, num_equal, threshold)
+        tl.store(result_ptr + rank, index, mask=taken)
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _select_held(keys_ptr, maxima_ptr, result_ptr, scratch_ptr, low, high, count
     if FAMILIES > SLOTS:
         family = tl.arange(0, FAMILIES)
         maxima = tl.load(maxima_ptr + family, mask=family < num_families, other=NO_KEY)
-        taken, place = _largest(maxima, count)
-        tl.store(scratch_ptr + place, family, mask=taken)
+        taken, rank = _largest(maxima, count)
+        tl.store(scratch_ptr + rank, family, mask=taken)
         tl.debug_barrier()
         num_taken = tl.minimum(count, num_families - low // FAMILY)
         family = tl.load(scratch_ptr + slot, mask=slot < num_taken, other=-1)
@@ -231,8 +231,8 @@ def _select_held(keys_ptr, maxima_ptr, result_ptr, scratch_ptr, low, high, count
         family = tl.where(slot < num_families, slot, -1)
     blocks = family[:, None] * FAMILY + tl.arange(0, FAMILY)[None, :]
     keys = tl.load(keys_ptr + blocks, mask=(family >= 0)[:, None], other=NO_KEY)
-    taken, place = _largest(tl.reshape(keys, [SLOTS * FAMILY]), count)
-    tl.store(result_ptr + place, tl.reshape(blocks, [SLOTS * FAMILY]), mask=taken)
+    taken, rank = _largest(tl.reshape(keys, [SLOTS * FAMILY]), count)
+    tl.store(result_ptr + rank, tl.reshape(blocks, [SLOTS * FAMILY]), mask=taken)
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def _decode_select_kernel(
     keys_ptr, maxima_ptr, indices_ptr, step, num_columns, num_heads, topk, keep_first, keep_recent,
     BLOCK_SIZE: tl.constexpr, FAMILIES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Program: the routing of one query row. FAMILIES is 0 where kept blocks fill all places, SLOTS 0 to stream."""
+    """Program: the routing of one query row. FAMILIES is 0 where kept blocks fill all slots, SLOTS 0 to stream."""
     query_row = tl.program_id(0)
     row = query_row // (step.num_queries * num_heads)
     query = query_row // num_heads % step.num_queries
@@ -259,11 +259,11 @@ def _decode_select_kernel(
                 _select_held(keys_ptr, maxima_ptr, indices_ptr + low, indices_ptr, low, high, count, FAMILIES, SLOTS)
                 # What was scratch is overwritten below.
                 tl.debug_barrier()
-    num_scored = low + count
+    scored_end = low + count
     num_recent = tl.maximum(own, 0) - high
     for first_slot in range(0, topk, 32):
         slot = first_slot + tl.arange(0, 32)
-        behind = slot - num_scored
+        behind = slot - scored_end
         value = tl.where(slot < low, slot, tl.where(behind <= num_recent, own - num_recent + behind, -1))
         value = tl.where(own < 0, -1, value)
         tl.store(indices_ptr + slot, value, mask=((slot < low) | (behind >= 0)) & (slot < topk))

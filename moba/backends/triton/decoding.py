@@ -18,7 +18,7 @@ from moba.backends.triton.decode_means import launch_append_means
 from moba.backends.triton.decode_select import Step, Table
 from moba.backends.triton.device import padded_head_dim, rows_of
 from moba.backends.triton.launch import Number, Plan, cdiv, next_power_of_2, run_planned
-from moba.backends.triton.logits import logit_rule
+from moba.backends.triton.logits import logit_scaling
 from moba.backends.triton.registration import fake, operator
 from moba.backends.triton.tuning import arch_of
 from moba.backends.triton.workspace import tile_sizes
@@ -258,18 +258,18 @@ def _plan_route(
     capacity: int,
     page_size: int,
 ) -> None:
-    """The launches that write the routing by the given means: scores, where any place goes by score, and selection."""
-    places = selection.topk - 1 - selection.keep_first - selection.keep_recent
+    """The launches that write the routing by the given means: scores, where scores fill any slot, and selection."""
+    num_scored_slots = selection.topk - 1 - selection.keep_first - selection.keep_recent
     # No query chooses among more blocks by score.
     num_blocks = max(0, (capacity - 1) // selection.block_size)
     keys = maxima = indices
     num_columns = families = slots = 0
-    if places and num_blocks:
+    if num_scored_slots and num_blocks:
         family = decode_select.FAMILY.value
         num_columns = cdiv(num_blocks, family) * family
         families = next_power_of_2(num_columns // family)
         is_small = families * family <= decode_select.MAX_AT_ONCE
-        slots = families if is_small else min(next_power_of_2(places), families)
+        slots = families if is_small else min(next_power_of_2(num_scored_slots), families)
         if max(families, slots * family) > decode_select.MAX_HELD:
             slots = 0
         keys = plan.buffer(*q.shape[:3], num_columns, dtype=torch.int32)
@@ -349,7 +349,7 @@ def _plan_attend(
         decode_attend._decode_attend_kernel,
         (min(tile_m, members) * topk * parts, num_rows * k.shape[2], cdiv(members, tile_m)),
         rows_of(q), rows_of(k), rows_of(v), indices, partial, partial_lse,
-        Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), logit_rule(scale, softcap),
+        Step(num_queries, NUM_KEYS, k.shape[2], key_start, key_end), _table(page_table), logit_scaling(scale, softcap),
         GROUP=group, TOPK=topk, BLOCK_SIZE=block_size, PAGE_SIZE=page_size,
         PARTS=parts, PART=part, HEAD_DIM=head_dim, VALUE_DIM=value_dim, IS_ALONE=members == 1, TILE_M=tile_m,
         TILE_K=min(MAX_TILE_K, next_power_of_2(topk)), **config,

@@ -1,8 +1,8 @@
 """What all kernels share: the arguments that tensors and sequences become, and the device helpers that read them.
 
 Letters, in all kernels: R tensor rows, T query tokens, S key tokens, H query heads, G key/value heads, D head dim of
-queries and keys, Dv that of values, K = topk. A *query row* is a query's index in the flattened R · T. A *slot* is a
-place in a query's row of the routing.
+queries and keys, Dv that of values, K = topk. A *query row* is a query's index in the flattened R · T. A *slot* is an
+index into a query's row of the routing.
 
 A routing [R, T, H, K] has a row for every query head, or one for the PACKED query heads of a key/value head. These
 then fill adjacent rows of a tile: row i is *member* i % PACKED of the tile's query or entry i // PACKED. A kernel's
@@ -27,7 +27,7 @@ from moba.sequences import Sequences
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below any logit, and finite: a row may meet masked keys before its first real one, and -inf - -inf is not a number.
 LOWEST_LOGIT = tl.constexpr(-3.0e38)
-# Scores that are NaN or below count as this, which any candidate reaches and masked places (-inf) do not.
+# Scores that are NaN or below count as this, which any candidate reaches and masked scores (-inf) do not.
 LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 # Slots of a query's routing whose state fits one number.
 MAX_SLOT_BITS = tl.constexpr(32)
@@ -139,7 +139,7 @@ def row_bounds(row, layout):
 
 
 @triton.jit
-def query_places(row, queries, layout, block_size):
+def locate_queries(row, queries, layout, block_size):
     """Where queries [M] of one tensor row stand.
 
     Returns:
@@ -162,12 +162,12 @@ def query_places(row, queries, layout, block_size):
 
 
 @triton.jit
-def block_places(block, layout, block_size):
+def locate_blocks(block, layout, block_size):
     """Where global blocks lie: of a number or of a tensor.
 
     Returns:
         row: tensor row. sequence: number of the sequence, which is the row unless sequences are packed.
-        first_key: key token of the block's first position. position: its place in the sequence.
+        first_key: key token of the block's first position. position: that in the sequence.
         size: real keys in the block, at most block_size; <= 0 for numbers that stand for no block.
     """
     if layout.cu_k_ptr is not None:
@@ -195,7 +195,7 @@ def block_span(block, layout, BLOCK_SIZE: tl.constexpr):
         first_query: query index, possibly before the sequence's first, of the block's first position.
         query_begin, query_end: the sequence's queries.
     """
-    row, sequence, first_key, position, size = block_places(block, layout, BLOCK_SIZE)
+    row, sequence, first_key, position, size = locate_blocks(block, layout, BLOCK_SIZE)
     if layout.cu_q_ptr is not None:
         key_count = tl.load(layout.cu_k_ptr + sequence + 1) - tl.load(layout.cu_k_ptr + sequence)
         query_begin = tl.load(layout.cu_q_ptr + sequence)

@@ -62,18 +62,18 @@ def plan_segments(
 
 
 @triton.jit
-def add_tile(q, d_out, k, v, lse2, delta, visible, d_k, d_v, rule):
+def add_tile(q, d_out, k, v, lse2, delta, visible, d_k, d_v, scaling):
     """Add a tile of queries [M, D] to d_k [N, D] and d_v [N, Dv]; `visible` is [N, M] or None. Returns them and dSᵀ.
 
     A query of zeros with lse2, delta and d_out of zero adds nothing, so rows that were masked when loaded need no mask.
     """
-    logits = scaled(tl.dot(k, tl.trans(q), input_precision="ieee"), rule)
+    logits = scaled(tl.dot(k, tl.trans(q), input_precision="ieee"), scaling)
     weights = tl.exp2(logits - lse2[None, :])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
     d_weights = tl.dot(v, tl.trans(d_out), input_precision="ieee")
-    d_logits = through_cap(weights * (d_weights - delta[None, :]), logits, rule).to(q.dtype)
+    d_logits = through_cap(weights * (d_weights - delta[None, :]), logits, scaling).to(q.dtype)
     d_k = tl.dot(d_logits, q, d_k, input_precision="ieee")
     return d_k, d_v, d_logits
 
@@ -85,7 +85,7 @@ def segment_of_item(segments, extra_ptr, item, num_blocks):
     Items 0 … count - 1 are the full segments of split blocks, item count + b the last segment of block b.
 
     Returns:
-        block, segment, place among the 2 · count sums or -1, and whether the item exists.
+        block, segment, index among the 2 · count sums or -1, and whether the item exists.
     """
     is_extra = item < segments.count
     # One-line conditionals would run the search for every item.
@@ -96,16 +96,17 @@ def segment_of_item(segments, extra_ptr, item, num_blocks):
     before = tl.load(extra_ptr + block)
     after = tl.load(extra_ptr + block + 1)
     segment = tl.where(is_extra, item - before, after - before)
-    place = tl.where(is_extra, item, tl.where(after > before, segments.count + before, -1))
+    sums_index = tl.where(is_extra, item, tl.where(after > before, segments.count + before, -1))
     exists = (is_extra == 0) | (item < tl.load(extra_ptr + num_blocks))
-    return block, segment, place, exists
+    return block, segment, sums_index, exists
 
 
 @triton.jit
 def _dkv_kernel(
-    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, first_kv_head, num_kv_heads, rule, layout,
+    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, first_kv_head, num_kv_heads,
+    scaling, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, FLAT: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, UNIFORM_STRIDE: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys; with `partial_ptr`, where a block is one tile, also dQ partials, not yet scaled."""
@@ -117,7 +118,7 @@ def _dkv_kernel(
     local_kv_head = tl.program_id(1)
     kv_head = (local_kv_head + first_kv_head).to(tl.int64)
     extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 2)
-    block, segment, place, exists = segment_of_item(segments, extra_ptr, item, layout.num_blocks)
+    block, segment, sums_index, exists = segment_of_item(segments, extra_ptr, item, layout.num_blocks)
     if exists == 0:
         return
 
@@ -160,7 +161,7 @@ def _dkv_kernel(
             lse2 = tl.load(lse2_ptr + softmax_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + softmax_rows, mask=mask, other=0.0)
             visible = (key_in_block[:, None] <= (query - first_query)[None, :]) & is_key[:, None]
-            d_k, d_v, _ = add_tile(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule)
+            d_k, d_v, _ = add_tile(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, scaling)
 
         if TOPK > 1:
             offsets_ptr = view.offsets + head * (layout.num_blocks + 1)
@@ -171,14 +172,18 @@ def _dkv_kernel(
             entry_end = block_entry + tl.minimum(tl.maximum(end - seen, 0), count)
             for tile_entry in tl.range(first_entry, entry_end, TILE_QUERIES, num_stages=NUM_STAGES):
                 query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
-                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
-                d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT, PACKED)
+                q_tile = load_query_rows(
+                    q, head, query_rows, layout.num_queries, mask, HEAD_DIM, UNIFORM_STRIDE, PACKED
+                )
+                d_out = load_query_rows(
+                    d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, UNIFORM_STRIDE, PACKED
+                )
                 softmax_rows = packed_rows(query_rows, PACKED)
                 lse2 = tl.load(lse2_ptr + softmax_rows, mask=mask, other=0.0)
                 delta = tl.load(delta_ptr + softmax_rows, mask=mask, other=0.0)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[:, None]
                 d_k, d_v, d_logits = add_tile(
-                    q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, rule
+                    q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_k, d_v, scaling
                 )  # fmt: skip
                 if partial_ptr is not None:
                     d_q = tl.dot(tl.trans(d_logits), k_tile, input_precision="ieee")
@@ -188,12 +193,12 @@ def _dkv_kernel(
                     store_rows(partial_ptr, partial_row * HEAD_DIM, d_q, mask, HEAD_DIM, True)
             seen += count
 
-    d_k *= rule.product_scale
-    sums_row = (local_kv_head.to(tl.int64) * 2 * segments.count + place) * 2 * BLOCK_SIZE + key_in_block
-    sums_mask = (key_in_block < BLOCK_SIZE) & (place >= 0)
+    d_k *= scaling.product_scale
+    sums_row = (local_kv_head.to(tl.int64) * 2 * segments.count + sums_index) * 2 * BLOCK_SIZE + key_in_block
+    sums_mask = (key_in_block < BLOCK_SIZE) & (sums_index >= 0)
     store_rows(segments.sums_ptr, sums_row * SUMS_DIM, d_k, sums_mask, HEAD_DIM)
     store_rows(segments.sums_ptr, (sums_row + BLOCK_SIZE) * SUMS_DIM, d_v, sums_mask, VALUE_DIM)
-    is_whole = is_key & (place < 0)
+    is_whole = is_key & (sums_index < 0)
     out_row = (long_row * layout.num_keys + key) * num_kv_heads + kv_head
     store_rows(d_k_ptr, out_row * HEAD_DIM, d_k, is_whole, HEAD_DIM)
     store_rows(d_v_ptr, out_row * VALUE_DIM, d_v, is_whole, VALUE_DIM)

@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.device import (
-    block_places,
     holds_past_block,
     last_at_most,
     load_keys,
     load_rows,
+    locate_blocks,
     own_key_range,
     own_keys_visible,
     padded_head_dim,
@@ -32,23 +32,23 @@ from moba.backends.triton.logits import scaled, through_cap
 
 
 @triton.jit
-def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, rule):
+def add_keys(q, d_out, k, v, lse2, delta, visible, d_q, scaling):
     """Add a tile of keys [N, D] and values [N, Dv] to d_q [M, D]; `visible` is [M, N] or None."""
-    logits = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), rule)
+    logits = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scaling)
     weights = tl.exp2(logits - lse2[:, None])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     d_weights = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-    d_logits = through_cap(weights * (d_weights - delta[:, None]), logits, rule)
+    d_logits = through_cap(weights * (d_weights - delta[:, None]), logits, scaling)
     return tl.dot(d_logits.to(k.dtype), k, d_q, input_precision="ieee")
 
 
 @triton.jit
 def _dq_past_kernel(
-    q, k, v, k_matrix, v_matrix, d_outs, softmax, view, bounds, partials, rule, layout,
+    q, k, v, k_matrix, v_matrix, d_outs, softmax, view, bounds, partials, scaling, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
-    NUM_STAGES: tl.constexpr, FLAT: tl.constexpr, PACKED: tl.constexpr,
+    NUM_STAGES: tl.constexpr, UNIFORM_STRIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dQ partials: a tile of gathered queries stays on chip while their block's K and V stream past."""
     PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
@@ -69,11 +69,13 @@ def _dq_past_kernel(
         first_entry, stop_entry, entry_end = tiles_in_window(
             bounds, chunk_head, block, begin, end, TILE_ENTRIES, BLOCK_COST
         )
-        row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
+        row, _, first_key, _, _ = locate_blocks(block, layout, BLOCK_SIZE)
         for tile_entry in tl.range(first_entry, stop_entry, TILE_ENTRIES, num_stages=1):
             query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
-            q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
-            d_out = load_query_rows(d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, FLAT, PACKED)
+            q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, UNIFORM_STRIDE, PACKED)
+            d_out = load_query_rows(
+                d_outs, head, query_rows, layout.num_queries, mask, VALUE_DIM, UNIFORM_STRIDE, PACKED
+            )
             softmax_rows = packed_rows(query_rows, PACKED)
             lse2 = tl.load(lse2_ptr + softmax_rows, mask=mask, other=0.0)
             delta = tl.load(delta_ptr + softmax_rows, mask=mask, other=0.0)
@@ -84,7 +86,7 @@ def _dq_past_kernel(
                 k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
                 v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
                 visible = None if BLOCK_SIZE % TILE_N == 0 else is_key[None, :]
-                d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
+                d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scaling)
             partial_row = (chunk_head.to(tl.int64) * (TOPK - 1) + slots) * partials.num_rows
             partial_row = packed_rows(partial_row + (query_rows - partials.row_begin), PACKED)
             store_rows(partials.ptr, partial_row * HEAD_DIM, d_q, mask, HEAD_DIM, True)
@@ -93,7 +95,7 @@ def _dq_past_kernel(
 
 @triton.jit
 def _dq_own_kernel(
-    q, k, v, k_matrix, v_matrix, d_outs, softmax, indices, partials, d_q_ptr, rule, num_heads, layout,
+    q, k, v, k_matrix, v_matrix, d_outs, softmax, indices, partials, d_q_ptr, scaling, num_heads, layout,
     tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
@@ -144,12 +146,12 @@ def _dq_own_kernel(
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
-        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, None, d_q, rule)
+        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, None, d_q, scaling)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
         visible = own_keys_visible(key, position, BLOCK_SIZE, TILE_QUERIES)
-        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, rule)
+        d_q = add_keys(q_tile, d_out, k_tile, v_tile, lse2, delta, visible, d_q, scaling)
     out_row = packed_rows(query_row.to(tl.int64) * (num_heads // PACKED) + head, PACKED)
-    store_rows(d_q_ptr, out_row * HEAD_DIM, d_q * rule.product_scale, writes, HEAD_DIM)
+    store_rows(d_q_ptr, out_row * HEAD_DIM, d_q * scaling.product_scale, writes, HEAD_DIM)

@@ -37,15 +37,14 @@ def member_offsets(offsets, stride_h, PACKED: tl.constexpr):
 
 @triton.jit
 def load_query_rows(
-    x, head, query_rows, num_queries, mask, HEAD_DIM: tl.constexpr, FLAT: tl.constexpr, PACKED: tl.constexpr
+    x, head, query_rows, num_queries, mask, HEAD_DIM: tl.constexpr, UNIFORM_STRIDE: tl.constexpr, PACKED: tl.constexpr
 ):
     """Query rows [M], flattened over R · T, of one head of the routing, from x [R, T, H, D]: [M, padded D].
 
-    FLAT: query rows are evenly spaced in memory.
-
-    Otherwise a division by a run-time number finds each one's tensor row, which is 6 % of a backward.
+    UNIFORM_STRIDE: query rows are stride_t apart, across tensor rows too. Otherwise a division by a run-time number
+    finds each one's tensor row, which is 6 % of a backward.
     """
-    if FLAT:
+    if UNIFORM_STRIDE:
         offsets = query_rows.to(tl.int64) * x.stride_t
     else:
         tensor_row = query_rows // num_queries

@@ -22,12 +22,12 @@ from moba.backends.triton.device import (
     LN_2,
     LOWEST_LOGIT,
     View,
-    block_places,
     holds_past_block,
     last_at_most,
     layout_of,
     load_keys,
     load_rows,
+    locate_blocks,
     num_query_tiles,
     online_softmax,
     own_key_range,
@@ -49,15 +49,15 @@ from moba.backends.triton.entries import (
     window_offsets,
 )
 from moba.backends.triton.launch import Plan, next_power_of_2
-from moba.backends.triton.logits import logit_rule, scaled
+from moba.backends.triton.logits import logit_scaling, scaled
 from moba.backends.triton.workspace import (
     chunk_query_tiles,
     chunks_with_bounds,
     keeps_keys,
     keys_of,
     own_keys_of,
-    spacings,
     tile_sizes,
+    uniform_stride,
     windows,
 )
 from moba.sequences import Sequences
@@ -89,10 +89,10 @@ def store_partials(partials, chunk_head, query_rows, slots, mask, outputs, lse, 
 
 @triton.jit
 def _attend_past_kernel(
-    q, k, v, k_matrix, v_matrix, view, bounds, partials, rule, layout,
+    q, k, v, k_matrix, v_matrix, view, bounds, partials, scaling, layout,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK_COST: tl.constexpr,
-    NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, FLAT: tl.constexpr, PACKED: tl.constexpr,
+    NUM_STAGES: tl.constexpr, KEEPS_KEYS: tl.constexpr, UNIFORM_STRIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Partials of past blocks: a program takes the tiles of queries that begin in its window.
 
@@ -118,7 +118,7 @@ def _attend_past_kernel(
         )
         # A block that nobody chose is not read: it may be a short one, with nothing behind its keys.
         if first_entry < stop_entry:
-            row, _, first_key, _, _ = block_places(block, layout, BLOCK_SIZE)
+            row, _, first_key, _, _ = locate_blocks(block, layout, BLOCK_SIZE)
             # 1. The block's keys and values, if they stay on chip.
             if KEEPS_KEYS:
                 keys = tl.arange(0, TILE_N)
@@ -128,11 +128,13 @@ def _attend_past_kernel(
             for tile_entry in tl.range(first_entry, stop_entry, TILE_ENTRIES, num_stages=QUERY_STAGES):
                 # 2. The queries that chose the block, and the slot of `indices` in which each has it.
                 query_rows, slots, mask = load_entries(entries_ptr, tile_entry, entry_end, TOPK, TILE_M, PACKED)
-                q_tile = load_query_rows(q, head, query_rows, layout.num_queries, mask, HEAD_DIM, FLAT, PACKED)
+                q_tile = load_query_rows(
+                    q, head, query_rows, layout.num_queries, mask, HEAD_DIM, UNIFORM_STRIDE, PACKED
+                )
                 # 3. The softmax over this block alone. A past block is whole, and all its keys lie in the past, so
                 # nothing but its size masks.
                 if KEEPS_KEYS:
-                    logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
+                    logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scaling)
                     if BLOCK_SIZE != TILE_N:
                         logits = tl.where(is_key[None, :], logits, float("-inf"))
                     maximum = tl.max(logits, 1)
@@ -148,11 +150,11 @@ def _attend_past_kernel(
                         is_key = keys < BLOCK_SIZE
                         k_tile = load_keys(k, k_matrix, row, kv_head, first_key + start, is_key, HEAD_DIM, TILE_N)
                         v_tile = load_keys(v, v_matrix, row, kv_head, first_key + start, is_key, VALUE_DIM, TILE_N)
-                        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
+                        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scaling)
                         if BLOCK_SIZE % TILE_N != 0:
                             logits = tl.where(is_key[None, :], logits, float("-inf"))
                         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
-                # 4. Its result and log-sum-exp (base 2), where `_attend_own_and_merge_kernel` reads them.
+                # 4. Its result and log-sum-exp (base 2), where `_merge_and_attend_own_kernel` reads them.
                 outputs = acc * (1.0 / total)[:, None]
                 lse = maximum + tl.log2(total)
                 store_partials(
@@ -162,8 +164,8 @@ def _attend_past_kernel(
 
 
 @triton.jit
-def _attend_own_and_merge_kernel(
-    q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, rule, num_heads, layout, tiles_per_row,
+def _merge_and_attend_own_kernel(
+    q, k, v, k_matrix, v_matrix, indices, partials, out_ptr, lse_ptr, scaling, num_heads, layout, tiles_per_row,
     GROUP: tl.constexpr, TOPK: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, NUM_STAGES: tl.constexpr, MERGE_STAGES: tl.constexpr,
     PACKED: tl.constexpr,
@@ -223,13 +225,13 @@ def _attend_own_and_merge_kernel(
     for start in tl.range(begin, middle, TILE_N, num_stages=NUM_STAGES):
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, all_keys, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, all_keys, VALUE_DIM, TILE_N)
-        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
+        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scaling)
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
     for start in tl.range(middle, end, TILE_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE_N)
         k_tile = load_keys(k, k_matrix, row, kv_head, sequence_start + start, key < end, HEAD_DIM, TILE_N)
         v_tile = load_keys(v, v_matrix, row, kv_head, sequence_start + start, key < end, VALUE_DIM, TILE_N)
-        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), rule)
+        logits = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scaling)
         logits = tl.where(own_keys_visible(key, position, BLOCK_SIZE, TILE_QUERIES), logits, float("-inf"))
         maximum, total, acc = online_softmax(logits, v_tile, maximum, total, acc)
 
@@ -276,7 +278,7 @@ def plan_forward(
     past = tile_sizes("attend_past_stationary" if keeps else "attend_past_streaming", arch, q, v, block_size, packed)
     if keeps:
         past["TILE_N"] = max(16, next_power_of_2(block_size))
-    own = tile_sizes("attend_own_and_merge", arch, q, v, block_size, packed)
+    own = tile_sizes("merge_and_attend_own", arch, q, v, block_size, packed)
     shape = {
         "GROUP": routing_heads // k.shape[2], "TOPK": topk, "BLOCK_SIZE": block_size, "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim, "PACKED": packed,
@@ -286,27 +288,31 @@ def plan_forward(
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
     row_bytes = (topk - 1) * (value_dim * q.element_size() + 4) * packed
     total_rows = num_rows * num_queries
-    layout, rule = layout_of(sequences, block_size), logit_rule(scale, softcap)
+    layout, scaling = layout_of(sequences, block_size), logit_scaling(scale, softcap)
 
-    flats = spacings(q)
+    uniform = uniform_stride(q)
     gathered_bytes = head_dim * q.element_size()
     parts = chunks_with_bounds(plan, view, total_rows, topk, packed, row_bytes, gathered_bytes, workspace_bytes)
     size = (parts[0][0].num_heads, topk - 1, parts[0][0].num_rows, packed)
     partial, partial_lse = plan.buffer(*size, value_dim, dtype=q.dtype), plan.buffer(*size, dtype=torch.float32)
-    # The first of `flats` and `own_keys` fits this call and is launched. Calls of other lengths and batch sizes need
+    # The first of `uniform` and `own_keys` fits this call and is launched. Calls of other lengths and batch sizes need
     # the rest: they are compiled together with this, so that a new length never compiles.
     for chunk, bounds in parts:
         tiles, first_tile = chunk_query_tiles(sequences, own["TILE_M"], packed, chunk)
         partials = Partials(partial, partial_lse, chunk.first_head, chunk.row_begin, chunk.num_rows, first_tile)
         if topk > 1:
             num_entries = view.num_entries if packed == 1 else chunk.num_rows * (topk - 1)
-            arguments = (rows_of(q), *past_keys, view, bounds, partials, rule, layout)
+            arguments = (rows_of(q), *past_keys, view, bounds, partials, scaling, layout)
             grid = (windows(num_entries, num_blocks, past), chunk.num_heads)
-            plan.launch(_attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=flats[0])
-            for is_flat in flats[1:]:
-                plan.foresee(_attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, FLAT=is_flat)
-        outputs = (rows_of(indices), partials, out, lse, rule, num_heads, layout, tiles_per_row)
+            plan.launch(
+                _attend_past_kernel, grid, *arguments, **shape, **past, KEEPS_KEYS=keeps, UNIFORM_STRIDE=uniform[0]
+            )
+            for is_uniform in uniform[1:]:
+                plan.foresee(
+                    _attend_past_kernel, *arguments, **shape, **past, KEEPS_KEYS=keeps, UNIFORM_STRIDE=is_uniform
+                )
+        outputs = (rows_of(indices), partials, out, lse, scaling, num_heads, layout, tiles_per_row)
         grid = (tiles, chunk.num_heads)
-        plan.launch(_attend_own_and_merge_kernel, grid, rows_of(q), *own_keys[0], *outputs, **shape, **own)
+        plan.launch(_merge_and_attend_own_kernel, grid, rows_of(q), *own_keys[0], *outputs, **shape, **own)
         for keys in own_keys[1:]:
-            plan.foresee(_attend_own_and_merge_kernel, rows_of(q), *keys, *outputs, **shape, **own)
+            plan.foresee(_merge_and_attend_own_kernel, rows_of(q), *keys, *outputs, **shape, **own)

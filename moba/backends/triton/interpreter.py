@@ -99,13 +99,13 @@ def repair() -> None:
 
     def scan_in_steps(self, input):
         values = [x.handle.data for x in input]
-        place = np.arange(values[0].shape[self.axis]).reshape([-1] + [1] * (values[0].ndim - 1 - self.axis))
+        index = np.arange(values[0].shape[self.axis]).reshape([-1] + [1] * (values[0].ndim - 1 - self.axis))
         step = 1
-        while step < len(place):
+        while step < len(index):
             pairs = [np.roll(x, step, self.axis) for x in values] + values
             found = self.combine_fn.fn(*map(self.to_tensor, pairs, [x.dtype for x in input] * 2))
             found = found if isinstance(found, tuple) else (found,)
-            values = [np.where(place < step, x, y.handle.data) for x, y in zip(values, found, strict=True)]
+            values = [np.where(index < step, x, y.handle.data) for x, y in zip(values, found, strict=True)]
             step *= 2
         return list(map(self.to_tensor, values, [x.dtype for x in input]))
 

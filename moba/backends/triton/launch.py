@@ -43,13 +43,13 @@ def next_power_of_2(a: int) -> int:
 
 @dataclass(frozen=True)
 class Number:
-    """An argument that differs from run to run: its place among the run's numbers."""
+    """An argument that differs from run to run: its index among the run's numbers."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorRef:
     """A tensor argument: number of the tensor or buffer in the plan, and the element that it begins at."""
 
     source: int
@@ -109,7 +109,7 @@ class Plan:
 
     def zero(self, tensor: Tensor) -> None:
         """Fill a tensor or buffer, not a view of one, with zeros."""
-        self._steps.append(_Step(None, (), (self._place(tensor),), {}))
+        self._steps.append(_Step(None, (), (self._ref(tensor),), {}))
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
         """Run a kernel on a grid.
@@ -134,23 +134,23 @@ class Plan:
 
     def _step(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> _Step:
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
-        arguments = tuple(_mapped(self._placed, named.pop(name)) for name in kernel.arg_names)
+        arguments = tuple(_mapped(self._argument, named.pop(name)) for name in kernel.arg_names)
         return _Step(kernel, grid, arguments, named)
 
     def is_aligned(self, tensor: Tensor) -> bool:
         """Whether a tensor of the plan, or a view of one, begins at a multiple of 16 bytes."""
-        place = self._place(tensor)
-        return self._aligned[place.source] and place.offset * tensor.element_size() % 16 == 0
+        ref = self._ref(tensor)
+        return self._aligned[ref.source] and ref.offset * tensor.element_size() % 16 == 0
 
-    def _placed(self, x: Any) -> Any:
-        return self._place(x) if isinstance(x, (Tensor, Matrix)) else x
+    def _argument(self, x: Any) -> Any:
+        return self._ref(x) if isinstance(x, (Tensor, Matrix)) else x
 
-    def _place(self, x: Tensor | Matrix) -> _Place:
+    def _ref(self, x: Tensor | Matrix) -> _TensorRef:
         tensor = x if isinstance(x, Tensor) else x.tensor
         storage = tensor.untyped_storage()._cdata
         for source, known in enumerate(self._tensors):
             if known is not None and known.untyped_storage()._cdata == storage:
-                return _Place(source, int(tensor.storage_offset()), x if isinstance(x, Matrix) else None)
+                return _TensorRef(source, int(tensor.storage_offset()), x if isinstance(x, Matrix) else None)
         raise AssertionError(f"a tensor of shape {tuple(tensor.shape)} is none of the plan's")
 
     def variants(self) -> Iterator[Variant]:
@@ -161,8 +161,8 @@ class Plan:
                 yield variant(step.kernel, arguments, step.options, self.is_aligned)
 
     def _stand_in(self, x: Any) -> Any:
-        if not isinstance(x, _Place) or x.matrix is not None:
-            return x.matrix if isinstance(x, _Place) else x
+        if not isinstance(x, _TensorRef) or x.matrix is not None:
+            return x.matrix if isinstance(x, _TensorRef) else x
         tensor = self._tensors[x.source]
         assert tensor is not None
         return tensor.as_strided((1,), (1,), x.offset) if x.offset else tensor
@@ -209,8 +209,8 @@ class Plan:
 
         def argument(x: Any) -> Any:
             if isinstance(x, Number):
-                return numbers[x.place]
-            if not isinstance(x, _Place):
+                return numbers[x.index]
+            if not isinstance(x, _TensorRef):
                 return x
             tensor = sources[x.source]
             assert tensor is not None
@@ -246,7 +246,7 @@ class Plan:
     def _launching(self, step: _Step, kernel: Any) -> _Launch:
         """Launch a compiled kernel: in place of tensors, their pointers."""
         run = kernel[(*step.grid, 1, 1)[:3]]
-        # What is to be filled in: a place for every tensor and number, by parameter and place in its tuple.
+        # What is to be filled in, every tensor and number: indices of the parameter and in its tuple.
         template = [list(x) if isinstance(x, tuple) else x for x in step.arguments]
         pointers_at, numbers_at, matrices_at, tuples_at = [], [], [], []
         for i, x in enumerate(step.arguments):
@@ -255,11 +255,11 @@ class Plan:
             for j, leaf in enumerate(x if isinstance(x, tuple) else (x,)):
                 at = (i, j if isinstance(x, tuple) else None)
                 if isinstance(leaf, Number):
-                    numbers_at.append((*at, leaf.place))
-                elif isinstance(leaf, _Place) and leaf.matrix is not None:
+                    numbers_at.append((*at, leaf.index))
+                elif isinstance(leaf, _TensorRef) and leaf.matrix is not None:
                     matrix = leaf.matrix
                     matrices_at.append((i, leaf.source, (matrix.shape, matrix.strides, matrix.tile)))
-                elif isinstance(leaf, _Place):
+                elif isinstance(leaf, _TensorRef):
                     stand_in = self._tensors[leaf.source]
                     assert stand_in is not None
                     pointers_at.append((*at, leaf.source, leaf.offset * stand_in.element_size()))
@@ -279,11 +279,11 @@ class Plan:
                     values[i] = pointers[source] + offset
                 else:
                     values[i][j] = pointers[source] + offset
-            for i, j, place in numbers_at:
+            for i, j, index in numbers_at:
                 if j is None:
-                    values[i] = numbers[place]
+                    values[i] = numbers[index]
                 else:
-                    values[i][j] = numbers[place]
+                    values[i][j] = numbers[index]
             for i, source, matrix in matrices_at:
                 values[i] = _Descriptor(tensors[source], *matrix)
             for i in tuples_at:

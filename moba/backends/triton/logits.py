@@ -10,7 +10,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-class LogitRule(NamedTuple):
+class LogitScaling(NamedTuple):
     """How products of queries and keys become logits in log2: their scale, and their softcap or None.
 
     `product_scale` is the scale of the logits themselves, as gradients of queries and keys are multiplied by it.
@@ -21,17 +21,17 @@ class LogitRule(NamedTuple):
     product_scale: Any
 
 
-def logit_rule(scale: float, softcap: float | None) -> LogitRule:
+def logit_scaling(scale: float, softcap: float | None) -> LogitScaling:
     """Scale and softcap as an argument of kernels."""
-    return LogitRule(scale * LOG2_E.value, None if softcap is None else softcap * LOG2_E.value, scale)
+    return LogitScaling(scale * LOG2_E.value, None if softcap is None else softcap * LOG2_E.value, scale)
 
 
 @triton.jit
-def scaled(products, rule):
+def scaled(products, scaling):
     """Logits in log2."""
-    logits = products * rule.scale
-    if rule.softcap is not None:
-        logits = rule.softcap * tanh(logits / rule.softcap)
+    logits = products * scaling.scale
+    if scaling.softcap is not None:
+        logits = scaling.softcap * tanh(logits / scaling.softcap)
     return logits
 
 
@@ -44,9 +44,9 @@ def tanh(x):
 
 
 @triton.jit
-def through_cap(d_logits, logits, rule):
+def through_cap(d_logits, logits, scaling):
     """Gradients of logits as those of what the softcap was given."""
-    if rule.softcap is not None:
-        ratio = logits / rule.softcap
+    if scaling.softcap is not None:
+        ratio = logits / scaling.softcap
         d_logits *= 1.0 - ratio * ratio
     return d_logits

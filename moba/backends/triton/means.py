@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba.backends.triton.device import block_places, bounds_of, layout_of, num_global_blocks, padded_head_dim, rows_of
+from moba.backends.triton.device import bounds_of, layout_of, locate_blocks, num_global_blocks, padded_head_dim, rows_of
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2, run_planned
 from moba.sequences import Sequences
 
@@ -46,7 +46,7 @@ def _block_means_kernel(
     PADDED_DIM: tl.constexpr = padded_head_dim(HEAD_DIM)
     blocks = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     head = tl.program_id(1).to(tl.int64)
-    row, _, first_key, _, size = block_places(blocks, layout, block_size)
+    row, _, first_key, _, size = locate_blocks(blocks, layout, block_size)
     is_finished = size == block_size
     columns = tl.arange(0, PADDED_DIM)
     base = k.ptr + row.to(tl.int64) * k.stride_r + head * k.stride_h

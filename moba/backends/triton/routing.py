@@ -27,7 +27,7 @@ from moba.backends.triton.variants import Variant
 from moba.routing import Selection
 from moba.sequences import Sequences
 
-# Lengths of the sorted lists that the kernel is compiled for; a list holds one score more than there are places.
+# Lengths of the sorted lists that the kernel is compiled for; a list holds one score more than there are scored slots.
 LIST_LENGTHS = (4, 8, 16)
 # Those that `_select_once_kernel` is compiled for.
 ONCE_LENGTHS = (4, 8)
@@ -136,9 +136,9 @@ def plan_select(
     config: Mapping[str, Any] = lookup(
         table, arch, head_dim=padded_dim, block_size=block_size, element_bytes=element_bytes, is_packed=is_shared
     )
-    places = topk - 1 - keep_first - keep_recent
-    length = next((length for length in LIST_LENGTHS if places < length), 0)
-    rule = (layout_of(sequences, block_size), block_size, topk, keep_first, keep_recent)
+    num_scored_slots = topk - 1 - keep_first - keep_recent
+    length = next((length for length in LIST_LENGTHS if num_scored_slots < length), 0)
+    setting = (layout_of(sequences, block_size), block_size, topk, keep_first, keep_recent)
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, is_needed: bool = True, **named: Any) -> None:
         if is_needed:
@@ -152,7 +152,7 @@ def plan_select(
         num_tiles, group = cdiv(count, config["TILE_M"]), num_query_heads // num_kv_heads
         factor = 0.5 ** (group - 1).bit_length() if is_shared else None
         launch(
-            _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *rule, open_rows, first,
+            _select_kernel, (num_rows * num_tiles, num_heads), rows, means, scores, indices, *setting, open_rows, first,
             num_tiles, group, factor, **named, LENGTH=length, **config,
         )  # fmt: skip
 
@@ -188,7 +188,7 @@ def plan_select(
         plan.zero(counts)
     num_tiles = cdiv(num_queries, once["TILE_M"])
     launch(
-        _select_once_kernel, (num_rows * num_tiles, num_heads), *given[:2], indices, open_rows, *rule, num_tiles,
+        _select_once_kernel, (num_rows * num_tiles, num_heads), *given[:2], indices, open_rows, *setting, num_tiles,
         num_query_heads // num_kv_heads, **dims, LENGTH=length, is_needed=is_long,
         **{name: value for name, value in once.items() if name != "MIN_BLOCKS"},
     )  # fmt: skip

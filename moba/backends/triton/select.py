@@ -1,14 +1,15 @@
 """The selection kernel: scores of a tile of queries against streamed block means, and the blocks that score highest.
 
-A row has `places` for scored blocks. The kernel streams the block means twice and keeps no scores. Scores that are not
-of means lie in memory (block_scores.py), as they cost a product a token: it then streams these twice instead.
+Of a row's slots, `num_scored_slots` go to the blocks that score highest. The kernel streams the block means twice and
+keeps no scores. Scores that are not of means lie in memory (block_scores.py), as they cost a product a token: it then
+streams these twice instead.
 
-1. *Threshold.* The places-th largest score of every row. Columns of a tile fall into W classes; each class keeps its
-   largest scores in sorting networks (top_values.py), and the classes are merged at the end. Rows with more places than
-   such lists hold search the threshold by bisection, counting scores in one pass a bit.
+1. *Threshold.* The least score that finds a slot, of every row. Columns of a tile fall into W classes; each class keeps
+   its largest scores in sorting networks (top_values.py), and the classes are merged at the end. Rows with more slots
+   than such lists hold search the threshold by bisection, counting scores in one pass a bit.
 2. *Collection.* The same products again, so the same scores bit for bit. A score that reaches the threshold sets a bit
-   of its row's string (bit_strings.py); a place takes the block of the bit that has its rank, so block numbers leave in
-   ascending order. Of scores equal to the threshold only as many count as there are places left, lowest block first.
+   of its row's string (bit_strings.py); a slot takes the block of the bit that has its rank, so block numbers leave in
+   ascending order. Of scores equal to the threshold only as many count as there are slots left, lowest block first.
 
 So a selection depends on the scores alone, never on tile sizes.
 
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 
 from moba.backends.triton.bit_strings import bit_at_rank_of_four, num_bits
-from moba.backends.triton.device import LOWEST_SCORE, query_places
+from moba.backends.triton.device import LOWEST_SCORE, locate_queries
 from moba.backends.triton.top_values import fold_columns, merge_columns, merge_lists, pieces, sorted_list
 
 # Blocks of a tile: the bits of a string.
@@ -110,18 +111,18 @@ def _largest_scores(queries, means_ptr, candidates, HEAD_DIM: tl.constexpr, LENG
 
 
 @triton.jit
-def _pick_threshold(largest, places, LENGTH: tl.constexpr):
-    """From rows' lists: their places-th score, how many places go to equal ones [M, 1]; whether any has more equal."""
+def _pick_threshold(largest, num_scored_slots, LENGTH: tl.constexpr):
+    """From rows' lists: the threshold, how many slots go to scores equal to it [M, 1]; whether any has more equal."""
     threshold = tl.full(largest[0].shape, LOWEST_SCORE, tl.float32)
     following = tl.full(largest[0].shape, float("-inf"), tl.float32)
     for i in tl.static_range(LENGTH):
-        threshold = tl.where(places == i + 1, tl.maximum(largest[i], LOWEST_SCORE), threshold)
-        following = tl.where(places == i, largest[i], following)
+        threshold = tl.where(num_scored_slots == i + 1, tl.maximum(largest[i], LOWEST_SCORE), threshold)
+        following = tl.where(num_scored_slots == i, largest[i], following)
     num_above = tl.zeros(largest[0].shape, tl.int32)
     for i in tl.static_range(LENGTH):
         num_above += (largest[i] > threshold).to(tl.int32)
     is_tied = tl.max((following == threshold).to(tl.int32)) > 0
-    return tl.max(threshold, 1, keep_dims=True), places - tl.max(num_above, 1, keep_dims=True), is_tied
+    return tl.max(threshold, 1, keep_dims=True), num_scored_slots - tl.max(num_above, 1, keep_dims=True), is_tied
 
 
 @triton.jit
@@ -131,8 +132,8 @@ def _float_of_rank(rank):
 
 
 @triton.jit
-def _bisect_threshold(queries, means_ptr, candidates, places, HEAD_DIM: tl.constexpr):
-    """Rows' places-th score, and how many of the places go to equal ones [M, 1]: one pass a bit."""
+def _bisect_threshold(queries, means_ptr, candidates, num_scored_slots, HEAD_DIM: tl.constexpr):
+    """Rows' thresholds, and how many slots go to scores equal to them [M, 1]: one pass a bit."""
     _, _, begin, end, _, _ = candidates
     lower = tl.full([queries[0].shape[0], 1], -0x7F800000, tl.int64)
     upper = tl.full([queries[0].shape[0], 1], 0x7F800000, tl.int64)
@@ -147,9 +148,9 @@ def _bisect_threshold(queries, means_ptr, candidates, places, HEAD_DIM: tl.const
             count += tl.sum((scores >= bound).to(tl.int32), axis=1, keep_dims=True)
         is_open = lower < upper
         num_above = tl.where(is_open, num_above, count)
-        lower = tl.where(is_open & (count >= places), middle, lower)
-        upper = tl.where(is_open & (count < places), middle - 1, upper)
-    return _float_of_rank(lower.to(tl.int32)), places - num_above
+        lower = tl.where(is_open & (count >= num_scored_slots), middle, lower)
+        upper = tl.where(is_open & (count < num_scored_slots), middle - 1, upper)
+    return _float_of_rank(lower.to(tl.int32)), num_scored_slots - num_above
 
 
 @triton.jit
@@ -158,10 +159,10 @@ def _row_strings(flags):
     word = flags[0].to(tl.int32)
     for i in tl.static_range(1, BITS):
         word = word | tl.where(flags[i], 1 << i, 0)
-    place = (tl.arange(0, COLUMNS) * BITS)[None, :]
-    word = word.to(tl.uint32) << (place % 32).to(tl.uint32)
-    low = tl.sum(tl.where(place < 32, word, 0), axis=1, keep_dims=True)
-    high = tl.sum(tl.where(place < 32, 0, word), axis=1, keep_dims=True)
+    first_bit = (tl.arange(0, COLUMNS) * BITS)[None, :]
+    word = word.to(tl.uint32) << (first_bit % 32).to(tl.uint32)
+    low = tl.sum(tl.where(first_bit < 32, word, 0), axis=1, keep_dims=True)
+    high = tl.sum(tl.where(first_bit < 32, 0, word), axis=1, keep_dims=True)
     return low.to(tl.uint64) | high.to(tl.uint64) << 32
 
 
@@ -224,7 +225,7 @@ class OpenRows(NamedTuple):
 @triton.jit
 def row_candidates(row, token, layout, block_size, keep_first, keep_recent):
     """Of queries [M]: own block, their sequence's first, how many first and recent ones are kept; `candidates`."""
-    own, first_block = query_places(row, token, layout, block_size)
+    own, first_block = locate_queries(row, token, layout, block_size)
     num_first = tl.minimum(keep_first, tl.maximum(own, 0))
     num_recent = tl.minimum(keep_recent, tl.maximum(own, 0) - num_first)
     low = first_block + num_first
@@ -236,11 +237,11 @@ def row_candidates(row, token, layout, block_size, keep_first, keep_recent):
 
 
 @triton.jit
-def store_kept(indices_base, own, num_first, num_recent, num_scored, topk, is_query):
-    """Store the slots that scores do not decide: the first blocks, and from slot `num_scored` [M] what follows."""
+def store_kept(indices_base, own, num_first, num_recent, scored_end, topk, is_query):
+    """Store the slots that scores do not decide: the first blocks, and from slot `scored_end` [M] what follows."""
     for first_slot in range(0, topk, 16):
         slot = first_slot + tl.arange(0, 16)[None, :]
-        behind = slot - num_scored[:, None]
+        behind = slot - scored_end[:, None]
         last = tl.where(behind <= num_recent[:, None], (own - num_recent)[:, None] + behind, -1)
         value = tl.where(slot < num_first[:, None], slot, last)
         value = tl.where(own[:, None] < 0, -1, value)
@@ -283,26 +284,26 @@ def _select_kernel(
     # The last tiles have the most candidates: they start first.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = tl.program_id(1)
-    place = tile * TILE_M + tl.arange(0, TILE_M)
+    query_in_chunk = tile * TILE_M + tl.arange(0, TILE_M)
     num_heads = tl.num_programs(1)
     if open_rows.counts is not None:
         count = tl.load(open_rows.counts + row * num_heads + head)
         if tile * TILE_M >= count:
             return
         tokens = open_rows.tokens + (row * num_heads + head).to(tl.int64) * layout.num_queries
-        place = tl.load(tokens + place, mask=place < count, other=layout.num_queries)
-    token = first_query + place
+        query_in_chunk = tl.load(tokens + query_in_chunk, mask=query_in_chunk < count, other=layout.num_queries)
+    token = first_query + query_in_chunk
     own, first_block, num_first, num_recent, candidates = row_candidates(
         row, token, layout, block_size, keep_first, keep_recent
     )
     low, high = candidates[:2]
-    places = topk - 1 - keep_first - keep_recent
+    num_scored_slots = topk - 1 - keep_first - keep_recent
 
     is_query = (token < layout.num_queries)[:, None]
     if HEAD_DIM == 0:
         scores_ptr = scores.ptr + (row * num_heads + head).to(tl.int64) * scores.stride_r
         scores_ptr -= row.to(tl.int64) * layout.blocks_per_row * scores.stride_n
-        queries = (scores_ptr + place[:, None], scores.stride_n, is_query, None, None)
+        queries = (scores_ptr + query_in_chunk[:, None], scores.stride_n, is_query, None, None)
         means_ptr = None
     else:
         dims = tl.arange(0, TILE_D)
@@ -325,15 +326,15 @@ def _select_kernel(
     threshold = tl.full([TILE_M, 1], LOWEST_SCORE, tl.float32)
     bound = tl.zeros([TILE_M, 1], tl.int32)
     has_ties = False
-    if tl.max(high - low) > places:
+    if tl.max(high - low) > num_scored_slots:
         if LENGTH == 0:
-            threshold, num_equal = _bisect_threshold(queries, means_ptr, candidates, places, HEAD_DIM)
+            threshold, num_equal = _bisect_threshold(queries, means_ptr, candidates, num_scored_slots, HEAD_DIM)
             has_ties = True
         else:
             largest = _largest_scores(queries, means_ptr, candidates, HEAD_DIM, LENGTH)
-            threshold, num_equal, has_ties = _pick_threshold(largest, places, LENGTH)
+            threshold, num_equal, has_ties = _pick_threshold(largest, num_scored_slots, LENGTH)
         if has_ties:
-            # The first block of an equal score that finds no place.
+            # The first block of an equal score that finds no slot.
             bound, _ = _blocks_at_ranks(
                 queries, means_ptr, candidates, threshold, bound, False, num_equal, True, HEAD_DIM
             )
@@ -341,7 +342,7 @@ def _select_kernel(
     SLOTS: tl.constexpr = LENGTH if LENGTH > 0 else 16
     indices_base = indices_ptr + ((row.to(tl.int64) * layout.num_queries + token) * num_heads + head) * topk
     num_taken = tl.zeros([TILE_M, 1], tl.int32)
-    for first_slot in range(0, places, SLOTS):
+    for first_slot in range(0, num_scored_slots, SLOTS):
         slots = tl.zeros([TILE_M, SLOTS], tl.int32) + first_slot + tl.arange(0, SLOTS)[None, :]
         found, num_taken = _blocks_at_ranks(
             queries, means_ptr, candidates, threshold, bound, has_ties, slots, False, HEAD_DIM

@@ -6,8 +6,8 @@ both. Blocks of a piece fall into CLASSES, each of which keeps a list of its LIS
 
 That decides all rows but few, which are left open; `_select_kernel` routes these. A row is open
 
-- if the score of its last place and the next one differ in the replaced bits alone, as equal ones do, or are zeros;
-- if one class holds LIST scores that find places, since it may have lost another one;
+- if the score of its last slot and the next one differ in the replaced bits alone, as equal ones do, or are zeros;
+- if one class holds LIST scores that find slots, since it may have lost another one;
 - if a score is not finite, or so low that it cannot be told from a masked one.
 
 So a selection is that of `_select_kernel`, and none depends on the order in which rows are listed.
@@ -52,7 +52,7 @@ def _select_once_kernel(
 ):  # fmt: skip
     """Program (tile of a row, head) routes TILE_M queries of 16 bits, and lists those that it leaves open.
 
-    LENGTH is that of a row's list, above the number of places.
+    LENGTH is that of a row's list, above `num_scored_slots`.
     """
     row = tl.program_id(0) // num_tiles
     # The last tiles have the most candidates: they start first.
@@ -65,7 +65,7 @@ def _select_once_kernel(
         row, token, layout, block_size, keep_first, keep_recent
     )
     low, high, begin, end, inner_low, inner_high = candidates
-    places = topk - 1 - keep_first - keep_recent
+    num_scored_slots = topk - 1 - keep_first - keep_recent
 
     dims = tl.arange(0, TILE_D)
     q_base = q.ptr + row.to(tl.int64) * q.stride_r + head.to(tl.int64) * q.stride_h
@@ -106,7 +106,7 @@ def _select_once_kernel(
         largest = merge_lists(largest, _list_of(keys, COUNT), LIST, LIST)
 
     row_list = _row_list(largest, LENGTH)
-    num_taken = tl.minimum(num_candidates, places)
+    num_taken = tl.minimum(num_candidates, num_scored_slots)
     last = tl.full(row_list[0].shape, float("inf"), tl.float32)
     following = tl.full(row_list[0].shape, float("-inf"), tl.float32)
     num_real = tl.zeros(row_list[0].shape, tl.int32)
@@ -118,7 +118,7 @@ def _select_once_kernel(
     # Zeros are equal whatever their signs.
     is_zero = ((last_bits | following_bits) & kept_bits & 0x7FFFFFFF) == 0
     is_tied = (((last_bits ^ following_bits) & kept_bits) == 0) | is_zero
-    is_open = ((num_candidates > places) & is_tied) | (num_real < num_taken)
+    is_open = ((num_candidates > num_scored_slots) & is_tied) | (num_real < num_taken)
     is_open = tl.max(is_open.to(tl.int32), axis=1, keep_dims=True)
     last = tl.max(last, axis=1, keep_dims=True)
     is_doubtful = not_finite != not_finite
@@ -126,7 +126,7 @@ def _select_once_kernel(
         is_doubtful = is_doubtful | (largest[LIST - 1] >= last)
     is_open = is_open | tl.max(is_doubtful.to(tl.int32), axis=1, keep_dims=True)
 
-    # Numbers of the blocks whose keys find places, negative, in a list: in ascending order.
+    # Numbers of the blocks whose keys find slots, negative, in a list: in ascending order.
     classes = tl.arange(0, CLASSES)[None, :]
     blocks = row_list[:0]
     for i in tl.static_range(LIST):
@@ -143,13 +143,13 @@ def _select_once_kernel(
         slots = first_slot + copy
         pointers = (indices_base + num_first)[:, None] + slots
         tl.store(pointers, -found - first_block[:, None], mask=(slots < num_taken) & is_query)
-    num_scored = num_first + tl.sum(num_taken, axis=1)
-    store_kept(indices_base, own, num_first, num_recent, num_scored, topk, is_query)
+    scored_end = num_first + tl.sum(num_taken, axis=1)
+    store_kept(indices_base, own, num_first, num_recent, scored_end, topk, is_query)
 
     is_open = tl.sum(tl.where(is_query & (num_taken > 0), is_open, 0), axis=1)
     num_open = tl.sum(is_open)
     if num_open > 0:
-        place = (row * num_heads + head).to(tl.int64)
-        begin_open = tl.atomic_add(open_rows.counts + place, num_open)
+        row_head = (row * num_heads + head).to(tl.int64)
+        begin_open = tl.atomic_add(open_rows.counts + row_head, num_open)
         rank = begin_open + tl.cumsum(is_open) - is_open
-        tl.store(open_rows.tokens + place * layout.num_queries + rank, token, mask=is_open > 0)
+        tl.store(open_rows.tokens + row_head * layout.num_queries + rank, token, mask=is_open > 0)

@@ -51,7 +51,7 @@ class Row:
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "count_entries": (Row({"STEP": 1024, "num_warps": 4}),),
-    "place_entries": (Row({"STEP": 256, "num_warps": 4}),),
+    "scatter_entries": (Row({"STEP": 256, "num_warps": 4}),),
     "select": (
         Row({"TILE_M": 32, "num_warps": 4, "num_stages": 1}, element_bytes=4),
         # Three tiles of queries take the memory of all but two programs, so these may have all registers.
@@ -112,7 +112,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row({"TILE_M": 32, "TILE_N": 32, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 1, "num_warps": 8}),
     ),
-    "attend_own_and_merge": (
+    "merge_and_attend_own": (
         Row(
             {"TILE_M": 64, "TILE_N": 32, "NUM_STAGES": 2, "MERGE_STAGES": 3, "num_warps": 4, "maxnreg": 168},
             arch=(90,),

@@ -73,7 +73,7 @@ class Variant(NamedTuple):
             self.kernel,
             dict(zip(self.kernel.arg_names, self.signature, strict=True)),
             dict(self.constants),
-            {place: [["tt.divisibility", 16]] for place in self.aligned},
+            {path: [["tt.divisibility", 16]] for path in self.aligned},
         )
         return triton.compile(source, target=target, options=dict(self.options))
 
@@ -94,24 +94,22 @@ def variant(
     constants: list[tuple[tuple[int, ...], Any]] = []
     aligned: list[tuple[int, ...]] = []
 
-    def kind(value: Any, place: tuple[int, ...], is_long: bool = False) -> Any:
+    def kind(value: Any, path: tuple[int, ...], is_long: bool = False) -> Any:
         if isinstance(value, tuple):
             names = getattr(value, "_fields", ("",) * len(value))
-            strides = [(*place, i) for i, name in enumerate(names) if name.startswith("stride")]
+            strides = [(*path, i) for i, name in enumerate(names) if name.startswith("stride")]
             kinds = [
-                kind(x, (*place, i), name == "stride_r") for i, (x, name) in enumerate(zip(value, names, strict=True))
+                kind(x, (*path, i), name == "stride_r") for i, (x, name) in enumerate(zip(value, names, strict=True))
             ]
-            if (*place, 0) in aligned and all(
-                isinstance(value[i[-1]], int) and value[i[-1]] % 16 == 0 for i in strides
-            ):
+            if (*path, 0) in aligned and all(isinstance(value[i[-1]], int) and value[i[-1]] % 16 == 0 for i in strides):
                 aligned.extend(strides)
             return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
         if value is None:
-            constants.append((place, None))
+            constants.append((path, None))
             return "constexpr"
         if isinstance(value, Tensor):
             if value.is_floating_point() and is_aligned(value):
-                aligned.append(place)
+                aligned.append(path)
             return POINTER_TYPES[value.dtype]
         if isinstance(value, Matrix):
             return f"tensordesc<{POINTER_TYPES[value.tensor.dtype][1:]}{list(value.tile)}>"

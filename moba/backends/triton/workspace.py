@@ -19,7 +19,7 @@ from moba.sequences import Sequences
 
 # Whose tiles hold members side by side.
 PACKING_KERNELS = (
-    "attend_past_stationary", "attend_past_streaming", "attend_own_and_merge", "dkv", "dq_past", "dq_own"
+    "attend_past_stationary", "attend_past_streaming", "merge_and_attend_own", "dkv", "dq_past", "dq_own"
 )  # fmt: skip
 # Most bytes of K, and of V, that a program keeps on chip.
 KEPT_BYTES = 32 << 10
@@ -112,10 +112,11 @@ def key_matrix(x: Tensor, tile_n: int) -> Matrix | None:
     return Matrix(x, (rows, columns), (stride_s, 1), (tile_n, head_dim))
 
 
-def spacings(*tensors: Tensor) -> tuple[bool, ...]:
-    """Whether query rows of these tensors [R, T, H, D] are evenly spaced; then the contrary, if so in other batches.
+def uniform_stride(*tensors: Tensor) -> tuple[bool, ...]:
+    """Whether query rows of these tensors [R, T, H, D] have one stride, as if R and T were one dimension; then the
+    contrary, if so in other batches.
 
-    A single tensor row is even whatever the strides.
+    A single tensor row has one whatever the strides.
     """
     always = all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     if always:
