@@ -64,6 +64,30 @@ def assert_same_routing(q, k, sequences, block_size, topk, keep_first=0, keep_re
     return actual
 
 
+def num_open_rows(q, k, block_size, topk, keep_first=0, keep_recent=0):
+    """How many rows the one-pass kernel leaves open for the two-pass kernel: int32 [R, H]."""
+    indices = q.new_empty(*q.shape[:3], topk, dtype=torch.int32)
+    counts = q.new_empty(q.shape[0], q.shape[2], dtype=torch.int32)
+
+    def build(plan, q, k, indices, counts, **options):
+        """The plan of a selection, whose counts of open rows, a buffer, become an argument."""
+        make_buffer, made = plan.buffer, []
+
+        def buffer(*shape, dtype):
+            made.append((shape, dtype))
+            return counts if made[-1] == (counts.shape, counts.dtype) else make_buffer(*shape, dtype=dtype)
+
+        plan.buffer = buffer
+        triton_routing.plan_select(plan, q, k, None, indices, None, None, None, None, **options)
+        assert made.count((counts.shape, counts.dtype)) == 1
+
+    options = {"block_size": block_size, "topk": topk, "keep_first": keep_first, "keep_recent": keep_recent}
+    options |= {"num_keys": k.shape[1], "arch": tuning.arch_of(DEVICE)}
+    tensors = (q, k, indices, counts)
+    launch.make_plan(build, *tensors, **options).run(*tensors, device=DEVICE)
+    return counts
+
+
 CASES = {
     "groups of three": (1, 50, 50, 6, 2, 32, 8, 3),
     "head dim 80": (1, 80, 80, 1, 1, 80, 16, 2),
@@ -72,8 +96,8 @@ CASES = {
     "block of one": (1, 150, 150, 1, 1, 16, 1, 8),
     "block of seven": (1, 150, 150, 1, 1, 16, 7, 5),
     "topk of all but one": (1, 80, 80, 1, 1, 16, 8, 9),
-    "places for a list of 16": (1, 150, 150, 1, 1, 16, 4, 14),
-    "places beyond every list": (1, 160, 160, 1, 1, 16, 4, 20),
+    "slots for a list of 16": (1, 150, 150, 1, 1, 16, 4, 14),
+    "slots beyond every list": (1, 160, 160, 1, 1, 16, 4, 20),
     "one query": (2, 1, 145, 4, 2, 16, 8, 3),
     "several tiles of blocks": (1, 40, 700, 1, 1, 16, 2, 8),
 }
@@ -113,7 +137,7 @@ def test_a_sum_over_query_heads_beyond_fp16_and_a_query_that_is_not_finite():
 
 @pytest.mark.parametrize("kept", [(2, 3), (1, 5)])
 @pytest.mark.parametrize("topk", [7, 20])
-def test_kept_blocks_take_places(kept, topk):
+def test_kept_blocks_take_slots(kept, topk):
     q, k = inputs(1, 120, 120, 1, 1, 16, 4)
     assert_same_routing(q, k, plain(q, k), 4, topk, *kept)
 
@@ -147,10 +171,10 @@ def one_pass(monkeypatch):
 
 ONE_PASS = {
     "several tiles of blocks": (1, 40, 700, 1, 1, 16, 2, 8),
-    "a few places": (1, 60, 600, 2, 1, 80, 3, 4),
+    "a few slots": (1, 60, 600, 2, 1, 80, 3, 4),
     "kept blocks": (2, 50, 400, 2, 2, 16, 2, 8, 2, 1),
-    "fewer blocks than places": (1, 90, 90, 1, 1, 16, 8, 8),
-    "places beyond its lists": (1, 40, 400, 1, 1, 16, 4, 14),
+    "fewer blocks than slots": (1, 90, 90, 1, 1, 16, 8, 8),
+    "slots beyond its lists": (1, 40, 400, 1, 1, 16, 4, 14),
 }
 
 
@@ -159,11 +183,21 @@ ONE_PASS = {
 def test_selection_in_one_pass(one_pass, case, dtype):
     """On integers, of which many are equal, and on real numbers, whose scores are summed exactly here."""
     *shape, block_size, topk = ONE_PASS[case][:8]
-    rule = (block_size, topk, *ONE_PASS[case][8:])
+    setting = (block_size, topk, *ONE_PASS[case][8:])
     q, k = inputs(*shape, block_size, dtype)
-    assert_same_routing(q, k, plain(q, k), *rule)
+    assert_same_routing(q, k, plain(q, k), *setting)
     q = torch.randint(-999, 999, q.shape, device=DEVICE).to(dtype) * (torch.arange(q.shape[3], device=DEVICE) < 2)
-    assert_same_routing(q, k, plain(q, k), *rule)
+    assert_same_routing(q, k, plain(q, k), *setting)
+
+
+@pytest.mark.parametrize("case", ["several tiles of blocks", "a few slots", "kept blocks"])
+def test_one_pass_decides_most_rows(one_pass, case):
+    """Scores of random real numbers are hardly ever equal; those of equal keys always are."""
+    *shape, block_size, topk = ONE_PASS[case][:8]
+    q, k = (torch.randn_like(x) for x in inputs(*shape, block_size, torch.bfloat16))
+    setting = (block_size, topk, *ONE_PASS[case][8:])
+    assert (num_open_rows(q, k, *setting) <= q.shape[1] // 10).all()
+    assert (num_open_rows(q, torch.ones_like(k), *setting) == q.shape[1]).all()
 
 
 @pytest.mark.parametrize("keys", ["constant", "alternating", "one class", "not finite", "zeros", "lowest"])
@@ -240,8 +274,8 @@ BY_TOKENS = {
     "block of one": (1, 100, 100, 1, 1, 16, 1, 8),
     "block of seven": (1, 100, 100, 1, 1, 16, 7, 5),
     "block of several tiles": (1, 500, 500, 1, 1, 16, 130, 2),
-    "places for a list of 16": (1, 150, 150, 1, 1, 16, 4, 14),
-    "places beyond every list": (1, 120, 120, 1, 1, 16, 4, 20),
+    "slots for a list of 16": (1, 150, 150, 1, 1, 16, 4, 14),
+    "slots beyond every list": (1, 120, 120, 1, 1, 16, 4, 20),
     "one query": (2, 1, 145, 2, 2, 16, 8, 3),
     "more blocks than a program takes": (1, 9, 1150, 1, 1, 16, 1, 8),
 }
