@@ -55,6 +55,7 @@ def naive_loss(by_q, by_k, target):
 def test_value_and_gradients(monkeypatch, pool, is_sparse, softmax, small):
     if small:  # chunks of a few rows and of one block
         monkeypatch.setattr("moba.hf.indexer_training._PRODUCTS", {"cpu": 80})
+        monkeypatch.setattr("moba.backends.pytorch.block_scores.MAX_LOGITS", {"cpu": 80})
         monkeypatch.setattr("moba.routers._PRODUCTS_PER_CHUNK", 30)
     by_q, by_k, k = (torch.randn(2, 27, 2, 6).double() for _ in range(3))
     q, spans = torch.randn(2, 27, 4, 6).double(), [(0, 0, 27), (1, 2, 5), (1, 5, 24)]

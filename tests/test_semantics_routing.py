@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import attend_batch
 from test_decode import moba_scores
 
-from moba import Routing, moba_attention, moba_attention_varlen, moba_route
+from moba import Routing, backends, moba_attention, moba_attention_varlen, moba_route
 from moba.routing import given_indices, mean_keys
 
 BOTH = {"return_lse": True, "return_routing": True}
@@ -242,3 +244,22 @@ def test_what_a_routing_says_of_itself():
     assert routing.block_mask(3).tolist() == [[[True, False, False]], [[False, True, True]]]
     assert routing.block_mask(0).shape == (2, 1, 0)
     assert Routing(routing.indices[:0], 8).block_mask().shape == (0, 1, 0)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("block_size", [1, 7, 16])
+def test_log_masses_and_largest_products(backend, device, block_size, softcap):
+    """What the loss of a learned router reads, block by block."""
+    q, k = (x[0] for x in make_qkv(1, 9, 25, 4, 2, 16, device=device)[:2])
+    masses = backends.load(backend).log_masses(q, k, block_size, -0.4, softcap)
+    products = backends.load(backend).largest_products(q, k, block_size)
+    assert masses.shape == products.shape == (4, 9, -(-25 // block_size))
+    for query, head in itertools.product(range(9), range(4)):
+        position = 16 + query
+        product = k[:, head // 2].double() @ q[query, head].double()
+        logits = -0.4 * product if softcap is None else softcap * torch.tanh(-0.4 * product / softcap)
+        for block in range(position // block_size + 1):
+            keys = slice(block * block_size, min((block + 1) * block_size, position + 1))
+            assert_close(masses[head, query, block], logits[keys].logsumexp(0), 1e-6)
+            if block < position // block_size:
+                assert_close(products[head, query, block], product[keys].amax(), 1e-6)

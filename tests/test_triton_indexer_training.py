@@ -7,8 +7,8 @@ import torch
 from helpers import make_qkv, relative_error
 from test_hf_indexer_training import SIZE, naive_loss
 
-from moba.hf.indexer_training import Target, _Divergence, _log_masses
-from moba.routers import max_token_scores
+from moba.backends import pytorch, reference
+from moba.hf.indexer_training import Target, _Divergence
 
 triton = pytest.importorskip("triton", reason="the triton backend needs Triton")
 if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
@@ -30,21 +30,18 @@ def assert_as_close(actual, plain, exact, places):
 @pytest.mark.parametrize("block_size", [1, 7, 16, 130])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 15), (40, 40), (70, 300)])
 def test_log_masses_and_largest_products(queries, keys, block_size, softcap, dtype):
-    q, k = make_qkv(1, queries, keys, 4, 2, 40, dtype=dtype, device=DEVICE)[:2]
-    options = (block_size, -0.4, softcap)
-    actual = backend.log_masses(q[0], k[0], *options)
-    plain, exact = (_log_masses(*inputs, *options) for inputs in ((q[0], k[0]), (q[0].double(), k[0].double())))
+    q, k = (x[0] for x in make_qkv(1, queries, keys, 4, 2, 40, dtype=dtype, device=DEVICE)[:2])
     own = torch.arange(keys - queries, keys, device=DEVICE)[:, None] // block_size
     block = torch.arange(-(-keys // block_size), device=DEVICE)
-    assert_as_close(actual, plain, exact, block <= own)
-    num_blocks = keys // block_size
-    tokens = k[0, : num_blocks * block_size].unflatten(0, (num_blocks, block_size))
-    actual = backend.largest_products(q[0], k[0], block_size)[..., :num_blocks]
-    plain, exact = (
-        max_token_scores(*inputs).transpose(0, 1) for inputs in ((q[0], tokens), (q[0].double(), tokens.double()))
-    )
-    if (is_past := block[:num_blocks] < own).any():
-        assert_as_close(actual, plain, exact, is_past)
+    for name, is_asked, options in (
+        ("log_masses", block <= own, (block_size, -0.4, softcap)),
+        ("largest_products", block < own, (block_size,)),
+    ):
+        actual, plain = (getattr(module, name)(q, k, *options) for module in (backend, pytorch))
+        exact = getattr(reference, name)(q.double(), k.double(), *options)
+        assert actual.shape == plain.shape == exact.shape
+        if is_asked.any():
+            assert_as_close(actual, plain, exact, is_asked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

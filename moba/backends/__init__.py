@@ -1,6 +1,6 @@
 """The contract of a backend, and the one table that resolves "auto".
 
-A backend is a module with six functions over tensors q [R, T, H, D], k [R, S, G, D] and v [R, S, G, Dv] (any strides
+A backend is a module with eight functions over tensors q [R, T, H, D], k [R, S, G, D] and v [R, S, G, Dv] (any strides
 with a contiguous last dimension) and the `Sequences` that lie in them:
 
     unsupported(q, k, *, own_block=True) -> str | None
@@ -32,6 +32,14 @@ each where its keys lie; or [P, 1, G, D] where a block spans pages, each under t
         Reads the selected keys only.
     attend_step(q, k, v, indices, sequences, *, block_size, scale, softcap=None, own_block=True) -> (out, lse)
         `attend` in the manner of `decode`. `indices`, [R, T, H, K], hold the own block where it is read.
+
+Two serve the loss of a learned router: no gradients, and one sequence, q [T, H, D] and k [S, G, D], whose queries are
+its last tokens. Both return [H, T, ceil(S / block_size)], fp32 (fp64 for fp64):
+
+    log_masses(q, k, block_size, scale, softcap) -> masses
+        log Σ exp(logit) over each block's keys up to the query; undefined in blocks after the own block.
+    largest_products(q, k, block_size) -> products
+        `routers.max_token_scores`, max over the block's keys of ⟨q_t, k_i⟩; undefined in blocks that are not past.
 """
 
 from __future__ import annotations

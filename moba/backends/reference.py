@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moba import routing
-from moba.numerics import accumulation_dtype
+from moba.numerics import accumulation_dtype, full_fp32_matmul
 from moba.routing import Selection, outside_graphs
 from moba.sequences import Sequences, Span
 
@@ -157,14 +157,17 @@ def _softmax_attention(
     """Out [..., Dv] and lse [...] of queries [..., D] over keys [S, D] and values [S, Dv]."""
     wide = accumulation_dtype(q.dtype)
     logits = (scale * q.to(wide)) @ k.to(wide).T
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _capped(logits, softcap)
     if masked is not None:
         logits.masked_fill_(masked, -torch.inf)
     largest = logits.detach().amax(dim=-1, keepdim=True)
     weights = logits.sub_(largest).exp_()  # in place: a second T × S tensor would double the memory
     total = weights.sum(dim=-1, keepdim=True)
     return (weights @ v.to(wide) / total).to(q.dtype), (largest + total.log())[..., 0]
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @outside_graphs
@@ -221,3 +224,31 @@ def attend_step(
         k, v = sequences.gather_pages(k), sequences.gather_pages(v)
         sequences = sequences.without_pages()
     return attend(q, k, v, indices, sequences, block_size=block_size, scale=scale, softcap=softcap, own_block=own_block)
+
+
+@outside_graphs
+def log_masses(q: Tensor, k: Tensor, block_size: int, scale: float, softcap: float | None) -> Tensor:
+    """The log-sum-exp of each block's visible logits. See `moba.backends` for the contract."""
+    position = torch.arange(k.shape[0], device=q.device)
+    logits = _capped(scale * _products(q, k), softcap)
+    return _by_block(logits.masked_fill(position > position[-q.shape[0] :, None], -torch.inf), block_size).logsumexp(-1)
+
+
+@outside_graphs
+def largest_products(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """The largest product with each block's keys. See `moba.backends` for the contract."""
+    return _by_block(_products(q, k), block_size).amax(-1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Products [H, T, S] of q [T, H, D] and k [S, G, D]."""
+    wide = accumulation_dtype(q.dtype)
+    keys = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    with full_fp32_matmul():
+        return q.to(wide).transpose(0, 1) @ keys.permute(1, 2, 0)
+
+
+def _by_block(x: Tensor, block_size: int) -> Tensor:
+    """[.., S] as [.., N, block_size], with -inf behind the last key."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size), value=-torch.inf)
+    return padded.unflatten(-1, (-1, block_size))

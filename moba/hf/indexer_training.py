@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from moba import backends
 from moba.hf.indexer import Layout
 from moba.hf.layout import row_spans
-from moba.numerics import accumulation_dtype, full_fp32_matmul
-from moba.routers import max_token_scores
+from moba.numerics import accumulation_dtype
+from moba.routers import mean_key_scores
 
 # Elements of the largest intermediate results, by the device's type.
 _PRODUCTS = {"cpu": 1 << 20}
@@ -144,8 +143,8 @@ def _add_span(
     num_blocks = (length - 1) // size
     factor = by_q.shape[-1] ** -0.5
     scale = head_dim**-0.5 if target.scale is None else target.scale
-    masses = getattr(backends.resolve(target.backend, q, k), "log_masses", _log_masses)
-    largest = getattr(backends.resolve(target.backend, by_q, by_k), "largest_products", None)
+    log_masses = backends.resolve(target.backend, q, k).log_masses
+    largest_products = backends.resolve(target.backend, by_q, by_k).largest_products
     given_q, given_k = by_q, by_k
     by_q, by_k = by_q.to(grads[0].dtype), by_k.to(grads[0].dtype)
     tokens = by_k[: num_blocks * size].unflatten(0, (num_blocks, size))
@@ -163,7 +162,7 @@ def _add_span(
             place = torch.where((some >= 0) & (some <= own), some, len(block))
             is_chosen = past.new_zeros(*some.shape[:2], len(block) + 1).scatter_(-1, place, True)[..., :-1]
             past, is_read = past & is_chosen, (past & is_chosen) | (block == own)
-        log_mass = masses(q[start:stop], k[:stop], size, scale, target.softcap).unflatten(0, (num_kv_heads, -1))
+        log_mass = log_masses(q[start:stop], k[:stop], size, scale, target.softcap).unflatten(0, (num_kv_heads, -1))
         log_mass = log_mass.masked_fill(~is_read[:, None], -torch.inf)
         whole = log_mass.logsumexp(-1, keepdim=True)
         if target.sinks is not None:
@@ -171,10 +170,10 @@ def _add_span(
         # The last block is nobody's past.
         past = past[..., :-1]
         log_p = (log_mass - whole)[..., :-1].logsumexp(1).masked_fill(~past, -torch.inf).log_softmax(-1)
-        if target.pool == "max" and largest is not None:
-            scores = largest(given_q[start:stop], given_k[:stop], size)[..., : len(block) - 1]
+        if target.pool == "max":
+            scores = largest_products(given_q[start:stop], given_k[:stop], size)[..., : len(block) - 1]
         else:
-            scores = max_token_scores(by_q[start:stop], tokens[: len(block) - 1]).transpose(0, 1)
+            scores = mean_key_scores(by_q[start:stop], tokens[: len(block) - 1, 0]).transpose(0, 1)
         log_q = (scores * factor).masked_fill(~past, -torch.inf).log_softmax(-1)
         p = log_p.exp()
         total += torch.where(past & (p > 0), p * (log_p - log_q), 0.0).sum()
@@ -184,32 +183,6 @@ def _add_span(
         d_tokens = (d_tokens / size).expand(-1, size, -1, -1)
     grads[1][: num_blocks * size] += d_tokens.flatten(0, 1)
     return total
-
-
-def _log_masses(q: Tensor, k: Tensor, block_size: int, scale: float, softcap: float | None) -> Tensor:
-    """log Σ exp(logit) over each block's keys up to the query: [H, rows, N]. The queries are the last ones.
-
-    Args:
-        q: [rows, H, D]. k: [tokens, G, D].
-    """
-    (rows, num_heads, _), length = q.shape, len(k)
-    wide = accumulation_dtype(q.dtype)
-    by_head = q.to(wide).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
-    position = torch.arange(length - rows, length, device=q.device)[:, None]
-    found = by_head.new_empty(num_heads, rows, -(-length // block_size))
-    step = max(1, _products(q) // (rows * num_heads * block_size)) * block_size
-    for start in range(0, length, step):
-        keys = k[start : start + step].to(wide).permute(1, 2, 0)
-        with full_fp32_matmul():
-            logits = (by_head @ keys).unflatten(1, (-1, rows)).flatten(0, 1) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        place = torch.arange(start, start + keys.shape[-1], device=q.device)
-        logits = logits.masked_fill(place > position, -torch.inf)
-        logits = pad(logits, (0, -keys.shape[-1] % block_size), value=-torch.inf)
-        blocks = logits.unflatten(-1, (-1, block_size)).logsumexp(-1)
-        found[..., start // block_size : start // block_size + blocks.shape[-1]] = blocks
-    return found
 
 
 def _add_gradients(by_q: Tensor, tokens: Tensor, d_scores: Tensor, d_q: Tensor, d_tokens: Tensor) -> None:

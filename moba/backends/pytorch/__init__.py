@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moba.backends.pytorch.attention import attend as attend
+from moba.backends.pytorch.block_scores import largest_products as largest_products
+from moba.backends.pytorch.block_scores import log_masses as log_masses
 from moba.backends.pytorch.decoding import append_means as append_means
 from moba.backends.pytorch.decoding import attend_step as attend_step
 from moba.backends.pytorch.decoding import decode as decode

@@ -218,13 +218,7 @@ def plan_block_scores(
 
 
 def largest_products(q: Tensor, k: Tensor, block_size: int) -> Tensor:
-    """`routers.max_token_scores` of one sequence's past blocks; its queries are its last tokens.
-
-    Args:
-        q: [T, H, D]. k: [S, G, D].
-
-    Returns:
-        fp32 [H, T, N], undefined in blocks that are not past.
+    """The largest product with each past block's keys. See `moba.backends` for the contract.
 
     Numerics: fp32 sums of exact products of 16-bit inputs, full fp32 for fp32 ones.
     """
@@ -232,9 +226,9 @@ def largest_products(q: Tensor, k: Tensor, block_size: int) -> Tensor:
 
 
 def log_masses(q: Tensor, k: Tensor, block_size: int, scale: float, softcap: float | None) -> Tensor:
-    """log Σ exp(logit) over each block's keys up to the query, of one sequence; its queries are its last tokens.
+    """log Σ exp(logit) over each block's keys up to the query. See `moba.backends` for the contract.
 
-    Args, Returns, Numerics: as `largest_products`; undefined in blocks after the own block.
+    Numerics: as `largest_products`.
     """
     return _block_numbers(q, k, block_size, scale, softcap)[..., : q.shape[0]].transpose(1, 2)
 
