@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.merge import add_sinks
 from moba.numerics import all_finite, padded_to, positive_scale, to_autocast_dtype
+from moba.options import Call, No, Options, PackedOptions, Yes
 from moba.routing import Routing, Selection, for_query_heads, given_indices
 from moba.sequences import Sequences
 from moba.validate import (
@@ -32,7 +33,30 @@ from moba.validate import (
     warn_of_layout,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: No = ..., return_routing: No = ..., **given: Unpack[Options]
+) -> Tensor: ...
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Yes, return_routing: No = ..., **given: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: No = ..., return_routing: Yes, **given: Unpack[Options]
+) -> tuple[Tensor, Routing]: ...
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Yes, return_routing: Yes, **given: Unpack[Options]
+) -> tuple[Tensor, Tensor, Routing]: ...
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_routing: bool = ..., **given: Unpack[Options]
+) -> Any: ...
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -151,6 +175,32 @@ def moba_attention(
     )  # fmt: skip
 
 
+@overload
+def moba_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: No = ..., return_routing: No = ..., **given: Unpack[PackedOptions]
+) -> Tensor: ...
+@overload
+def moba_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Yes, return_routing: No = ..., **given: Unpack[PackedOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def moba_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: No = ..., return_routing: Yes, **given: Unpack[PackedOptions]
+) -> tuple[Tensor, Routing]: ...
+@overload
+def moba_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Yes, return_routing: Yes, **given: Unpack[PackedOptions]
+) -> tuple[Tensor, Tensor, Routing]: ...
+@overload
+def moba_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_routing: bool = ...,
+    **given: Unpack[PackedOptions],
+) -> Any: ...
 def moba_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -225,23 +275,6 @@ def moba_attention_varlen(
     if not isinstance(results, tuple):
         return results[0]
     return tuple(Routing(r.indices[0], r.block_size) if isinstance(r, Routing) else r[0] for r in results)
-
-
-class Call(NamedTuple):
-    """What a call says beside its tensors: the arguments of `moba_attention`."""
-
-    block_size: int
-    topk: int | None
-    scale: float | None
-    softcap: float | None
-    sinks: Tensor | None
-    keep_first: int
-    keep_recent: int
-    router: Router
-    own_block: bool
-    backend: str
-    return_lse: bool
-    return_routing: bool
 
 
 def route_and_attend(

@@ -6,16 +6,17 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G key/value heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from moba import backends
-from moba.attention import Call, route_and_attend
+from moba.attention import route_and_attend
 from moba.backends import MAX_DECODE_QUERIES
 from moba.config import BACKENDS, Router, require_int, require_one_of, validate_selection
 from moba.numerics import to_autocast_dtype
+from moba.options import Call, No, PagedOptions, Yes
 from moba.routing import Routing, Selection, for_query_heads
 from moba.sequences import Sequences
 from moba.validate import (
@@ -31,6 +32,9 @@ from moba.validate import (
     check_tensors,
     require_tensors,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
@@ -128,6 +132,50 @@ def moba_route(
     return Routing(for_query_heads(indices, q.shape[2]), block_size)
 
 
+@overload
+def moba_attention_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    return_lse: No = ...,
+    return_routing: No = ...,
+    **given: Unpack[PagedOptions],
+) -> Tensor: ...
+@overload
+def moba_attention_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    return_lse: Yes,
+    return_routing: No = ...,
+    **given: Unpack[PagedOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def moba_attention_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    return_lse: No = ...,
+    return_routing: Yes,
+    **given: Unpack[PagedOptions],
+) -> tuple[Tensor, Routing]: ...
+@overload
+def moba_attention_paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, *, return_lse: Yes, return_routing: Yes, **given: Unpack[PagedOptions]
+) -> tuple[Tensor, Tensor, Routing]: ...
+@overload
+def moba_attention_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_routing: bool = ...,
+    **given: Unpack[PagedOptions],
+) -> Any: ...
 def moba_attention_paged(
     q: Tensor,
     k_pages: Tensor,
