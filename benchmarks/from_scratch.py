@@ -14,6 +14,7 @@ import gc
 import json
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +26,8 @@ import typer
 from from_scratch_measure import HeldOut, fastest_dense, flops
 from from_scratch_report import report
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_scheduler
 
 from moba import MoBAConfig
 from moba.hf import provide_route_by, set_moba_config
@@ -36,8 +36,9 @@ from moba.hf.indexer_training import indexer_loss
 from moba.hf.schedule import Schedule, apply_schedule
 from moba_lab.bench.machine import describe
 from moba_lab.data import Shards, open_shards
+from moba_lab.train.loss import cross_entropy
 from moba_lab.train.model import build_model, compile_layers, num_parameters
-from moba_lab.train.optimizer import make_muon
+from moba_lab.train.optimizer import learning_schedule, make_optimizer
 from moba_lab.train.recipe import Recipe, read_recipe
 from moba_lab.train.run import training_rows
 
@@ -89,26 +90,23 @@ class Training:
 
     def __init__(self, recipe: Recipe, arm: str, shards: Shards, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" and recipe.training.precision == "bf16" else torch.float32
         model, _ = build_model(recipe, shards.manifest)
         if arm == "random":
             for module in attentions(model):
                 provide_route_by(module, "unrotated", lambda module, q, k: (torch.randn_like(q), torch.randn_like(k)))
         self.model: Any = model.to(device)
-        training = recipe.training
-        if training.compile:
+        if recipe.training.compile:
             compile_layers(model)
-        self.optimizer = make_muon(
-            model, lr=training.learning_rate, weight_decay=training.weight_decay, beta2=training.beta2
-        )
-        self.learning_rate = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer, round(training.warmup * recipe.num_steps), recipe.num_steps, min_lr_rate=0.1
-        )
-        self.loss = torch.compile(_loss) if training.compile else _loss
+        self.optimizer: Any = make_optimizer(recipe, model)
+        name, options, num_warmup_steps = learning_schedule(recipe)
+        self.learning_rate = get_scheduler(name, self.optimizer, num_warmup_steps, recipe.num_steps, options)
+        # Compiled, it reads the logits in bf16.
+        self.loss = torch.compile(cross_entropy) if recipe.training.compile else cross_entropy
 
     def precision(self) -> AbstractContextManager[Any]:
         """As the recipe says, on a GPU."""
-        is_bf16 = self.device.type == "cuda" and self.recipe.training.precision == "bf16"
-        return torch.autocast("cuda", torch.bfloat16) if is_bf16 else nullcontext()
+        return torch.autocast("cuda", self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
 
     def step(self, rows: Tensor) -> Tensor:
         """One step on rows int [R, T]; the loss."""
@@ -116,8 +114,9 @@ class Training:
         parts = rows.long().split(self.recipe.training.rows_at_once)
         for part in parts:
             with self.precision():
-                hidden = self.model.base_model(input_ids=part, use_cache=False).last_hidden_state
-                loss = self.loss(hidden, self.model.get_output_embeddings().weight, part) / len(parts)
+                hidden = self.model.base_model(input_ids=part, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+                weight, labels = self.model.get_output_embeddings().weight, part[:, 1:].flatten()
+                loss = self.loss(hidden, weight, labels, self.dtype) / (len(parts) * len(labels))
             total += loss.detach()
             if self.recipe.indexer is not None:
                 loss = loss + self.recipe.indexer.weight * indexer_loss(self.model) / len(parts)
@@ -127,12 +126,6 @@ class Training:
         self.learning_rate.step()
         self.optimizer.zero_grad()
         return total
-
-
-def _loss(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, of hidden [R, T, C]. Compiled, the logits are read in bf16."""
-    logits = F.linear(hidden[:, :-1], weight).flatten(0, 1).float()
-    return F.cross_entropy(logits, tokens[:, 1:].flatten())
 
 
 def run_steps(training: Training, rows: Tensor, schedule: Schedule | None, warm: int) -> tuple[Tensor, float]:
@@ -150,13 +143,13 @@ def run_steps(training: Training, rows: Tensor, schedule: Schedule | None, warm:
     return losses, (time.perf_counter() - begin) / max(1, len(rows) - warm)
 
 
-def try_arm(recipe: Recipe, arm: str, shards: Shards, rows: Tensor) -> float:
+def try_arm(recipe: Recipe, arm: str, shards: Shards, rows: Tensor, device: torch.device) -> float:
     """Seconds of a step, averaged over the training's stages; everything is compiled then.
 
     Raises:
         ValueError: if a loss is no number.
     """
-    training = Training(recipe, arm, shards, rows.device)
+    training = Training(recipe, arm, shards, device)
     schedule = recipe.schedule
     starts = [*(start for start, _ in schedule.stages), 1.0]
     shares: dict[MoBAConfig, float] = {}
@@ -213,6 +206,78 @@ def read_rows(recipe: Recipe, shards: Shards, steps: int, device: torch.device) 
     return torch.stack(tokens).view(steps, count, -1).to(device)
 
 
+class Runs:
+    """The arms of a command as they are tried and trained; every run that ends becomes a line of a file."""
+
+    def __init__(self, path: Path, changes: list[str], out: Path, num_rows: int, device: torch.device) -> None:
+        self.path, self.changes, self.out, self.device = path, changes, out, device
+        done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+        self.ended = {(record["arm"], record["seed"]) for record in done}
+        self.broken = {record["arm"] for record in done if "error" in record}
+        self.seconds: dict[str, float] = {}  # of a run of each arm that was tried
+        self.eager: set[str] = set()  # arms that torch.compile cannot compile
+        plain = self._recipe("moba", 0)
+        fixed = {"optimizer": "muon", "learning_schedule": "cosine", "checkpoint_activations": False}
+        if other := [name for name, value in fixed.items() if getattr(plain.training, name) != value]:
+            raise typer.BadParameter(f"training.{other[0]} must be {fixed[other[0]]!r} here")
+        self.shards = open_shards(plain.data.folder)
+        self.held_out = HeldOut(Path(plain.data.folder), plain.data.context, num_rows)
+        self.first_rows = read_rows(plain, self.shards, WARM + TIMED, device)
+        self.dense_backends = fastest_dense(plain, device) if device.type == "cuda" else []
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def try_once(self, arm: str) -> None:
+        """Find out how long a run of this arm takes, unless that is known or the arm is broken."""
+        if arm in self.seconds or arm in self.broken:
+            return
+        recipe = self._recipe(arm, 0)
+        took = self._attempt(try_arm, recipe, arm, self.first_rows, may_fail=recipe.training.compile)
+        if took is None and arm not in self.broken:
+            # Slower, but the comparison is the same.
+            tell(f"{arm}: tried again without torch.compile")
+            self.eager.add(arm)
+            took = self._attempt(try_arm, self._recipe(arm, 0), arm, self.first_rows)
+        if took is not None:
+            self.seconds[arm] = took * recipe.num_steps + MEASURING
+
+    def train(self, arm: str, seed: int) -> dict[str, Any] | None:
+        """Train and measure a run; its record, None if it fails."""
+        begin = time.perf_counter()
+        record: dict[str, Any] | None = self._attempt(train_run, self._recipe(arm, seed), arm, self.held_out)
+        if record is not None:
+            self._write(record)
+            self.seconds[arm] = time.perf_counter() - begin
+        return record
+
+    def _recipe(self, arm: str, seed: int) -> Recipe:
+        eager = ["training.compile=false"] if arm in self.eager else []
+        return arm_recipe(self.path, arm, seed, [*self.changes, *eager])
+
+    def _attempt(self, what: Callable[..., Any], recipe: Recipe, arm: str, given: Any, may_fail: bool = False) -> Any:
+        """The result; None if it fails, which breaks the arm unless it may."""
+        # cuDNN's masks are slower, where it takes them.
+        is_masked = self.device.type == "cuda" and arm == "local"
+        try:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if is_masked else nullcontext():
+                return what(recipe, arm, self.shards, given, self.device)
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"[:2000]
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        # Fails, and ends the process, where the error has left the GPU unusable.
+        _wait(self.device)
+        if not may_fail:
+            self.broken.add(arm)
+            self._write({"arm": arm, "seed": recipe.training.seed, "error": message})
+        return None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
 @app.command()
 def train(
     runs: Annotated[list[str], typer.Argument(help="ARM:SEED, in this order.")],
@@ -228,91 +293,26 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Every arm's attention is compiled for itself, and layers share their code.
     torch._dynamo.config.recompile_limit = 64
-    changes = settings or []
     wanted = [(arm, int(seed)) for arm, _, seed in (run.rpartition(":") for run in runs)]
     if unknown := sorted({arm for arm, _ in wanted} - set(ARMS)):
         raise typer.BadParameter(f"there is no arm {unknown[0]!r}; arms: {', '.join(ARMS)}")
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    broken = {record["arm"] for record in done if "error" in record}
-    ended = {(record["arm"], record["seed"]) for record in done}
-    plain = arm_recipe(recipe, "moba", 0, changes)
-    fixed = {"optimizer": "muon", "learning_schedule": "cosine", "checkpoint_activations": False}
-    if other := [name for name, value in fixed.items() if getattr(plain.training, name) != value]:
-        raise typer.BadParameter(f"training.{other[0]} must be {fixed[other[0]]!r} here")
-    shards = open_shards(plain.data.folder)
-    held_out = HeldOut(Path(plain.data.folder), plain.data.context, rows)
-    first = read_rows(plain, shards, WARM + TIMED, device)
-    seconds: dict[str, float] = {}
-    eager: set[str] = set()
-    errors: dict[str, str] = {}
-    is_cuda = device.type == "cuda"
-    dense = sdpa_kernel(fastest_dense(plain, device), set_priority=True) if is_cuda else nullcontext()
-
-    def add(record: dict[str, Any]) -> None:
-        with out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def give_up(arm: str, seed: int) -> None:
-        broken.add(arm)
-        add({"arm": arm, "seed": seed, "error": errors[arm]})
-
-    def attempt(arm: str, what: Any, *args: Any) -> Any:
-        # cuDNN's masks are slower, where it takes them.
-        masked = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if is_cuda and arm == "local" else nullcontext()
-        try:
-            with masked:
-                return what(*args)
-        except Exception as error:
-            traceback.print_exc()
-            errors[arm] = f"{type(error).__name__}: {error}"[:2000]
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
-        # Fails, and ends the process, where the error has left the GPU unusable.
-        _wait(device)
-        return None
-
-    def changes_of(arm: str) -> list[str]:
-        return [*changes, *(["training.compile=false"] if arm in eager else [])]
-
-    def try_once(arm: str) -> None:
-        if arm in seconds or arm in broken:
-            return
-        made = arm_recipe(recipe, arm, 0, changes_of(arm))
-        took = attempt(arm, try_arm, made, arm, shards, first)
-        if took is None and made.training.compile:
-            # Slower, but the comparison is the same.
-            tell(f"{arm}: tried again without torch.compile")
-            eager.add(arm)
-            took = attempt(arm, try_arm, arm_recipe(recipe, arm, 0, changes_of(arm)), arm, shards, first)
-        if took is None:
-            give_up(arm, 0)
-        else:
-            seconds[arm] = took * made.num_steps + MEASURING
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    left = [run for run in wanted if run not in ended]
-    with dense:
+    known = Runs(recipe, settings or [], out, rows, device)
+    left = [run for run in wanted if run not in known.ended]
+    with sdpa_kernel(known.dense_backends, set_priority=True) if known.dense_backends else nullcontext():
         for arm in list(dict.fromkeys(arm for arm, _ in left))[:try_first]:
-            try_once(arm)
+            known.try_once(arm)
         for arm, seed in left:
             now = time.perf_counter() - begin
             # What an arm takes that was not tried is not known yet, but for what compiling takes.
-            if now + min(seconds.values(), default=0.0) + (COMPILING if arm not in seconds else 0.0) < 60 * minutes:
-                try_once(arm)
+            least = min(known.seconds.values(), default=0.0) + (COMPILING if arm not in known.seconds else 0.0)
+            if now + least < 60 * minutes:
+                known.try_once(arm)
             now = time.perf_counter() - begin
-            if arm in broken or arm not in seconds or now + seconds[arm] * 1.03 > 60 * minutes:
+            if arm in known.broken or arm not in known.seconds or now + known.seconds[arm] * 1.03 > 60 * minutes:
                 tell(f"{arm}, seed {seed}: left out after {now:.0f} s")
-                continue
-            made = arm_recipe(recipe, arm, seed, changes_of(arm))
-            began = time.perf_counter()
-            record = attempt(arm, train_run, made, arm, shards, held_out, device)
-            if record is None:
-                give_up(arm, seed)
-            else:
-                add(record)
-                seconds[arm] = time.perf_counter() - began
-                tell(told(record) + f"; {seconds[arm]:.0f} s, {now + seconds[arm]:.0f} s in all")
+            elif (record := known.train(arm, seed)) is not None:
+                took = known.seconds[arm]
+                tell(told(record) + f"; {took:.0f} s, {now + took:.0f} s in all")
 
 
 def told(record: dict[str, Any]) -> str:

@@ -43,13 +43,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     sums = [
-        checkpoint(_chunk, rows, weight, words, dtype, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(cross_entropy, rows, weight, words, dtype, use_reentrant=False, preserve_rng_state=False)
         for rows, words in chunks
     ]
     return torch.stack(sums).sum()
 
 
-def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """`linear_cross_entropy` in one piece, whose logits, in this dtype, are kept for the backward."""
     # Cast here: the cast that autocast keeps for all chunks would also sum their gradients in its dtype.
     logits = hidden.to(dtype) @ weight.to(dtype).mT
     wide = torch.promote_types(dtype, torch.float32)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+
+from moba_lab.train.recipe import Recipe
 
 # Of the quintic that drives all singular values towards 1, in five steps.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -133,3 +135,30 @@ def make_muon(model: nn.Module, *, lr: float, weight_decay: float, beta2: float)
     ]
     groups = [group for group in groups if group["params"]]
     return Muon(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2))
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> Muon | None:
+    """The recipe's optimizer where Trainer does not know it; None where Trainer makes its own."""
+    training = recipe.training
+    if training.optimizer == "adamw":
+        return None
+    return make_muon(model, lr=training.learning_rate, weight_decay=training.weight_decay, beta2=training.beta2)
+
+
+class LearningSchedule(NamedTuple):
+    """The learning rate over the steps: one of transformers' schedulers by name, and its options."""
+
+    name: str
+    options: dict[str, Any]
+    num_warmup_steps: int
+
+
+def learning_schedule(recipe: Recipe) -> LearningSchedule:
+    """The recipe's."""
+    name, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        "linear": ("linear", {}),
+        "constant": ("constant_with_warmup", {}),
+        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, recipe.num_steps // 5), "min_lr_ratio": 0.1}),
+    }[recipe.training.learning_schedule]
+    return LearningSchedule(name, options, round(recipe.training.warmup * recipe.num_steps))

@@ -36,7 +36,7 @@ from moba_lab.train.checkpoints import UNFINISHED, check_architecture, check_fil
 from moba_lab.train.log import Log, tensorboard
 from moba_lab.train.loss import use_fused_loss
 from moba_lab.train.model import add_adapters, build_model, checkpoint_activations, compile_layers, num_parameters
-from moba_lab.train.optimizer import make_muon
+from moba_lab.train.optimizer import learning_schedule, make_optimizer
 from moba_lab.train.packing import PackedDataset, SharedRows, by_source, collate
 from moba_lab.train.recipe import Recipe, same_run
 from moba_lab.train.trainer import WholeTrainer, save_results
@@ -98,7 +98,7 @@ def train(recipe: Recipe, *, say: Say = print, callbacks: list[TrainerCallback] 
             model=trained,
             args=arguments,
             **_data(recipe, arguments, rows, held_out, model, state),
-            optimizers=(_optimizer(recipe, trained), None),
+            optimizers=(make_optimizer(recipe, trained), None),
             callbacks=[
                 MoBASchedule(recipe.schedule),
                 Log(out, recipe.training.rows_per_step * recipe.data.context),
@@ -247,12 +247,7 @@ def _arguments(
     recipe: Recipe, out: Path, rows_at_a_time: int, held_out: dict[str, PackedDataset] | None
 ) -> TrainingArguments:
     training = recipe.training
-    name, options = {
-        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-        "linear": ("linear", {}),
-        "constant": ("constant_with_warmup", {}),
-        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, recipe.num_steps // 5), "min_lr_ratio": 0.1}),
-    }[training.learning_schedule]
+    schedule = learning_schedule(recipe)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.num_steps,
@@ -261,9 +256,9 @@ def _arguments(
         per_device_eval_batch_size=math.gcd(training.rows_at_once, *map(len, (held_out or {}).values())),
         gradient_accumulation_steps=training.rows_per_step // rows_at_a_time,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=name,
-        lr_scheduler_kwargs=options,
-        warmup_steps=round(training.warmup * recipe.num_steps),
+        lr_scheduler_type=schedule.name,
+        lr_scheduler_kwargs=schedule.options,
+        warmup_steps=schedule.num_warmup_steps,
         weight_decay=training.weight_decay,
         adam_beta2=training.beta2,
         max_grad_norm=training.max_grad_norm,
@@ -289,14 +284,6 @@ def _arguments(
     # On several GPUs without `accelerate launch`, Trainer would take DataParallel, which splits packed rows.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer | None:
-    """The optimizer that Trainer does not know; None where it makes its own."""
-    training = recipe.training
-    if training.optimizer == "adamw":
-        return None
-    return make_muon(model, lr=training.learning_rate, weight_decay=training.weight_decay, beta2=training.beta2)
 
 
 def _data(
