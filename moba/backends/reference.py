@@ -124,30 +124,38 @@ def attend(
         for head in range(q.shape[2]):
             sees_any = ~masked_by_head[head].all(dim=-1)
             q_rows, masked = all_rows[sees_any], masked_by_head[head, sees_any]
-            queries = q[span.row, q_rows, head]
-            keys, values = (x[span.row, k_rows, head // group] for x in (k, v))
-            is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (queries, keys, values))
-            head_out, head_lse = _softmax_attention(
-                queries.masked_fill(is_bad_query[:, None], 0.0),
-                keys.masked_fill(is_bad_key[:, None], 0.0),
-                values.masked_fill(is_bad_value[:, None], 0.0),
-                masked,
-                scale,
-                softcap,
-            )
-            # NaN and inf were zeros so far, because 0 · NaN would pass through the mask. A row that sees one is
-            # computed again, from the keys that it sees alone.
-            sees_bad = is_bad_query | (~masked & (is_bad_key | is_bad_value)).any(dim=-1)
-            for row in sees_bad.nonzero()[:, 0].tolist():
-                seen = ~masked[row]
-                head_out[row], head_lse[row] = _softmax_attention(
-                    queries[row], keys[seen], values[seen], None, scale, softcap
-                )
-            out[span.row, q_rows, head], lse[span.row, q_rows, head] = head_out, head_lse
+            out[span.row, q_rows, head], lse[span.row, q_rows, head] = _masked_attention(
+                q[span.row, q_rows, head], k[span.row, k_rows, head // group], v[span.row, k_rows, head // group],
+                masked, scale, softcap,
+            )  # fmt: skip
     if torch.is_grad_enabled():
         # Where no sequence has a query, too, the results have a gradient: zeros.
         nothing = sum(x[:, :0].sum() for x in (q, k, v))
         out, lse = out + nothing, lse + nothing
+    return out, lse
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`_softmax_attention`, whose mask also keeps NaN and inf out.
+
+    0 · NaN would pass through the mask, so NaN and inf are zeros at first. A row that sees one is then computed again,
+    from the keys that it sees alone.
+    """
+    is_bad_query, is_bad_key, is_bad_value = (~torch.isfinite(x).all(dim=-1) for x in (q, k, v))
+    out, lse = _softmax_attention(
+        q.masked_fill(is_bad_query[:, None], 0.0),
+        k.masked_fill(is_bad_key[:, None], 0.0),
+        v.masked_fill(is_bad_value[:, None], 0.0),
+        masked,
+        scale,
+        softcap,
+    )
+    sees_bad = is_bad_query | (~masked & (is_bad_key | is_bad_value)).any(dim=-1)
+    for row in sees_bad.nonzero()[:, 0].tolist():
+        seen = ~masked[row]
+        out[row], lse[row] = _softmax_attention(q[row], k[seen], v[seen], None, scale, softcap)
     return out, lse
 
 
