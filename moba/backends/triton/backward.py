@@ -41,11 +41,13 @@ from moba.backends.triton.entries import load_query_rows, packed_rows, tile_quer
 from moba.backends.triton.forward import Partials
 from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
 from moba.backends.triton.logits import logit_scaling
+from moba.backends.triton.variants import HAS_GLUON
 from moba.backends.triton.workspace import (
     Bounds,
     Chunk,
     chunk_query_tiles,
     chunks_with_bounds,
+    hopper_sizes,
     keys_of,
     own_keys_of,
     tile_sizes,
@@ -53,6 +55,9 @@ from moba.backends.triton.workspace import (
     windows,
 )
 from moba.sequences import Sequences
+
+if HAS_GLUON:
+    from moba.backends.triton.dkv_hopper import _dkv_hopper_kernel
 
 
 class Softmax(NamedTuple):
@@ -141,8 +146,11 @@ def plan_backward(
         "PACKED": packed,
     }  # fmt: skip
     uniform = uniform_stride(q, d_out)
-    dkv = tile_sizes("dkv", arch, q, v, block_size, packed)
+    dkv, dkv_kernel = tile_sizes("dkv", arch, q, v, block_size, packed), _dkv_kernel
     dkv["TILE_N"] = min(dkv["TILE_N"], max(16, next_power_of_2(block_size)))
+    for_hopper = hopper_sizes(plan, arch, q, v, d_out, block_size, packed, softcap)
+    if for_hopper:
+        dkv, dkv_kernel = for_hopper, _dkv_hopper_kernel
     past, own = (tile_sizes(name, arch, q, v, block_size, packed) for name in ("dq_past", "dq_own"))
     past_keys = keys_of(plan, k, v, past["TILE_N"], arch, allowed=block_size % past["TILE_N"] == 0)
     own_keys = own_keys_of(plan, k, v, own["TILE_N"], arch, sequences, block_size)
@@ -176,7 +184,7 @@ def plan_backward(
     for is_uniform in uniform:
         for partial in (None, d_q) if can_fuse else (None,):
             plan.foresee(
-                _dkv_kernel, *by_key, partial, 0, num_kv_heads, scaling, layout, **shape, **dkv,
+                dkv_kernel, *by_key, partial, 0, num_kv_heads, scaling, layout, **shape, **dkv,
                 UNIFORM_STRIDE=is_uniform,
             )  # fmt: skip
     partial = plan.buffer(at_once * group, topk - 1, total_rows * packed, head_dim, dtype=q.dtype) if is_fused else None
@@ -187,7 +195,7 @@ def plan_backward(
             GROUP=group, TILE=1024, LENGTHS=SEGMENT_LENGTHS, num_warps=8,
         )  # fmt: skip
         plan.launch(
-            _dkv_kernel, ((num_segments + num_blocks) * cdiv(block_size, dkv["TILE_N"]), kv_heads),
+            dkv_kernel, ((num_segments + num_blocks) * cdiv(block_size, dkv["TILE_N"]), kv_heads),
             *by_key, partial, first_kv_head, num_kv_heads, scaling, layout, **shape, **dkv, UNIFORM_STRIDE=uniform[0],
         )  # fmt: skip
         plan.launch(

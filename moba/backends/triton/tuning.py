@@ -153,6 +153,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row({"TILE_M": 32, "TILE_N": 32, "NUM_STAGES": 1, "num_warps": 4}, element_bytes=2),
         Row({"TILE_M": 16, "TILE_N": 16, "NUM_STAGES": 1, "num_warps": 4}),
     ),
+    # No kernel without.
+    "dkv_hopper": (
+        Row(
+            {"TILE_M": 64, "TILE_N": 128, "NUM_STAGES": 3, "num_warps": 8},
+            arch=(90,),
+            max_head_dim=128,
+            element_bytes=2,
+            is_packed=False,
+        ),
+        Row({}),
+    ),
     "dq_past": (
         Row(
             {"TILE_M": 64, "TILE_N": 64, "WINDOW": 128, "BLOCK_COST": 32, "NUM_STAGES": 2, "num_warps": 4},

@@ -23,6 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
+# Gluon, in which dkv_hopper.py is written, is experimental: the versions of Triton whose Gluon compiles it.
+HAS_GLUON = triton.__version__.startswith("3.6.")
+if HAS_GLUON:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
 logger = logging.getLogger("moba")
 
 # Compiling is announced once it has taken so long.
@@ -48,14 +53,24 @@ class Matrix:
     tile: tuple[int, int]
 
 
-class _Source(ASTSource):
+class _OneByOne:
     """A kernel whose first stage, all of it Python, waits for other threads': together each would take their sum."""
 
     _is_python = Lock()
 
     def make_ir(self, *args: Any, **kwargs: Any) -> Any:
         with self._is_python:
-            return super().make_ir(*args, **kwargs)
+            return super().make_ir(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Source(_OneByOne, ASTSource):
+    pass
+
+
+if HAS_GLUON:
+
+    class _GluonSource(_OneByOne, GluonASTSource):
+        pass
 
 
 class Variant(NamedTuple):
@@ -69,7 +84,7 @@ class Variant(NamedTuple):
 
     def compile(self, target: Any = None) -> Any:
         """Compile it, or load it from Triton's cache on disk; for another chip than this machine's, name the target."""
-        source = _Source(
+        source = (_GluonSource if self.kernel.is_gluon() else _Source)(
             self.kernel,
             dict(zip(self.kernel.arg_names, self.signature, strict=True)),
             dict(self.constants),

@@ -12,15 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moba.backends.triton.device import Rows, View, num_query_tiles, padded_head_dim, rows_of
-from moba.backends.triton.launch import Plan, cdiv, next_power_of_2
+from moba.backends.triton.launch import IS_INTERPRETED, Plan, cdiv, next_power_of_2
 from moba.backends.triton.tuning import lookup
-from moba.backends.triton.variants import Matrix
+from moba.backends.triton.variants import HAS_GLUON, Matrix
 from moba.sequences import Sequences
 
 # Whose tiles hold members side by side.
 PACKING_KERNELS = (
     "attend_past_stationary", "attend_past_streaming", "merge_and_attend_own", "dkv", "dq_past", "dq_own"
 )  # fmt: skip
+# Blocks, in tokens, and head dims that dkv_hopper.py is for.
+HOPPER_MIN_BLOCK, HOPPER_BLOCK_MULTIPLE, HOPPER_HEAD_DIMS = 512, 128, (64, 128)
 # Most bytes of K, and of V, that a program keeps on chip.
 KEPT_BYTES = 32 << 10
 # Chunks of query rows are multiples of this.
@@ -50,6 +52,26 @@ def tile_sizes(kernel: str, arch: int, q: Tensor, v: Tensor, block_size: int, pa
         kernel, arch, head_dim=head_dim, block_size=block_size, element_bytes=q.element_size(), is_packed=packed > 1
     )
     return {name: max(1, x // packed) if name in ("WINDOW", "BLOCK_COST") else x for name, x in sizes.items()}
+
+
+def hopper_sizes(
+    plan: Plan, arch: int, q: Tensor, v: Tensor, d_out: Tensor, block_size: int, packed: int, softcap: float | None
+) -> dict[str, int]:
+    """Launch configuration of `_dkv_hopper_kernel`, or an empty one where `_dkv_kernel` is for these tensors.
+
+    Query rows are copied to shared memory 16 bytes at a time, by threads that know nothing of the others' addresses.
+    """
+    fits = (
+        HAS_GLUON
+        and not IS_INTERPRETED
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in HOPPER_HEAD_DIMS
+        and block_size >= HOPPER_MIN_BLOCK
+        and block_size % HOPPER_BLOCK_MULTIPLE == 0
+        and softcap is None
+        and all(plan.is_aligned(x) and all(stride % 16 == 0 for stride in x.stride()[:3]) for x in (q, d_out))
+    )
+    return tile_sizes("dkv_hopper", arch, q, v, block_size, packed) if fits else {}
 
 
 def routing_heads(q: Tensor, v: Tensor, indices: Tensor, block_size: int, arch: int) -> int:
