@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the triton backend needs Triton")
 
 import aot
 import aot_cases
+from triton.backends.compiler import GPUTarget
 
 from moba.backends.triton import ahead
 from moba.backends.triton.device import Rows
@@ -133,6 +134,42 @@ def test_one_sequence_compiles():
         if variant.kernel.__name__ == "_block_means_kernel"
     }
     assert aot.compile_variant(case, 90).shared_bytes > 0
+
+
+def dkv_variants(arch, dtype=torch.bfloat16, head_dim=128, block_size=512, **options):
+    plans = ahead.call_plans(arch, dtype, head_dim, block_size, 3, **options)
+    return {v.kernel.__name__: v for v in variants(plans) if "dkv" in v.kernel.__name__}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_the_hopper_kernel_run_asynchronously(dtype, head_dim):
+    """ptxas waits for each one where registers are short, and says so only in a note."""
+    (case,) = dkv_variants(90, dtype, head_dim).values()
+    assert case.kernel.__name__ == "_dkv_hopper_kernel"
+    assert aot.compile_variant(case, 90).spill_bytes <= 96
+    machine_code = case.compile(GPUTarget("cuda", 90, 32)).asm["sass"]
+    products, waits = (len(re.findall(name, machine_code)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR"))
+    assert products >= 16
+    assert waits <= 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "setting"),
+    [
+        (80, {}),
+        (100, {}),
+        (90, {"dtype": torch.float32}),
+        (90, {"head_dim": 32}),
+        (90, {"head_dim": 128, "value_dim": 64}),
+        (90, {"head_dim": 256}),
+        (90, {"block_size": 384}),
+        (90, {"block_size": 576}),
+        (90, {"softcap": 30.0}),
+    ],
+)
+def test_others_than_the_hopper_kernel_are_for_everything_else(arch, setting):
+    assert set(dkv_variants(arch, **setting)) == {"_dkv_kernel"}
 
 
 def test_a_variant_says_nothing_of_numbers():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moba import moba_attention
+from moba.backends.triton import launch, tuning
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -42,6 +43,26 @@ def test_repeats_under_load_bit_for_bit(block_size, topk):
             for _ in range(4):
                 matrix @ matrix
         assert_same(train(leaves, d_out, block_size=block_size, topk=topk), expected)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="a kernel for compute capability 9.0")
+@pytest.mark.parametrize(("block_size", "topk"), [(512, 3), (1024, 1), (640, 4)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_both_kernels_of_dk_and_dv_agree(head_dim, block_size, topk, num_kv_heads, monkeypatch):
+    leaves, d_out = inputs(5000, 4, num_kv_heads, head_dim)
+    by_kernel = {}
+    for table in (tuning.TABLE["dkv_hopper"], (tuning.Row({}),)):
+        monkeypatch.setitem(tuning.TABLE, "dkv_hopper", table)
+        launch._plans.clear()
+        results = train(leaves, d_out, block_size=block_size, topk=topk)
+        names = {v.kernel.__name__ for plan in launch._plans.values() for v in plan.variants()}
+        (name,) = (name for name in names if "dkv" in name)
+        by_kernel[name] = [x.float() for x in results]
+    launch._plans.clear()
+    assert set(by_kernel) == {"_dkv_hopper_kernel", "_dkv_kernel"}
+    for x, y in zip(*by_kernel.values(), strict=True):
+        assert (x - y).norm() < 1e-3 * y.norm()
 
 
 def test_forward_and_backward_in_a_cuda_graph():

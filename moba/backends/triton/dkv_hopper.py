@@ -1,7 +1,7 @@
 """dK and dV by block on compute capability 9.0, for blocks of several tiles of keys. See backward.py and dkv.py.
 
-What `_dkv_kernel` does, with the order of instructions stated (Gluon) rather than left to a compiler: a warp's products
-run asynchronously, and those of the next tile of queries are issued before the softmax of this one needs its registers.
+What `_dkv_kernel` does, with the order of instructions stated (Gluon) rather than left to a compiler: products run
+asynchronously, those of dO Vᵀ while the softmax is computed and those of dV and dK while the next queries are copied.
 """
 
 from __future__ import annotations
