@@ -70,10 +70,10 @@ def tile_rows(entries, number, at, end, row_begin, GROUP: gl.constexpr, TOPK: gl
 
 
 @gluon.jit
-def copy_rows(tile, x, head, rows, mask, num_queries, HEAD_DIM: gl.constexpr, FLAT: gl.constexpr,
+def copy_rows(tile, x, head, rows, mask, num_queries, HEAD_DIM: gl.constexpr, UNIFORM_STRIDE: gl.constexpr,
               LAYOUT: gl.constexpr):  # fmt: skip
     """Begin to copy query rows of one head to shared memory, zeros where masked. See `entries.load_query_rows`."""
-    if FLAT:
+    if UNIFORM_STRIDE:
         offsets = rows.to(gl.int64) * x.stride_t
     else:
         tensor_row = rows // num_queries
@@ -94,25 +94,25 @@ def load_key_tile(x, long_row, kv_head, key, is_key, HEAD_DIM: gl.constexpr, LAY
 
 
 @gluon.jit
-def copy_tile(tiles, slot, place, q, d_outs, softmax, view, span, row_begin, num_queries, GROUP: gl.constexpr,
-              TOPK: gl.constexpr, FLAT: gl.constexpr, COPY_LAYOUT: gl.constexpr,
+def copy_tile(tiles, slot, position, q, d_outs, softmax, view, span, row_begin, num_queries, GROUP: gl.constexpr,
+              TOPK: gl.constexpr, UNIFORM_STRIDE: gl.constexpr, COPY_LAYOUT: gl.constexpr,
               NUMBER_LAYOUT: gl.constexpr):  # fmt: skip
     """Begin to copy a tile of queries to a slot of the ring, as one group of copies, and go on to the next tile.
 
-    `place`: where the tile stands. `number`, `at`, `end`: its list, first entry, the list's end. `next_at`, `next_end`:
-    the list behind it, `seen` what `list_bounds` says of that. `entries`: the tile's entries, in both layouts. All of
-    it was loaded a tile ago, so that no copy waits for its addresses.
+    `position`: where the tile stands. `number`, `at`, `end`: its list, first entry, the list's end. `next_at` and
+    `next_end`: the list behind it, `seen` what `list_bounds` says of that. `entries`: the tile's entries, in both
+    layouts. All of it was loaded a tile ago, so that no copy waits for its addresses.
     """
     queries, d_out_tiles, lse2s, deltas = tiles
-    number, at, end, next_at, next_end, seen, entries, few_entries = place
+    number, at, end, next_at, next_end, seen, entries, few_entries = position
     TILE_M: gl.constexpr = queries.shape[1]
     HEAD_DIM: gl.constexpr = queries.shape[2]
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, COPY_LAYOUT)
     first_head = span[4]
     head = first_head + gl.minimum(gl.where(number < GROUP, number, number - GROUP), GROUP - 1)
     rows, mask = tile_rows(entries, number, at, end, row_begin, GROUP, TOPK, TILE_M, ROW_LAYOUT)
-    copy_rows(queries.index(slot), q, head, rows, mask, num_queries, HEAD_DIM, FLAT, COPY_LAYOUT)
-    copy_rows(d_out_tiles.index(slot), d_outs, head, rows, mask, num_queries, HEAD_DIM, FLAT, COPY_LAYOUT)
+    copy_rows(queries.index(slot), q, head, rows, mask, num_queries, HEAD_DIM, UNIFORM_STRIDE, COPY_LAYOUT)
+    copy_rows(d_out_tiles.index(slot), d_outs, head, rows, mask, num_queries, HEAD_DIM, UNIFORM_STRIDE, COPY_LAYOUT)
     rows, mask = tile_rows(few_entries, number, at, end, row_begin, GROUP, TOPK, TILE_M, NUMBER_LAYOUT)
     numbers = head * softmax.num_rows + rows
     async_copy.async_copy_global_to_shared(lse2s.index(slot), softmax.lse2_ptr + numbers, mask=mask)
@@ -152,14 +152,14 @@ def tile_weights(s, lse2, limit, key_in_block, scale, S_LAYOUT: gl.constexpr, TI
 
 @gluon.jit
 def _dkv_hopper_kernel(
-    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, first_kv_head, num_kv_heads, rule, layout,
-    GROUP: gl.constexpr, TOPK: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    TILE_M: gl.constexpr, TILE_N: gl.constexpr, NUM_STAGES: gl.constexpr, FLAT: gl.constexpr,
-    PACKED: gl.constexpr,
+    q, k, v, d_outs, softmax, view, segments, d_k_ptr, d_v_ptr, partial_ptr, first_kv_head, num_kv_heads, scaling,
+    layout, GROUP: gl.constexpr, TOPK: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, NUM_STAGES: gl.constexpr,
+    UNIFORM_STRIDE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """`_dkv_kernel` for what `workspace.dkv_sizes` says, with its arguments."""
+    """`_dkv_kernel` for what `workspace.hopper_sizes` says, with its arguments."""
     gl.static_assert(HEAD_DIM == VALUE_DIM and TILE_N == 16 * NUM_WARPS and PACKED == 1)
-    gl.static_assert(partial_ptr is None and rule.softcap is None)
+    gl.static_assert(partial_ptr is None and scaling.softcap is None)
     KEY_TILES: gl.constexpr = BLOCK_SIZE // TILE_N
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     LANES: gl.constexpr = HEAD_DIM // 8
@@ -177,7 +177,7 @@ def _dkv_hopper_kernel(
     local_kv_head = gl.program_id(1)
     kv_head = (local_kv_head + first_kv_head).to(gl.int64)
     extra_ptr = segments.extra_ptr + local_kv_head * (layout.num_blocks + 2)
-    block, segment, place_of_sums, exists = segment_of_item(segments, extra_ptr, item, layout.num_blocks)
+    block, segment, sums_index, exists = segment_of_item(segments, extra_ptr, item, layout.num_blocks)
     if exists == 0:
         return
 
@@ -220,10 +220,10 @@ def _dkv_hopper_kernel(
     few_entries = load_tile_entries(view, number, at, end, first_head, GROUP, TOPK, TILE_M, NUMBER_LAYOUT)
 
     tiles = (queries, d_out_tiles, lse2s, deltas)
-    place = (number, at, end, next_at, next_end, seen, entries, few_entries)
+    position = (number, at, end, next_at, next_end, seen, entries, few_entries)
     for ahead in gl.static_range(NUM_STAGES - 1):
-        place = copy_tile(tiles, ahead, place, q, d_outs, softmax, view, span, row_begin, layout.num_queries, GROUP,
-                          TOPK, FLAT, COPY_LAYOUT, NUMBER_LAYOUT)  # fmt: skip
+        position = copy_tile(tiles, ahead, position, q, d_outs, softmax, view, span, row_begin, layout.num_queries,
+                             GROUP, TOPK, UNIFORM_STRIDE, COPY_LAYOUT, NUMBER_LAYOUT)  # fmt: skip
 
     key_in_block = gl.arange(0, TILE_N, layout=gl.SliceLayout(1, S_LAYOUT)) + key_tile * TILE_N
     zeros = gl.zeros([TILE_N, TILE_M], gl.float32, S_LAYOUT)
@@ -241,7 +241,7 @@ def _dkv_hopper_kernel(
         s, d_k, d_v = warpgroup_mma_wait(1, [s, d_k, d_v])
         limit = gl.where(tile < own_tiles * GROUP, own_at - first_query, BLOCK_SIZE)
         own_at = gl.where(own_at + TILE_M >= own_end, own_begin, own_at + TILE_M)
-        weights = tile_weights(s, lse2s.index(slot), limit, key_in_block, rule.scale, S_LAYOUT, TILE_M)
+        weights = tile_weights(s, lse2s.index(slot), limit, key_in_block, scaling.scale, S_LAYOUT, TILE_M)
         d_v = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), A_LAYOUT), d_out_tile, d_v, is_async=True)
         d_p = warpgroup_mma_wait(1, [d_p])
         delta = deltas.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
@@ -249,15 +249,15 @@ def _dkv_hopper_kernel(
         d_k = warpgroup_mma(d_logits, query_tile, d_k, is_async=True)
 
         free_slot = gl.where(slot == 0, NUM_STAGES - 1, slot - 1)
-        place = copy_tile(tiles, free_slot, place, q, d_outs, softmax, view, span, row_begin, layout.num_queries, GROUP,
-                          TOPK, FLAT, COPY_LAYOUT, NUMBER_LAYOUT)  # fmt: skip
+        position = copy_tile(tiles, free_slot, position, q, d_outs, softmax, view, span, row_begin,
+                             layout.num_queries, GROUP, TOPK, UNIFORM_STRIDE, COPY_LAYOUT, NUMBER_LAYOUT)  # fmt: skip
         slot = gl.where(slot == NUM_STAGES - 1, 0, slot + 1)
     d_k, d_v = warpgroup_mma_wait(0, [d_k, d_v])
     async_copy.wait_group(0)
 
-    d_k = d_k * rule.product_scale
-    if place_of_sums >= 0:
-        sums_row = (local_kv_head.to(gl.int64) * 2 * segments.count + place_of_sums) * 2 * BLOCK_SIZE + key_in_tile
+    d_k = d_k * scaling.product_scale
+    if sums_index >= 0:
+        sums_row = (local_kv_head.to(gl.int64) * 2 * segments.count + sums_index) * 2 * BLOCK_SIZE + key_in_tile
         everywhere = key_in_tile < BLOCK_SIZE
         store_sums(segments.sums_ptr, sums_row, d_k, everywhere, HEAD_DIM, COPY_LAYOUT)
         store_sums(segments.sums_ptr, sums_row + BLOCK_SIZE, d_v, everywhere, HEAD_DIM, COPY_LAYOUT)
