@@ -111,12 +111,23 @@ def test_routing_is_measured_where_there_is_some(monkeypatch):
     assert "256" in to_markdown({}, [{"case": "256", "moba_flops": 1.0, "moba": dense}], rows)
 
 
+def test_a_picture_shows_random_routings_of_one_document():
+    shape = {"tokens": 512, "heads": 2, "kv_heads": 1, "block_size": 32, "topk": 3, "dtype": "float32"}
+    kinds = [("random", 1, 1.0), ("model", 1, 2.0), ("random", 4, 3.0)]
+    records = [
+        {**shape, "routing": routing, "documents": documents, "moba": {"forward_ms": ms}}
+        for routing, documents, ms in kinds
+    ]
+    assert list(attention.panels(records)[1].values()) == [{"MoBA 32/3": {512: 1.0}}]
+    assert list(attention.panels(records[1:])[1].values()) == [{"MoBA 32/3": {512: 2.0}}]
+
+
 @pytest.mark.parametrize("lengths", [(128,), (1024,), (131072,), (512, 1024, 2048)])
 @pytest.mark.parametrize("kind", ["attention", "decode"])
 def test_the_legend_hides_no_point(tmp_path, monkeypatch, kind, lengths):
     shape = {"heads": 2, "kv_heads": 1, "head_dim": 16, "block_size": 32, "topk": 3, "dtype": "float32", "batch": 1}
     times = {"moba_ms": 1.0, "moba": {"forward_ms": 1.0}, "dense": {"forward_ms": 40.0}, "dense_bound_ms": 0.1}
-    times |= {"dense_ms": {"dense": 40.0}, "dense_failed": {}}
+    times |= {"dense_ms": {"dense": 40.0}, "dense_failed": {}, "routing": "random", "documents": 1}
     records = [{**shape, **times, "tokens": length} for length in lengths]
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)

@@ -226,8 +226,12 @@ def rows(records: Records) -> tuple[list[str], list[list[str]]]:
 
 
 def panels(records: Records) -> tuple[str, Growth]:
-    """Forward times: a panel for each kind of heads, a line for each way."""
-    done = [record for record in records if "failed" not in record]
+    """Forward times of one document: a panel for each kind of heads, a line for each way.
+
+    Of several routings at one length, random ones are shown; others where they are all that was measured.
+    """
+    done = [record for record in records if "failed" not in record and record["documents"] == 1]
+    done.sort(key=lambda record: record["routing"] == "random")
     fixed = all(record["tokens"] == 64 * record["block_size"] for record in done)
     found: dict[str, dict[str, dict[int, float]]] = {}
     for record in done:
