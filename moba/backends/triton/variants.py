@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-# Gluon, in which dkv_hopper.py is written, is experimental: the versions of Triton whose Gluon compiles it.
+# Gluon, in which dkv_hopper.py is written, is experimental: the versions of Triton that ran it (3.7 to 3.9 compile it).
 HAS_GLUON = triton.__version__.startswith("3.6.")
 if HAS_GLUON:
     from triton.experimental.gluon._runtime import GluonASTSource
