@@ -374,4 +374,4 @@ def test_a_recipes_data_is_made_by_the_command_that_its_error_names(moba, tmp_pa
 def test_every_recipe_names_the_command_that_makes_its_data():
     for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")):
         data = read_recipe(file).data
-        assert re.match(rf"(moba data|python recipes/package_texts\.py) {data.folder} ", data.made_by)
+        assert re.match(rf"(moba data|python recipes/(package_texts|long_rows)\.py) {data.folder} ", data.made_by)
