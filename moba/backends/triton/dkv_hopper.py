@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moba.backends.triton.device import block_span
 from moba.backends.triton.dkv import segment_of_item
+from moba.backends.triton.entries import row_offsets
 
 # Two groups of four warps, each with 64 rows of a tile of keys.
 NUM_WARPS = gl.constexpr(8)
@@ -73,12 +74,7 @@ def tile_rows(entries, number, at, end, row_begin, GROUP: gl.constexpr, TOPK: gl
 def copy_rows(tile, x, head, rows, mask, num_queries, HEAD_DIM: gl.constexpr, UNIFORM_STRIDE: gl.constexpr,
               LAYOUT: gl.constexpr):  # fmt: skip
     """Begin to copy query rows of one head to shared memory, zeros where masked. See `entries.load_query_rows`."""
-    if UNIFORM_STRIDE:
-        offsets = rows.to(gl.int64) * x.stride_t
-    else:
-        tensor_row = rows // num_queries
-        token = rows - tensor_row * num_queries
-        offsets = tensor_row.to(gl.int64) * x.stride_r + token.to(gl.int64) * x.stride_t
+    offsets = row_offsets(x, rows, num_queries, UNIFORM_STRIDE)
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     pointers = x.ptr + head * x.stride_h + offsets[:, None] + columns[None, :]
     async_copy.async_copy_global_to_shared(tile, pointers, mask=mask[:, None])

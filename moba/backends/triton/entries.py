@@ -36,10 +36,8 @@ def member_offsets(offsets, stride_h, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_query_rows(
-    x, head, query_rows, num_queries, mask, HEAD_DIM: tl.constexpr, UNIFORM_STRIDE: tl.constexpr, PACKED: tl.constexpr
-):
-    """Query rows [M], flattened over R · T, of one head of the routing, from x [R, T, H, D]: [M, padded D].
+def row_offsets(x, query_rows, num_queries, UNIFORM_STRIDE: tl.constexpr):
+    """Where query rows [M], flattened over R · T, begin in x [R, T, H, D]: [M].
 
     UNIFORM_STRIDE: query rows are stride_t apart, across tensor rows too. Otherwise a division by a run-time number
     finds each one's tensor row, which is 6 % of a backward.
@@ -50,6 +48,15 @@ def load_query_rows(
         tensor_row = query_rows // num_queries
         token = query_rows - tensor_row * num_queries
         offsets = tensor_row.to(tl.int64) * x.stride_r + token.to(tl.int64) * x.stride_t
+    return offsets
+
+
+@triton.jit
+def load_query_rows(
+    x, head, query_rows, num_queries, mask, HEAD_DIM: tl.constexpr, UNIFORM_STRIDE: tl.constexpr, PACKED: tl.constexpr
+):
+    """Query rows [M], flattened over R · T, of one head of the routing, from x [R, T, H, D]: [M, padded D]."""
+    offsets = row_offsets(x, query_rows, num_queries, UNIFORM_STRIDE)
     offsets = member_offsets(offsets, x.stride_h, PACKED)
     return load_rows(x.ptr + head.to(tl.int64) * PACKED * x.stride_h, offsets, mask, HEAD_DIM)
 
