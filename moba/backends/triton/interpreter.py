@@ -19,7 +19,7 @@ def repair() -> None:
     - A loop bound read from memory is a one-element array, which NumPy >= 2.4 does not turn into an int.
     - fp32 to bf16 is truncated, where a GPU rounds to nearest even.
     - A matrix product of bf16 takes the bits as integers, and one of fp32 rounds, on some processors, by where a row or
-      column lies in its tile. Both are taken in fp64 and rounded once.
+      column lies in its tile. Products are taken in fp64 and rounded once.
     - A reduction by any function but the commonest is a loop over elements.
     - The maximum or minimum of NaN and a number is NaN, where a GPU returns the number.
     - A scan by the kernel's own function is a loop over elements, too.
@@ -37,7 +37,6 @@ def repair() -> None:
 
     patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
     builder = interpreter.InterpreterBuilder
-    dot = builder.create_dot
 
     def patch_tensor_and_index(tensor, scope):
         patch_tensor(tensor, scope)
@@ -53,16 +52,13 @@ def repair() -> None:
         return convert(data, source, target, rounding_mode)
 
     def dot_of_values(self, a, b, d, *options):
-        if d.dtype.scalar != tl.float32:
-            return dot(self, a, b, d, *options)
-
         def values(handle):
             if handle.dtype.scalar != tl.bfloat16:
                 return handle.data.astype(np.float64)
             return convert_bf16_exactly(handle.data, tl.bfloat16, tl.float32, None).view(np.float32).astype(np.float64)
 
         product = np.matmul(values(a), values(b)) + d.data
-        return interpreter.TensorHandle(product.astype(np.float32), tl.float32)
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
     patch_lang, find_dtype = interpreter._patch_lang, interpreter._get_np_dtype
     language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
