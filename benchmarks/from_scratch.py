@@ -134,12 +134,12 @@ def run_steps(training: Training, rows: Tensor, schedule: Schedule | None, warm:
     begin = 0.0
     for step, part in enumerate(rows):
         if step == warm:
-            _wait(rows.device)
+            wait(rows.device)
             begin = time.perf_counter()
         if schedule is not None:
             apply_schedule(training.model, schedule, step / len(rows))
         losses[step] = training.step(part)
-    _wait(rows.device)
+    wait(rows.device)
     return losses, (time.perf_counter() - begin) / max(1, len(rows) - warm)
 
 
@@ -267,7 +267,7 @@ class Runs:
             gc.collect()
             torch.cuda.empty_cache()
         # Fails, and ends the process, where the error has left the GPU unusable.
-        _wait(self.device)
+        wait(self.device)
         if not may_fail:
             self.broken.add(arm)
             self._write({"arm": arm, "seed": recipe.training.seed, "error": message})
@@ -322,7 +322,8 @@ def told(record: dict[str, Any]) -> str:
     return f"{record['arm']}, seed {record['seed']}: {losses}; covered {record.get('covered')}; {rate}"
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

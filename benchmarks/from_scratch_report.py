@@ -29,7 +29,7 @@ def report(files: Sequence[Path], out: Path) -> None:
         ValueError: if no run of dense attention is among them.
     """
     require_writable(out)
-    runs = [run for path in files for run in _read(path)]
+    runs = [run for path in files for run in read_records(path, "runs")]
     ended = [run for run in runs if "error" not in run]
     if not any(run["arm"] == DENSE for run in ended):
         raise ValueError(f"there is no run of dense attention in {', '.join(map(str, files))}")
@@ -38,11 +38,12 @@ def report(files: Sequence[Path], out: Path) -> None:
     _picture(ended, out.with_suffix(".png"))
 
 
-def _read(path: Path) -> list[Run]:
+def read_records(path: Path, key: str) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, or what an earlier report's .json holds under a key."""
     text = path.read_text()
     if path.suffix == ".json":
-        runs: list[Run] = json.loads(text)["runs"]
-        return runs
+        records: list[dict[str, Any]] = json.loads(text)[key]
+        return records
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -24,8 +24,7 @@ from typing import Annotated, Any
 import torch
 import torch._dynamo
 import typer
-from from_scratch import PEAK, WARM, Training, read_rows, tell
-from from_scratch import _wait as wait
+from from_scratch import PEAK, WARM, Training, read_rows, tell, wait
 from from_scratch_measure import HeldOut, fastest_dense, flops
 from loss_against_time_report import report
 from torch import Tensor

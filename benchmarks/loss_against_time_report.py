@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from from_scratch_report import DENSE, read_records
+
 from moba.files import write_json
 from moba_lab.bench.report import require_writable
 from moba_lab.pictures.routings import INK, OWN_COLOUR, SHARE_COLOURS
 
-DENSE = "dense"
 _COLOURS = (OWN_COLOUR, SHARE_COLOURS[2], "#7a5195")
 
 # The moments of an arm, the first at 0 seconds.
@@ -30,7 +30,7 @@ def report(files: Sequence[Path], out: Path) -> None:
         ValueError: if dense attention or another arm was not trained to the end, or contexts differ.
     """
     require_writable(out)
-    runs = complete(moment for path in files for moment in _read(path))
+    runs = complete(moment for path in files for moment in read_records(path, "moments"))
     arms = {run[-1]["arm"] for run in runs}
     if DENSE not in arms or len(arms) < 2:
         raise ValueError(f"dense and another arm must have ended, got {sorted(arms)} in {', '.join(map(str, files))}")
@@ -39,14 +39,6 @@ def report(files: Sequence[Path], out: Path) -> None:
     write_json(out.with_suffix(".json"), {"moments": [moment for run in runs for moment in run]}, indent=None)
     out.with_suffix(".md").write_text(_markdown(runs))
     _picture(runs, out.with_suffix(".png"))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text()
-    if path.suffix == ".json":
-        moments: list[dict[str, Any]] = json.loads(text)["moments"]
-        return moments
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def complete(moments: Any) -> list[Run]:
